@@ -1,0 +1,85 @@
+#include "core/budget.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+namespace edge {
+namespace {
+constexpr uint64_t kPageBytes = 4096;
+constexpr uint64_t kHugePageBytes = 2 << 20;
+
+unsigned long long ull(uint64_t value) { return value; }
+}  // namespace
+
+Block& Block::operator=(Block&& other) noexcept {
+  if (this != &other) {
+    release();
+    data_ = std::exchange(other.data_, nullptr);
+    bytes_ = std::exchange(other.bytes_, 0);
+    budget_ = std::exchange(other.budget_, nullptr);
+    tag_ = std::move(other.tag_);
+  }
+  return *this;
+}
+
+void Block::release() {
+  if (data_ == nullptr) return;
+  munmap(data_, bytes_);
+  budget_->give_back(tag_, bytes_);
+  data_ = nullptr;
+  bytes_ = 0;
+}
+
+Result<Block> Budget::reserve(uint64_t bytes, const char* tag) {
+  if (bytes > (uint64_t{1} << 50)) {
+    return error(Code::kOverBudget, "%s: %llu bytes cannot be a real request", tag, ull(bytes));
+  }
+  const uint64_t rounded = std::max(kPageBytes, (bytes + kPageBytes - 1) / kPageBytes * kPageBytes);
+  std::lock_guard lock(mutex_);
+  if (rounded > limit_bytes_ - used_bytes_) {
+    return error(Code::kOverBudget, "%s: needs %llu bytes, but %llu of the %llu-byte budget are in use", tag,
+                 ull(rounded), ull(used_bytes_), ull(limit_bytes_));
+  }
+  void* data = mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) {
+    return error(Code::kOverBudget, "%s: the system refused %llu bytes: %s", tag, ull(rounded), strerror(errno));
+  }
+  // A huge page that straddles the end would be charged in full, so only the aligned middle is advised by the kernel.
+  if (rounded >= kHugePageBytes) madvise(data, rounded, MADV_HUGEPAGE);
+  used_bytes_ += rounded;
+  peak_bytes_ = std::max(peak_bytes_, used_bytes_);
+  by_tag_[tag] += rounded;
+  Block block;
+  block.data_ = static_cast<std::byte*>(data);
+  block.bytes_ = rounded;
+  block.budget_ = this;
+  block.tag_ = tag;
+  return block;
+}
+
+uint64_t Budget::used_bytes() const {
+  std::lock_guard lock(mutex_);
+  return used_bytes_;
+}
+
+uint64_t Budget::peak_bytes() const {
+  std::lock_guard lock(mutex_);
+  return peak_bytes_;
+}
+
+std::map<std::string, uint64_t> Budget::report() const {
+  std::lock_guard lock(mutex_);
+  return by_tag_;
+}
+
+void Budget::give_back(const std::string& tag, uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  used_bytes_ -= bytes;
+  by_tag_[tag] -= bytes;
+  if (by_tag_[tag] == 0) by_tag_.erase(tag);
+}
+
+}  // namespace edge

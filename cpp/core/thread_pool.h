@@ -1,0 +1,54 @@
+// A fixed set of workers that spin briefly, then sleep: a busy neighbour must not stall a barrier for long.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace edge {
+
+class ThreadPool {
+ public:
+  // n_threads counts the caller: 1 runs everything inline.
+  explicit ThreadPool(int n_threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls fn(begin, end, thread) over [0, n_items) in pieces of `grain`, taken dynamically; returns when all are done.
+  // Which thread takes which piece is not defined, so no result may depend on it. Not reentrant.
+  template <typename Fn>
+  void parallel(int64_t n_items, int64_t grain, Fn&& fn) {
+    using Callable = std::remove_reference_t<Fn>;
+    run(n_items, grain, [](void* context, int64_t begin, int64_t end, int thread) {
+      (*static_cast<Callable*>(context))(begin, end, thread);
+    }, const_cast<std::remove_const_t<Callable>*>(&fn));
+  }
+
+ private:
+  using Call = void (*)(void* context, int64_t begin, int64_t end, int thread);
+  void run(int64_t n_items, int64_t grain, Call call, void* context);
+  void work(int thread);
+  void drain(int thread);
+
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint32_t> generation_{0};
+  std::atomic<bool> stop_{false};
+  // The current job; written before generation_ moves, read after.
+  Call call_ = nullptr;
+  void* context_ = nullptr;
+  int64_t n_items_ = 0;
+  int64_t grain_ = 1;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int> n_running_{0};
+};
+
+}  // namespace edge

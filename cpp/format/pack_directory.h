@@ -1,0 +1,57 @@
+// The pack's directory: the only code that looks at untrusted structure. Everything behind it sees proven bounds.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "core/status.h"
+#include "kernels/format.h"
+
+namespace edge {
+
+using WeightId = int32_t;
+inline constexpr WeightId kNoWeight = -1;
+
+struct PackEntry {
+  std::string name;
+  WeightFormat format = WeightFormat::kBytes;
+  int32_t layer = -1;
+  int32_t expert = -1;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  uint64_t offset = 0;         // multiple of 4096
+  uint64_t bytes = 0;          // payload
+  uint64_t stored_bytes = 0;   // payload rounded up to 4096
+  uint64_t chunk_bytes = 0;
+  uint64_t first_chunk = 0;
+};
+
+class PackDirectory {
+ public:
+  // Reads and proves header and directory of the file at `path`.
+  static Result<PackDirectory> open(const std::string& path);
+  // The same from bytes already in memory (fuzzing, tests). file_bytes is the size the file really has.
+  static Status check_header(std::span<const std::byte> header, uint64_t file_bytes, uint64_t* directory_offset,
+                             uint64_t* directory_bytes, uint64_t* directory_hash);
+  static Result<PackDirectory> parse(std::span<const std::byte> directory, uint64_t directory_offset);
+
+  const std::vector<PackEntry>& entries() const { return entries_; }
+  WeightId find(std::string_view name) const;  // kNoWeight when absent
+  const PackEntry& entry(WeightId id) const { return entries_[static_cast<size_t>(id)]; }
+  uint64_t chunk_hash(uint64_t chunk) const { return hashes_[chunk]; }
+
+  // Checks the chunks of `entry` that cover [begin, end) of its stored bytes; both multiples of chunk_bytes or the end.
+  // `data` holds those bytes. kCorrupt names entry, chunk, expected and found hash.
+  Status check(const PackEntry& entry, uint64_t begin, std::span<const std::byte> data) const;
+
+ private:
+  std::vector<PackEntry> entries_;
+  std::vector<uint64_t> hashes_;
+  std::unordered_map<std::string, WeightId> by_name_;
+};
+
+}  // namespace edge

@@ -1,0 +1,60 @@
+// Reads of aligned pieces of one file, many in flight. No mmap: a mapped page counts against the user, and a
+// truncated file would kill the process.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "core/status.h"
+
+namespace edge {
+
+inline constexpr uint64_t kReadAlign = 4096;
+
+// offset, bytes and into are multiples of 4096. bytes is at most 1 GiB.
+struct ReadRequest {
+  uint64_t offset = 0;
+  uint64_t bytes = 0;
+  std::byte* into = nullptr;
+  uint64_t tag = 0;  // the caller's; handed back with the completion
+};
+
+struct ReadCompletion {
+  uint64_t tag = 0;
+  Status status;  // kDiskError names path, offset, expected and found bytes or the errno text
+};
+
+class BlockReader {
+ public:
+  virtual ~BlockReader() = default;
+
+  // Queues one read; blocks only while `depth()` reads are in flight. One thread uses a reader at a time.
+  virtual Status submit(const ReadRequest& request) = 0;
+  // Waits for one queued read; completions come in any order. kBadArgument when none is in flight.
+  virtual Result<ReadCompletion> wait() = 0;
+
+  virtual const char* engine() const = 0;  // "io_uring" or "pread"
+  virtual bool direct() const = 0;         // O_DIRECT
+  virtual int depth() const = 0;
+  virtual uint64_t file_bytes() const = 0;
+
+  uint64_t bytes_read() const { return bytes_read_; }
+
+  // Submits all and waits for all; returns the first error after everything in flight has landed.
+  Status read_all(std::span<const ReadRequest> requests);
+
+ protected:
+  uint64_t bytes_read_ = 0;
+};
+
+struct ReaderOptions {
+  std::string engine = "auto";  // auto | io_uring | pread  (EDGE_IO overrides auto)
+  bool direct = true;           // falls back to buffered + POSIX_FADV_DONTNEED where O_DIRECT is refused
+  int depth = 32;
+};
+
+Result<std::unique_ptr<BlockReader>> open_reader(const std::string& path, const ReaderOptions& options);
+
+}  // namespace edge

@@ -1,0 +1,106 @@
+// The table of kernels: chosen once per process, one column per ISA. Every ISA gives the same bits as ref.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/status.h"
+#include "kernels/format.h"
+
+namespace edge {
+
+// What a weight format multiplies with.
+enum class ActKind { kF32, kQ8x32, kQ8x256 };
+
+inline ActKind act_kind(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kQ8_0:
+    case WeightFormat::kQ4_0: return ActKind::kQ8x32;
+    case WeightFormat::kQ4_K:
+    case WeightFormat::kQ6_K: return ActKind::kQ8x256;
+    default: return ActKind::kF32;
+  }
+}
+
+// One activation block: values are q * d. sum(s) let unsigned weight nibbles be offset after the dot product.
+struct ActQ8x32 {
+  float d;
+  int32_t sum;
+  int8_t q[32];
+};
+struct ActQ8x256 {
+  float d;
+  int32_t pad;
+  int16_t sums[16];  // of 16 values each
+  int8_t q[256];
+};
+
+inline int64_t act_row_bytes(ActKind kind, int64_t k) {
+  switch (kind) {
+    case ActKind::kF32: return k * 4;
+    case ActKind::kQ8x32: return k / 32 * static_cast<int64_t>(sizeof(ActQ8x32));
+    case ActKind::kQ8x256: return k / 256 * static_cast<int64_t>(sizeof(ActQ8x256));
+  }
+  return 0;
+}
+
+// y[m * y_stride + row] = dot(W[row, :], x[m, :]) for rows of tiles [tile_begin, tile_end), m in [0, n_rows).
+// `tiles` points at tile 0 of the matrix; acts at activation row 0, rows act_stride bytes apart (kind act_kind(format)).
+// y holds 16 values per tile: a matrix whose row count is no multiple of 16 writes the padding rows too.
+// A row's bits do not depend on n_rows. Any n_rows >= 1 is taken; a tile is decoded once for up to 8 rows.
+using GemvFn = void (*)(const std::byte* tiles, int64_t k, const std::byte* acts, int64_t act_stride, int64_t n_rows,
+                        float* y, int64_t y_stride, int64_t tile_begin, int64_t tile_end);
+
+// One query row's attention over one KV head for `group` query heads that share it. See ops.h for the definition.
+struct AttentionArgs {
+  const float* q;              // [group, head_dim]
+  int64_t group;
+  int64_t head_dim;
+  const uint16_t* const* k;    // visible keys in order: k[i] -> f16 [head_dim]
+  const uint16_t* const* v;    // visible values in order
+  int64_t n_visible;
+  float scale;
+  float* scores;               // scratch [group, n_visible]
+  float* out;                  // [group, head_dim]
+};
+
+struct Kernels {
+  const char* isa;
+  GemvFn gemv[kTileFormats];
+  void (*quantize_q8x32)(const float* x, int64_t k, ActQ8x32* out);
+  void (*quantize_q8x256)(const float* x, int64_t k, ActQ8x256* out);
+  // out = x / rms(x) * weight ; out = (x - mean) / std * weight + bias (bias may be null). In place allowed.
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n, float* out);
+  // Rotate-half: pairs (i, i + n_rotary/2), angle position * inv_freq[i]; cos/sin are given, [n_rotary/2] each.
+  void (*rope)(float* x, const float* cos, const float* sin, int64_t n_rotary);
+  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);  // silu(gate) * up
+  void (*relu_mul)(const float* gate, const float* up, int64_t n, float* out);
+  void (*gelu_mul)(const float* gate, const float* up, int64_t n, float* out);       // erf form; up null = 1
+  void (*gelu_tanh_mul)(const float* gate, const float* up, int64_t n, float* out);  // tanh form; up null = 1
+  void (*add)(const float* x, int64_t n, float* into);                               // into += x
+  void (*scale_add)(const float* x, float scale, int64_t n, float* into);            // into += scale * x
+  void (*softmax)(float* x, int64_t n);
+  void (*attention)(const AttentionArgs& args);
+  void (*to_f16)(const float* x, int64_t n, uint16_t* out);  // round to nearest even
+};
+
+struct IsaInfo {
+  std::string name;
+  bool available = false;
+  std::string reason;  // why not, when not available
+};
+
+// All ISAs compiled into this binary, best first, with whether this machine (and OS) can run them.
+std::vector<IsaInfo> list_isas();
+
+// The table of one ISA; kUnsupported names the reason.
+Result<const Kernels*> kernels_for(const std::string& isa);
+
+// EDGE_ISA from the environment, else the best one available. kBadArgument lists the names when EDGE_ISA is unknown.
+Result<const Kernels*> default_kernels();
+
+}  // namespace edge

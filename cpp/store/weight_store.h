@@ -1,0 +1,96 @@
+// The model never learns where weights live: it acquires a lease on a weight (or on some of its rows) and computes.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/status.h"
+#include "format/pack_directory.h"
+
+namespace edge {
+
+// Rows of a weight; empty = all.
+using RowSet = std::span<const int32_t>;
+
+// A pinned view of a weight's stored bytes (tiles or a vector). Destroying it unpins.
+class Lease {
+ public:
+  Lease() = default;
+  Lease(const std::byte* data, const PackEntry* entry, std::function<void()> unpin = {})
+      : data_(data), entry_(entry), unpin_(std::move(unpin)) {}
+  Lease(Lease&& other) noexcept { *this = std::move(other); }
+  Lease& operator=(Lease&& other) noexcept {
+    if (this != &other) {
+      reset();
+      data_ = std::exchange(other.data_, nullptr);
+      entry_ = std::exchange(other.entry_, nullptr);
+      unpin_ = std::exchange(other.unpin_, {});
+    }
+    return *this;
+  }
+  ~Lease() { reset(); }
+
+  // First byte of the weight (or, for a row lease, of the gathered tiles: tile i holds rows[i] at row_in_tile = rows[i] % 16).
+  const std::byte* data() const { return data_; }
+  const PackEntry& entry() const { return *entry_; }
+  explicit operator bool() const { return data_ != nullptr; }
+  void reset() {
+    if (unpin_) std::exchange(unpin_, {})();
+    data_ = nullptr;
+  }
+
+ private:
+  const std::byte* data_ = nullptr;
+  const PackEntry* entry_ = nullptr;
+  std::function<void()> unpin_;
+};
+
+struct StoreStats {
+  uint64_t flash_bytes = 0;       // read from the drive since load (the initial load of resident weights excluded)
+  uint64_t load_bytes = 0;        // read to make weights resident
+  uint64_t resident_bytes = 0;    // weights held for good
+  uint64_t staging_bytes = 0;     // ring, caches
+  uint64_t hits = 0;
+  uint64_t misses = 0;
+  double wait_seconds = 0;        // time acquire() stood waiting for the drive
+};
+
+class WeightStore {
+ public:
+  virtual ~WeightStore() = default;
+  // A hint that these rows come soon; may do nothing, never fails.
+  virtual void prefetch(WeightId weight, RowSet rows) = 0;
+  // Blocks until the bytes are here and checked. kDiskError, kCorrupt, kCancelled.
+  // One thread acquires; at most 8 leases are held at once.
+  virtual Result<Lease> acquire(WeightId weight, RowSet rows) = 0;
+  virtual StoreStats stats() const = 0;
+  // Called after an abandoned pass so that streams start again at their first weight.
+  virtual void rewind() {}
+};
+
+// Where each weight lives; decided by the plan, in Python, before anything is loaded.
+enum class Placement : uint8_t {
+  kResident = 0,  // read once, kept
+  kStream = 1,    // read in order on every pass, through the ring
+  kDemand = 2,    // read when acquired (embedding rows, experts), kept in a cache while there is room
+};
+
+struct StorePlan {
+  std::vector<Placement> placement;  // per weight of the directory; blobs are ignored
+  std::vector<WeightId> stream_order;  // the streamed weights in the order a pass acquires them
+  uint64_t ring_bytes = 0;           // staging of the stream; at least the largest streamed weight, page-rounded
+  uint64_t demand_bytes = 0;         // cache of demand reads; at least the largest demanded lease set
+};
+
+struct StoreOptions {
+  std::string io_engine = "auto";
+  int io_depth = 32;
+};
+
+}  // namespace edge

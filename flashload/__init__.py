@@ -1,0 +1,1 @@
+"""How weights live on disk and come into memory: checkpoints, packs, plans."""
