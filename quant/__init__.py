@@ -1,0 +1,1 @@
+"""Fewer bits: weight formats, quantisers, and what their loss is."""
