@@ -1,0 +1,98 @@
+#include "model/linear.h"
+
+#include <algorithm>
+#include <array>
+
+namespace edge {
+namespace {
+constexpr size_t kMaxProducts = 4;
+// Pieces per thread in one pass: enough that a slower core does not hold the others up, few enough to keep reads long.
+constexpr int64_t kPiecesPerThread = 8;
+}  // namespace
+
+uint64_t ActRows::bytes(int64_t max_rows, int64_t max_k) {
+  const int64_t row = std::max(act_row_bytes(ActKind::kQ8x32, max_k), act_row_bytes(ActKind::kQ8x256, max_k));
+  return static_cast<uint64_t>(max_rows * row);
+}
+
+void ActRows::set(const float* x, int64_t x_stride, int64_t n_rows, int64_t k) {
+  x_ = x;
+  x_stride_ = x_stride;
+  n_rows_ = n_rows;
+  k_ = k;
+  made_ = ActKind::kF32;
+}
+
+const std::byte* ActRows::rows(ActKind kind, int64_t* stride_bytes) {
+  if (kind == ActKind::kF32) {
+    *stride_bytes = x_stride_ * static_cast<int64_t>(sizeof(float));
+    return reinterpret_cast<const std::byte*>(x_);
+  }
+  *stride_bytes = act_row_bytes(kind, k_);
+  if (made_ != kind) {
+    const int64_t stride = *stride_bytes;
+    pool_.parallel(n_rows_, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t row = begin; row < end; ++row) {
+        std::byte* out = quantised_.data() + row * stride;
+        if (kind == ActKind::kQ8x32) {
+          kernels_.quantize_q8x32(x_ + row * x_stride_, k_, reinterpret_cast<ActQ8x32*>(out));
+        } else {
+          kernels_.quantize_q8x256(x_ + row * x_stride_, k_, reinterpret_cast<ActQ8x256*>(out));
+        }
+      }
+    });
+    made_ = kind;
+  }
+  return quantised_.data();
+}
+
+Result<const float*> Linear::vector(WeightId weight) {
+  if (weight == kNoWeight) return static_cast<const float*>(nullptr);
+  EDGE_ASSIGN(Lease lease, store_.acquire(weight, {}));
+  return reinterpret_cast<const float*>(lease.data());
+}
+
+Status Linear::run(ActRows& x, std::span<const Product> products) {
+  std::array<Lease, kMaxProducts> leases;
+  std::array<int64_t, kMaxProducts + 1> first_tile{};
+  if (products.size() > kMaxProducts) return error(Code::kBadArgument, "linear: at most %zu products", kMaxProducts);
+  bool one_kind = true;
+  const ActKind kind = act_kind(directory_.entry(products[0].weight).format);
+  for (size_t i = 0; i < products.size(); ++i) {
+    const PackEntry& entry = directory_.entry(products[i].weight);
+    one_kind = one_kind && act_kind(entry.format) == kind;
+    first_tile[i + 1] = first_tile[i] + tile_count(entry.rows);
+  }
+  // Weights of different activation kinds take turns: the buffer holds one quantised copy at a time.
+  if (!one_kind) {
+    for (const Product& product : products) EDGE_TRY(run(x, {&product, 1}));
+    return {};
+  }
+  for (size_t i = 0; i < products.size(); ++i) {
+    EDGE_ASSIGN(leases[i], store_.acquire(products[i].weight, {}));
+  }
+  int64_t stride_bytes = 0;
+  const std::byte* acts = x.rows(kind, &stride_bytes);
+  const int64_t n_tiles = first_tile[products.size()];
+  const int64_t grain = std::max<int64_t>(1, n_tiles / (pool_.size() * kPiecesPerThread));
+  pool_.parallel(n_tiles, grain, [&](int64_t begin, int64_t end, int) {
+    for (size_t i = 0; i < products.size(); ++i) {
+      const int64_t low = std::max(begin, first_tile[i]), high = std::min(end, first_tile[i + 1]);
+      if (low >= high) continue;
+      const PackEntry& entry = directory_.entry(products[i].weight);
+      kernels_.gemv[static_cast<uint32_t>(entry.format)](leases[i].data(), entry.cols, acts, stride_bytes, x.n_rows(),
+                                                          products[i].y, products[i].y_stride, low - first_tile[i],
+                                                          high - first_tile[i]);
+    }
+  });
+  for (const Product& product : products) {
+    EDGE_ASSIGN(const float* bias, vector(product.bias));
+    if (bias == nullptr) continue;
+    for (int64_t row = 0; row < x.n_rows(); ++row) {
+      kernels_.add(bias, directory_.entry(product.weight).rows, product.y + row * product.y_stride);
+    }
+  }
+  return {};
+}
+
+}  // namespace edge
