@@ -1,0 +1,99 @@
+#include <algorithm>
+#include <bit>
+
+#include "model/decoder.h"
+
+namespace edge {
+
+Status Decoder::attention(int64_t index, KvCache& kv) {
+  const LayerWeights& layer = weights_.layers[static_cast<size_t>(index)];
+  const int64_t hidden = config_.hidden_size, q_dim = config_.q_dim(), kv_dim = config_.kv_dim();
+  EDGE_TRY(norm(layer.attn_norm, layer.attn_norm_bias, scratch_.hidden, pad16(hidden), n_rows_, scratch_.normed));
+  acts_->set(scratch_.normed, pad16(hidden), n_rows_, hidden);
+  const Product qkv[] = {{layer.q, scratch_.q, pad16(q_dim), layer.q_bias},
+                         {layer.k, scratch_.k, pad16(kv_dim), layer.k_bias},
+                         {layer.v, scratch_.v, pad16(kv_dim), layer.v_bias}};
+  EDGE_TRY(linear_.run(*acts_, qkv));
+  EDGE_TRY(rotate_and_store(index, kv));
+  attend(index, kv);
+  acts_->set(scratch_.attended, pad16(q_dim), n_rows_, q_dim);
+  const Product out{layer.o, scratch_.projected, pad16(hidden), layer.o_bias};
+  EDGE_TRY(linear_.run(*acts_, {&out, 1}));
+  kernels_.add(scratch_.projected, n_rows_ * pad16(hidden), scratch_.hidden);
+  return {};
+}
+
+Status Decoder::rotate_and_store(int64_t index, KvCache& kv) {
+  const LayerWeights& layer = weights_.layers[static_cast<size_t>(index)];
+  const int64_t head_dim = config_.head_dim, q_dim = config_.q_dim(), kv_dim = config_.kv_dim();
+  const int64_t half = static_cast<int64_t>(config_.rope_inv_freq.size());
+  EDGE_ASSIGN(const float* q_norm, linear_.vector(layer.q_norm));
+  EDGE_ASSIGN(const float* k_norm, linear_.vector(layer.k_norm));
+
+  const auto prepare = [&](float* x, int64_t dim, const float* weight, int64_t row) {
+    if (config_.clip_qkv > 0) {
+      for (int64_t i = 0; i < dim; ++i) x[i] = std::clamp(x[i], -config_.clip_qkv, config_.clip_qkv);
+    }
+    if (config_.qk_norm == QkNorm::kFull) kernels_.rms_norm(x, weight, config_.norm_eps, dim, x);
+    for (int64_t head = 0; head < dim; head += head_dim) {
+      if (config_.qk_norm == QkNorm::kHead) kernels_.rms_norm(x + head, weight, config_.norm_eps, head_dim, x + head);
+      if (half > 0) kernels_.rope(x + head, scratch_.cos + row * half, scratch_.sin + row * half, 2 * half);
+    }
+  };
+  pool_.parallel(n_rows_, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) {
+      prepare(scratch_.q + row * pad16(q_dim), q_dim, q_norm, row);
+      prepare(scratch_.k + row * pad16(kv_dim), kv_dim, k_norm, row);
+      float* v = scratch_.v + row * pad16(kv_dim);
+      if (config_.clip_qkv > 0) {
+        for (int64_t i = 0; i < kv_dim; ++i) v[i] = std::clamp(v[i], -config_.clip_qkv, config_.clip_qkv);
+      }
+      kernels_.to_f16(scratch_.k + row * pad16(kv_dim), kv_dim, kv.key(index, n_committed_ + row));
+      kernels_.to_f16(v, kv_dim, kv.value(index, n_committed_ + row));
+    }
+  });
+  return {};
+}
+
+void Decoder::attend(int64_t index, KvCache& kv) {
+  const int64_t head_dim = config_.head_dim, n_kv_heads = config_.n_kv_heads;
+  const int64_t group = config_.n_heads / n_kv_heads, max_visible = options_.context + options_.max_rows;
+  const int64_t window = config_.windows[static_cast<size_t>(index)];
+  pool_.parallel(n_rows_ * n_kv_heads, 1, [&](int64_t begin, int64_t end, int thread) {
+    std::byte* scratch = scratch_.attention + scratch_.attention_stride * static_cast<uint64_t>(thread);
+    const uint16_t** keys = reinterpret_cast<const uint16_t**>(scratch);
+    const uint16_t** values = keys + max_visible;
+    float* scores = reinterpret_cast<float*>(values + max_visible);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t row = item / n_kv_heads, kv_head = item % n_kv_heads, offset = kv_head * head_dim;
+      // A window of w sees the w latest positions, its own included.
+      const int64_t first = window > 0 ? std::max<int64_t>(0, positions_[row] - window + 1) : 0;
+      int64_t n_visible = 0;
+      const auto see = [&](int64_t slot) {
+        keys[n_visible] = kv.key(index, slot) + offset;
+        values[n_visible++] = kv.value(index, slot) + offset;
+      };
+      for (int64_t slot = first; slot < n_committed_; ++slot) see(slot);
+      const uint64_t* mask = visible_.data() + row * mask_words_;
+      for (int64_t word = 0; word < mask_words_; ++word) {
+        for (uint64_t bits = mask[word]; bits != 0; bits &= bits - 1) {
+          const int64_t other = word * 64 + std::countr_zero(bits);
+          if (positions_[other] >= first) see(n_committed_ + other);
+        }
+      }
+      AttentionArgs args;
+      args.q = scratch_.q + row * pad16(config_.q_dim()) + kv_head * group * head_dim;
+      args.group = group;
+      args.head_dim = head_dim;
+      args.k = keys;
+      args.v = values;
+      args.n_visible = n_visible;
+      args.scale = config_.attention_scale;
+      args.scores = scores;
+      args.out = scratch_.attended + row * pad16(config_.q_dim()) + kv_head * group * head_dim;
+      kernels_.attention(args);
+    }
+  });
+}
+
+}  // namespace edge

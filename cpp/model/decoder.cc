@@ -1,0 +1,176 @@
+#include "model/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/tiling.h"
+
+namespace edge {
+namespace {
+// Rows of one embedding lease: their gathered tiles must fit a small demand cache.
+constexpr int64_t kEmbedRows = 16;
+}  // namespace
+
+Decoder::Decoder(const DecoderConfig& config, const DecoderOptions& options, const PackDirectory& directory,
+                 WeightStore& store, const Kernels& kernels, ThreadPool& pool)
+    : config_(config), options_(options), directory_(directory), store_(store), kernels_(kernels), pool_(pool),
+      linear_(store, directory, kernels, pool) {}
+
+uint64_t Decoder::scratch_bytes(const DecoderConfig& config, const DecoderOptions& options, int n_threads) {
+  return Scratch::bytes(config, options.max_rows, options.context, n_threads);
+}
+
+Result<std::unique_ptr<Decoder>> Decoder::create(const DecoderConfig& config, const DecoderOptions& options,
+                                                 const PackDirectory& directory, WeightStore& store,
+                                                 const Kernels& kernels, ThreadPool& pool, Budget& budget) {
+  EDGE_TRY(config.validate());
+  std::unique_ptr<Decoder> decoder(new Decoder(config, options, directory, store, kernels, pool));
+  EDGE_ASSIGN(decoder->weights_, ModelWeights::resolve(config, directory));
+  EDGE_ASSIGN(decoder->scratch_, Scratch::create(config, options.max_rows, options.context, pool.size(), budget));
+  decoder->acts_ = std::make_unique<ActRows>(kernels, pool, decoder->scratch_.acts);
+  return decoder;
+}
+
+Status Decoder::forward(const Batch& batch, KvCache& kv) {
+  EDGE_TRY(check(batch, kv));
+  EDGE_TRY(kv.stage(static_cast<int64_t>(batch.tokens.size())));
+  place(batch, kv);
+  Status status = embed(batch);
+  for (int64_t layer = 0; status.ok() && layer < config_.n_layers; ++layer) {
+    if (interrupted && interrupted()) {
+      status = error(Code::kCancelled, "cancelled in layer %lld", static_cast<long long>(layer));
+      break;
+    }
+    const LayerWeights& weights = weights_.layers[static_cast<size_t>(layer)];
+    status = attention(layer, kv);
+    if (!status.ok()) break;
+    status = norm(weights.ffn_norm, weights.ffn_norm_bias, scratch_.hidden, pad16(config_.hidden_size), n_rows_,
+                  scratch_.normed);
+    if (!status.ok()) break;
+    status = weights.experts.empty() ? ffn(weights, scratch_.normed, n_rows_, scratch_.projected)
+                                     : mixture(weights, scratch_.normed);
+    if (!status.ok()) break;
+    kernels_.add(scratch_.projected, n_rows_ * pad16(config_.hidden_size), scratch_.hidden);
+  }
+  if (!status.ok()) {
+    kv.rollback();
+    store_.rewind();
+  }
+  return status;
+}
+
+Status Decoder::check(const Batch& batch, const KvCache& kv) const {
+  const int64_t n_rows = static_cast<int64_t>(batch.tokens.size());
+  if (n_rows < 1 || n_rows > options_.max_rows || batch.parents.size() != batch.tokens.size()) {
+    return error(Code::kBadArgument, "forward: expected 1..%lld rows with a parent each, found %lld rows, %zu parents",
+                 static_cast<long long>(options_.max_rows), static_cast<long long>(n_rows), batch.parents.size());
+  }
+  if (kv.n_committed() + n_rows > options_.context + options_.max_rows) {
+    return error(Code::kContextOverflow, "forward: %lld tokens, the context holds %lld",
+                 static_cast<long long>(kv.n_committed() + n_rows), static_cast<long long>(options_.context));
+  }
+  for (size_t i = 0; i < batch.tokens.size(); ++i) {
+    if (batch.tokens[i] < 0 || batch.tokens[i] >= config_.vocab_size) {
+      return error(Code::kBadArgument, "token %zu: expected an id in 0..%lld, found %d", i,
+                   static_cast<long long>(config_.vocab_size - 1), batch.tokens[i]);
+    }
+    if (batch.parents[i] < -1 || batch.parents[i] >= static_cast<int32_t>(i)) {
+      return error(Code::kBadArgument, "parent of row %zu: expected -1..%d, found %d", i, static_cast<int>(i) - 1,
+                   batch.parents[i]);
+    }
+  }
+  return {};
+}
+
+void Decoder::place(const Batch& batch, const KvCache& kv) {
+  n_rows_ = static_cast<int64_t>(batch.tokens.size());
+  n_committed_ = kv.n_committed();
+  mask_words_ = (n_rows_ + 63) / 64;
+  positions_.assign(static_cast<size_t>(n_rows_), 0);
+  visible_.assign(static_cast<size_t>(n_rows_ * mask_words_), 0);
+  const int64_t half = static_cast<int64_t>(config_.rope_inv_freq.size());
+  for (int64_t row = 0; row < n_rows_; ++row) {
+    const int32_t parent = batch.parents[static_cast<size_t>(row)];
+    uint64_t* mask = visible_.data() + row * mask_words_;
+    positions_[row] = parent < 0 ? n_committed_ : positions_[parent] + 1;
+    if (parent >= 0) std::copy_n(visible_.data() + parent * mask_words_, mask_words_, mask);
+    mask[row / 64] |= uint64_t{1} << (row % 64);
+    for (int64_t i = 0; i < half; ++i) {
+      // The angle in f32, as the reference implementations have it.
+      const float angle = static_cast<float>(positions_[row]) * config_.rope_inv_freq[static_cast<size_t>(i)];
+      scratch_.cos[row * half + i] = std::cos(angle) * config_.rope_magnitude;
+      scratch_.sin[row * half + i] = std::sin(angle) * config_.rope_magnitude;
+    }
+  }
+}
+
+Status Decoder::embed(const Batch& batch) {
+  const int64_t hidden = config_.hidden_size, stride = pad16(hidden);
+  const auto gather = [&](WeightId weight, std::span<const int32_t> rows, float* out, bool accumulate) -> Status {
+    const PackEntry& entry = directory_.entry(weight);
+    const int64_t tile_stride = tile_stride_bytes(entry.format, entry.cols);
+    for (size_t begin = 0; begin < rows.size(); begin += kEmbedRows) {
+      const auto piece = rows.subspan(begin, std::min<size_t>(kEmbedRows, rows.size() - begin));
+      EDGE_ASSIGN(Lease lease, store_.acquire(weight, piece));
+      for (size_t i = 0; i < piece.size(); ++i) {
+        float* into = accumulate ? scratch_.normed : out + static_cast<int64_t>(begin + i) * stride;
+        decode_tile_row(entry.format, lease.row_tile(i, piece[i], tile_stride), piece[i] % kTileRows, hidden, into);
+        if (accumulate) kernels_.add(into, hidden, out + static_cast<int64_t>(begin + i) * stride);
+      }
+    }
+    return {};
+  };
+  EDGE_TRY(gather(weights_.embed, batch.tokens, scratch_.hidden, false));
+  if (weights_.embed_position == kNoWeight) return {};
+  std::vector<int32_t> rows;
+  for (int64_t position : positions_) rows.push_back(static_cast<int32_t>(position + config_.position_offset));
+  const int64_t n_positions = directory_.entry(weights_.embed_position).rows;
+  if (*std::max_element(rows.begin(), rows.end()) >= n_positions) {
+    return error(Code::kContextOverflow, "position %lld: the model has learned %lld positions",
+                 static_cast<long long>(positions_.back()), static_cast<long long>(n_positions - config_.position_offset));
+  }
+  return gather(weights_.embed_position, rows, scratch_.hidden, true);
+}
+
+Status Decoder::norm(WeightId weight_id, WeightId bias_id, const float* x, int64_t x_stride, int64_t n_rows,
+                     float* out) {
+  EDGE_ASSIGN(const float* weight, linear_.vector(weight_id));
+  EDGE_ASSIGN(const float* bias, linear_.vector(bias_id));
+  const int64_t n = config_.hidden_size, out_stride = pad16(n);
+  pool_.parallel(n_rows, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (config_.norm == Norm::kRms) {
+        kernels_.rms_norm(x + row * x_stride, weight, config_.norm_eps, n, out + row * out_stride);
+      } else {
+        kernels_.layer_norm(x + row * x_stride, weight, bias, config_.norm_eps, n, out + row * out_stride);
+      }
+    }
+  });
+  return {};
+}
+
+Status Decoder::logits(std::span<const int32_t> rows, const Visit& visit) {
+  const int64_t hidden = config_.hidden_size, stride = pad16(hidden), vocab = pad16(config_.vocab_size);
+  for (size_t begin = 0; begin < rows.size(); begin += Scratch::kLogitRows) {
+    const auto piece = rows.subspan(begin, std::min<size_t>(Scratch::kLogitRows, rows.size() - begin));
+    const int64_t n = static_cast<int64_t>(piece.size());
+    for (int64_t i = 0; i < n; ++i) {
+      EDGE_TRY(norm(weights_.final_norm, weights_.final_norm_bias, scratch_.hidden + piece[i] * stride, stride, 1,
+                    scratch_.normed + i * stride));
+    }
+    acts_->set(scratch_.normed, stride, n, hidden);
+    const Product head{weights_.head, scratch_.logits, vocab};
+    EDGE_TRY(linear_.run(*acts_, {&head, 1}));
+    for (int64_t i = 0; i < n; ++i) {
+      float* logits = scratch_.logits + i * vocab;
+      if (config_.logit_scale != 1.0f) {
+        for (int64_t j = 0; j < config_.vocab_size; ++j) logits[j] *= config_.logit_scale;
+      }
+      EDGE_TRY(visit(begin + static_cast<size_t>(i), {logits, static_cast<size_t>(config_.vocab_size)}));
+    }
+  }
+  return {};
+}
+
+}  // namespace edge

@@ -1,0 +1,88 @@
+// One decoder for every family: embed, layers of attention and FFN, final norm, head.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "core/budget.h"
+#include "core/thread_pool.h"
+#include "kernels/kernels.h"
+#include "kv/kv_cache.h"
+#include "model/decoder_config.h"
+#include "model/linear.h"
+#include "model/scratch.h"
+#include "model/weights.h"
+#include "store/weight_store.h"
+
+namespace edge {
+
+// Rows of one forward pass. parents[i] is the batch row before row i, or -1 for the last committed token, so a prompt
+// chunk is the chain -1, 0, 1, ... and a token tree any forest in topological order (parents[i] < i).
+struct Batch {
+  std::span<const int32_t> tokens;
+  std::span<const int32_t> parents;
+};
+
+struct DecoderOptions {
+  int64_t max_rows = 128;   // rows of one pass
+  int64_t context = 0;      // tokens the KV cache can hold
+};
+
+class Decoder {
+ public:
+  // All of the decoder's own memory, in bytes: what create() takes from the budget.
+  static uint64_t scratch_bytes(const DecoderConfig& config, const DecoderOptions& options, int n_threads);
+
+  // The references must outlive the decoder.
+  static Result<std::unique_ptr<Decoder>> create(const DecoderConfig& config, const DecoderOptions& options,
+                                                 const PackDirectory& directory, WeightStore& store,
+                                                 const Kernels& kernels, ThreadPool& pool, Budget& budget);
+
+  // Runs the batch and stages its keys and values in `kv`; the caller commits or rolls back. Nothing is staged on error.
+  // kCancelled when `interrupted` says so; it is asked once per layer.
+  Status forward(const Batch& batch, KvCache& kv);
+  // Logits of rows of the last batch, in `rows` order: visit(i, logits[vocab_size]) may change them.
+  using Visit = std::function<Status(size_t i, std::span<float> logits)>;
+  Status logits(std::span<const int32_t> rows, const Visit& visit);
+
+  std::function<bool()> interrupted;
+  const DecoderConfig& config() const { return config_; }
+  int64_t max_rows() const { return options_.max_rows; }
+
+ private:
+  Decoder(const DecoderConfig& config, const DecoderOptions& options, const PackDirectory& directory,
+          WeightStore& store, const Kernels& kernels, ThreadPool& pool);
+
+  Status check(const Batch& batch, const KvCache& kv) const;
+  void place(const Batch& batch, const KvCache& kv);  // positions, rotations, visibility
+  Status embed(const Batch& batch);
+  Status attention(int64_t layer, KvCache& kv);
+  void attend(int64_t layer, KvCache& kv);
+  Status ffn(const LayerWeights& layer, const float* x, int64_t n_rows, float* out);
+  Status mixture(const LayerWeights& layer, const float* x);
+  Status norm(WeightId weight, WeightId bias, const float* x, int64_t x_stride, int64_t n_rows, float* out);
+  Status rotate_and_store(int64_t layer, KvCache& kv);
+  Status activate(const float* gate, const float* up, int64_t n_rows, int64_t n, float* out);
+
+  DecoderConfig config_;
+  DecoderOptions options_;
+  const PackDirectory& directory_;
+  WeightStore& store_;
+  const Kernels& kernels_;
+  ThreadPool& pool_;
+  Linear linear_;
+  ModelWeights weights_;
+  Scratch scratch_;
+  std::unique_ptr<ActRows> acts_;
+
+  // The batch in flight.
+  int64_t n_rows_ = 0;
+  int64_t n_committed_ = 0;
+  std::vector<int64_t> positions_;
+  std::vector<uint64_t> visible_;   // [n_rows][mask_words]: batch rows that row i sees, itself included
+  int64_t mask_words_ = 0;
+};
+
+}  // namespace edge

@@ -1,0 +1,96 @@
+#include <algorithm>
+#include <numeric>
+
+#include "model/decoder.h"
+
+namespace edge {
+
+Status Decoder::activate(const float* gate, const float* up, int64_t n_rows, int64_t n, float* out) {
+  const int64_t stride = pad16(n);
+  pool_.parallel(n_rows, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* g = gate + row * stride;
+      const float* u = up == nullptr ? nullptr : up + row * stride;
+      float* o = out + row * stride;
+      switch (config_.activation) {
+        case Activation::kSilu: kernels_.silu_mul(g, u, n, o); break;
+        case Activation::kRelu: kernels_.relu_mul(g, u, n, o); break;
+        case Activation::kGelu: kernels_.gelu_mul(g, u, n, o); break;
+        case Activation::kGeluTanh: kernels_.gelu_tanh_mul(g, u, n, o); break;
+      }
+    }
+  });
+  return {};
+}
+
+// out[n_rows][pad16(hidden)] = down(act(gate(x)) * up(x)), or down(act(up(x))) when the FFN has no gate.
+Status Decoder::ffn(const LayerWeights& layer, const float* x, int64_t n_rows, float* out) {
+  const int64_t hidden = config_.hidden_size;
+  const int64_t inner = directory_.entry(layer.up).rows;
+  acts_->set(x, pad16(hidden), n_rows, hidden);
+  const Product inputs[] = {{layer.up, scratch_.up, pad16(inner), layer.up_bias},
+                            {layer.gate, scratch_.gate, pad16(inner), layer.gate_bias}};
+  EDGE_TRY(linear_.run(*acts_, {inputs, config_.gated ? size_t{2} : size_t{1}}));
+  const float* gate = config_.gated ? scratch_.gate : scratch_.up;
+  EDGE_TRY(activate(gate, config_.gated ? scratch_.up : nullptr, n_rows, inner, scratch_.gate));
+  acts_->set(scratch_.gate, pad16(inner), n_rows, inner);
+  const Product down{layer.down, out, pad16(hidden), layer.down_bias};
+  return linear_.run(*acts_, {&down, 1});
+}
+
+// projected = sum over each row's top experts of weight * expert(x), added in ascending expert order so that a row's
+// result does not depend on which other rows chose the same expert.
+Status Decoder::mixture(const LayerWeights& layer, const float* x) {
+  const int64_t hidden = config_.hidden_size, stride = pad16(hidden);
+  const int64_t n_experts = config_.n_experts, router_stride = pad16(n_experts), top_k = config_.experts_per_token;
+  acts_->set(x, stride, n_rows_, hidden);
+  const Product router{layer.router, scratch_.router, router_stride};
+  EDGE_TRY(linear_.run(*acts_, {&router, 1}));
+
+  struct Choice {
+    int64_t row;
+    float weight;
+  };
+  std::vector<std::vector<Choice>> chosen(static_cast<size_t>(n_experts));
+  std::vector<int64_t> order(static_cast<size_t>(n_experts));
+  for (int64_t row = 0; row < n_rows_; ++row) {
+    float* probability = scratch_.router + row * router_stride;
+    kernels_.softmax(probability, n_experts);
+    std::iota(order.begin(), order.end(), 0);
+    std::partial_sort(order.begin(), order.begin() + top_k, order.end(), [&](int64_t a, int64_t b) {
+      return probability[a] != probability[b] ? probability[a] > probability[b] : a < b;
+    });
+    float sum = 1.0f;
+    if (config_.norm_topk_prob) {
+      sum = 0.0f;
+      for (int64_t i = 0; i < top_k; ++i) sum += probability[order[i]];
+    }
+    for (int64_t i = 0; i < top_k; ++i) chosen[order[i]].push_back({row, probability[order[i]] / sum});
+  }
+  for (int64_t e = 0; e < n_experts; ++e) {
+    if (chosen[e].empty()) continue;
+    const ExpertWeights& expert = layer.experts[static_cast<size_t>(e)];
+    for (WeightId weight : {expert.gate, expert.up, expert.down}) store_.prefetch(weight, {});
+  }
+
+  std::fill_n(scratch_.projected, n_rows_ * stride, 0.0f);
+  for (int64_t e = 0; e < n_experts; ++e) {
+    const std::vector<Choice>& rows = chosen[static_cast<size_t>(e)];
+    if (rows.empty()) continue;
+    const ExpertWeights& expert = layer.experts[static_cast<size_t>(e)];
+    const int64_t n = static_cast<int64_t>(rows.size());
+    for (int64_t i = 0; i < n; ++i) std::copy_n(x + rows[i].row * stride, hidden, scratch_.expert_in + i * stride);
+    LayerWeights dense;
+    dense.gate = expert.gate;
+    dense.up = expert.up;
+    dense.down = expert.down;
+    EDGE_TRY(ffn(dense, scratch_.expert_in, n, scratch_.expert_out));
+    for (int64_t i = 0; i < n; ++i) {
+      kernels_.scale_add(scratch_.expert_out + i * stride, rows[i].weight, hidden,
+                         scratch_.projected + rows[i].row * stride);
+    }
+  }
+  return {};
+}
+
+}  // namespace edge

@@ -1,0 +1,73 @@
+#include "model/scratch.h"
+
+#include <algorithm>
+
+#include "model/linear.h"
+
+namespace edge {
+namespace {
+
+// Hands out aligned pieces; with no memory behind it only the offsets move, which is how sizes are known beforehand.
+class Carver {
+ public:
+  explicit Carver(std::byte* base) : base_(base) {}
+  std::byte* take(uint64_t bytes) {
+    std::byte* piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (bytes + 63) / 64 * 64;
+    return piece;
+  }
+  float* floats(int64_t n) { return reinterpret_cast<float*>(take(static_cast<uint64_t>(n) * sizeof(float))); }
+  uint64_t used() const { return used_; }
+
+ private:
+  std::byte* base_;
+  uint64_t used_ = 0;
+};
+
+uint64_t carve(Scratch& scratch, std::byte* base, const DecoderConfig& config, int64_t max_rows, int64_t context,
+               int n_threads) {
+  Carver carver(base);
+  const int64_t hidden = pad16(config.hidden_size), ffn = pad16(config.ffn_dim());
+  const int64_t half = static_cast<int64_t>(config.rope_inv_freq.size());
+  scratch.hidden = carver.floats(max_rows * hidden);
+  scratch.normed = carver.floats(max_rows * hidden);
+  scratch.q = carver.floats(max_rows * pad16(config.q_dim()));
+  scratch.k = carver.floats(max_rows * pad16(config.kv_dim()));
+  scratch.v = carver.floats(max_rows * pad16(config.kv_dim()));
+  scratch.attended = carver.floats(max_rows * pad16(config.q_dim()));
+  scratch.projected = carver.floats(max_rows * hidden);
+  scratch.gate = carver.floats(max_rows * ffn);
+  scratch.up = carver.floats(max_rows * ffn);
+  scratch.cos = carver.floats(max_rows * half);
+  scratch.sin = carver.floats(max_rows * half);
+  scratch.logits = carver.floats(Scratch::kLogitRows * pad16(config.vocab_size));
+  const int64_t widest = std::max({config.hidden_size, config.q_dim(), config.ffn_dim()});
+  const uint64_t act_bytes = ActRows::bytes(max_rows, widest);
+  scratch.acts = {carver.take(act_bytes), act_bytes};
+  if (config.n_experts > 0) {
+    scratch.router = carver.floats(max_rows * pad16(config.n_experts));
+    scratch.expert_in = carver.floats(max_rows * hidden);
+    scratch.expert_out = carver.floats(max_rows * hidden);
+  }
+  const int64_t visible = context + max_rows, group = config.n_heads / config.n_kv_heads;
+  scratch.attention_stride = static_cast<uint64_t>((group * visible * 4 + 2 * visible * 8 + 63) / 64 * 64);
+  scratch.attention = carver.take(scratch.attention_stride * static_cast<uint64_t>(n_threads));
+  return carver.used();
+}
+
+}  // namespace
+
+uint64_t Scratch::bytes(const DecoderConfig& config, int64_t max_rows, int64_t context, int n_threads) {
+  Scratch scratch;
+  return carve(scratch, nullptr, config, max_rows, context, n_threads);
+}
+
+Result<Scratch> Scratch::create(const DecoderConfig& config, int64_t max_rows, int64_t context, int n_threads,
+                                Budget& budget) {
+  Scratch scratch;
+  EDGE_ASSIGN(scratch.memory, budget.reserve(bytes(config, max_rows, context, n_threads), "activations"));
+  carve(scratch, scratch.memory.data(), config, max_rows, context, n_threads);
+  return scratch;
+}
+
+}  // namespace edge

@@ -1,0 +1,43 @@
+// Activations of one pass, carved out of a single budgeted block; the same list gives the sizes before anything is loaded.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "core/budget.h"
+#include "core/status.h"
+#include "model/decoder_config.h"
+
+namespace edge {
+
+struct Scratch {
+  // [max_rows][...] each; widths of products are padded to 16 because kernels write whole tiles.
+  float* hidden = nullptr;       // [hidden_size], the residual stream
+  float* normed = nullptr;       // [hidden_size]
+  float* q = nullptr;            // [q_dim]
+  float* k = nullptr;            // [kv_dim]
+  float* v = nullptr;            // [kv_dim]
+  float* attended = nullptr;     // [q_dim]
+  float* projected = nullptr;    // [hidden_size], an output on its way into the residual
+  float* gate = nullptr;         // [ffn_dim]
+  float* up = nullptr;           // [ffn_dim]
+  float* router = nullptr;       // [n_experts]
+  float* expert_in = nullptr;    // [hidden_size], rows gathered for one expert
+  float* expert_out = nullptr;   // [hidden_size]
+  float* cos = nullptr;          // [n_rotary / 2]
+  float* sin = nullptr;
+  float* logits = nullptr;       // [kLogitRows][vocab_size]
+  std::span<std::byte> acts;     // quantised rows
+  // Per thread: scores [group][context + max_rows], then key and value pointers [context + max_rows] each.
+  std::byte* attention = nullptr;
+  uint64_t attention_stride = 0;
+  Block memory;
+
+  static constexpr int64_t kLogitRows = 8;
+
+  static uint64_t bytes(const DecoderConfig& config, int64_t max_rows, int64_t context, int n_threads);
+  static Result<Scratch> create(const DecoderConfig& config, int64_t max_rows, int64_t context, int n_threads,
+                                Budget& budget);
+};
+
+}  // namespace edge
