@@ -1,0 +1,123 @@
+// The engine's coarse calls. Each releases the GIL; signals are looked at once per layer.
+#include <pybind11/numpy.h>
+
+#include "bindings/binding.h"
+#include "bindings/config_from_dict.h"
+#include "engine/engine.h"
+#include "engine/sequence.h"
+
+namespace py = pybind11;
+
+namespace edge {
+namespace {
+
+EngineOptions options_from(const py::dict& dict) {
+  EngineOptions options;
+  options.pack_path = dict["pack_path"].cast<std::string>();
+  options.decoder = decoder_config_from(dict["decoder"]);
+  for (uint8_t placement : dict["placement"].cast<std::vector<uint8_t>>()) {
+    options.plan.placement.push_back(static_cast<Placement>(placement));
+  }
+  options.plan.stream_order = dict["stream_order"].cast<std::vector<WeightId>>();
+  options.plan.ring_bytes = dict["ring_bytes"].cast<uint64_t>();
+  options.plan.demand_bytes = dict["demand_bytes"].cast<uint64_t>();
+  options.store.io_engine = dict["io_engine"].cast<std::string>();
+  options.n_threads = dict["threads"].cast<int>();
+  options.isa = dict["isa"].cast<std::string>();
+  options.context = dict["context"].cast<int64_t>();
+  options.max_rows = dict["max_rows"].cast<int64_t>();
+  options.budget_bytes = dict["budget_bytes"].cast<uint64_t>();
+  return options;
+}
+
+// Runs fn without the GIL; a Ctrl-C seen inside becomes KeyboardInterrupt, not CancelledError.
+template <typename Fn>
+auto run(Fn&& fn) {
+  py::gil_scoped_release release;
+  auto result = fn();
+  if (!result.ok()) {
+    py::gil_scoped_acquire gil;
+    if (PyErr_Occurred()) throw py::error_already_set();
+  }
+  return result;
+}
+
+Status as_status(Status status) { return status; }
+
+bool signal_pending() {
+  py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
+std::unique_ptr<Engine> open(const py::dict& dict) {
+  const EngineOptions options = options_from(dict);
+  auto engine = value(run([&] { return Engine::open(options); }));
+  engine->interrupted = signal_pending;
+  return engine;
+}
+
+py::dict stats(Engine& engine) {
+  const StoreStats store = engine.store().stats();
+  py::dict dict;
+  dict["flash_bytes"] = store.flash_bytes;
+  dict["load_bytes"] = store.load_bytes;
+  dict["resident_bytes"] = store.resident_bytes;
+  dict["staging_bytes"] = store.staging_bytes;
+  dict["hits"] = store.hits;
+  dict["misses"] = store.misses;
+  dict["wait_seconds"] = store.wait_seconds;
+  dict["budget_bytes"] = engine.budget().limit_bytes();
+  dict["used_bytes"] = engine.budget().used_bytes();
+  dict["peak_bytes"] = engine.budget().peak_bytes();
+  dict["by_tag"] = engine.budget().report();
+  dict["isa"] = engine.kernels().isa;
+  return dict;
+}
+
+py::array_t<float> to_array(const std::vector<float>& values) {
+  return py::array_t<float>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+void bind(py::module_& module) {
+  py::class_<Engine>(module, "Engine", "A loaded model inside its budget.")
+      .def(py::init(&open), py::arg("options"))
+      .def("cancel", &Engine::cancel, py::call_guard<py::gil_scoped_release>())
+      .def("resume", &Engine::resume, py::call_guard<py::gil_scoped_release>())
+      .def("stats", &stats);
+
+  py::class_<Sequence>(module, "Sequence", "One text in the making.")
+      .def(py::init([](Engine& engine) { return value(Sequence::create(engine)); }), py::keep_alive<1, 2>())
+      .def("set_tokens",
+           [](Sequence& self, std::vector<int32_t> tokens) { return value(self.set_tokens(std::move(tokens))); })
+      .def_property_readonly("tokens", &Sequence::tokens)
+      .def_property_readonly("n_pending", &Sequence::n_pending)
+      .def("advance", [](Sequence& self) { check(run([&] { return as_status(self.advance()); })); })
+      .def("next",
+           [](Sequence& self, Sampler& sampler) {
+             const SampledToken token = value(run([&] { return self.next(sampler); }));
+             return py::make_tuple(token.token, token.logprob, token.top);
+           })
+      .def("logits", [](Sequence& self) { return to_array(value(run([&] { return self.logits(); }))); })
+      .def("score",
+           [](Sequence& self, std::vector<int32_t> tokens) {
+             return value(run([&] { return self.score(std::move(tokens)); }));
+           })
+      .def("shift", [](Sequence& self, int64_t keep_first, int64_t keep_last) {
+        check(self.shift(keep_first, keep_last));
+      });
+
+  module.def(
+      "fixed_bytes",
+      [](const py::dict& decoder, int64_t context, int64_t max_rows, int n_threads) {
+        const DecoderConfig config = decoder_config_from(decoder);
+        check(config.validate());
+        const FixedBytes fixed = fixed_bytes(config, context, max_rows, n_threads);
+        return py::make_tuple(fixed.kv, fixed.activations, fixed.logits);
+      },
+      "Bytes the core takes besides weights: (kv cache, activations, logits per sequence).");
+}
+
+const Binding binding("engine", bind);
+
+}  // namespace
+}  // namespace edge

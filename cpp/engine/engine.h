@@ -1,0 +1,71 @@
+// A loaded model: budget, store, decoder and KV pool in the order they depend on each other.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/budget.h"
+#include "core/thread_pool.h"
+#include "format/pack_directory.h"
+#include "kernels/kernels.h"
+#include "kv/kv_cache.h"
+#include "model/decoder.h"
+#include "store/weight_store.h"
+
+namespace edge {
+
+struct EngineOptions {
+  std::string pack_path;
+  DecoderConfig decoder;
+  StorePlan plan;
+  StoreOptions store;
+  int n_threads = 1;
+  std::string isa;            // empty: the best one, or EDGE_ISA
+  int64_t context = 0;        // tokens of KV cache, shared by all sequences
+  int64_t max_rows = 128;     // rows of one forward pass; never changes a result
+  uint64_t budget_bytes = 0;  // for everything the core reserves
+};
+
+// What the core takes from the budget besides weights, ring and caches, known before anything is loaded.
+struct FixedBytes {
+  uint64_t kv = 0;
+  uint64_t activations = 0;
+  uint64_t logits = 0;  // per sequence
+};
+FixedBytes fixed_bytes(const DecoderConfig& config, int64_t context, int64_t max_rows, int n_threads);
+
+class Engine {
+ public:
+  static Result<std::unique_ptr<Engine>> open(EngineOptions options);
+
+  Budget& budget() { return budget_; }
+  WeightStore& store() { return *store_; }
+  Decoder& decoder() { return *decoder_; }
+  KvPool& kv_pool() { return *kv_pool_; }
+  const Kernels& kernels() const { return *kernels_; }
+  const EngineOptions& options() const { return options_; }
+
+  // From any thread: the running call returns kCancelled at the next layer. Cleared by resume().
+  void cancel() { cancelled_.store(true); }
+  void resume() { cancelled_.store(false); }
+  // Asked once per layer beside the flag above (signals of the host language).
+  std::function<bool()> interrupted;
+
+ private:
+  explicit Engine(EngineOptions options);
+
+  EngineOptions options_;
+  Budget budget_;
+  ThreadPool pool_;
+  PackDirectory directory_;
+  const Kernels* kernels_ = nullptr;
+  std::unique_ptr<WeightStore> store_;
+  std::unique_ptr<Decoder> decoder_;
+  std::unique_ptr<KvPool> kv_pool_;
+  std::atomic<bool> cancelled_{false};
+};
+
+}  // namespace edge
