@@ -1,1 +1,1 @@
-"""The small models that ship with edge, and the recipe that trained them (nothing here is imported at run time)."""
+"""The small models that ship with edge, and the recipe that trained them (which alone needs torch)."""

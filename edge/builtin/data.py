@@ -12,10 +12,12 @@ import io
 import lzma
 import re
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge.builtin.recase import Recaser
+from flashload.errors import EdgeError
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_CHARS = 100_000
@@ -47,7 +49,7 @@ _MOJIBAKE = (
 )  # fmt: skip
 
 
-class CorpusError(Exception):
+class CorpusError(EdgeError):
     """A corpus is missing or cannot be read; the message names the file and what was expected."""
 
 
@@ -91,7 +93,7 @@ def _tidy(story: str) -> str:
 
 
 def split_cased(text: str, held_out_chars: int = HELD_OUT_CHARS) -> tuple[list[str], str]:
-    """Training stories and the held-out tail; the story the cut runs through is in neither's training part."""
+    """Training stories and the held-out tail; the story that the cut runs through is not trained on."""
     head, tail = text[:-held_out_chars], text[-held_out_chars:]
     stories = [_tidy(story) for story in head.split(END_OF_TEXT)[:-1]]
     return [story for story in stories if story], tail
@@ -100,7 +102,7 @@ def split_cased(text: str, held_out_chars: int = HELD_OUT_CHARS) -> tuple[list[s
 def split_lower(text: str) -> list[str]:
     """Stories of the lower-cased file: one newline parts stories, an empty line parts paragraphs.
 
-    A short piece without paragraphs is a paragraph that lost its empty line: it goes on with the story before.
+    A short piece without paragraphs is one that lost its empty line: it goes on with the story before.
     """
     for wrong, right in _MOJIBAKE:
         text = text.replace(wrong, right)
@@ -113,19 +115,17 @@ def split_lower(text: str) -> list[str]:
     return [story for story in map(_tidy, stories) if len(story) >= _MIN_STORY_CHARS]
 
 
+def _pieces(text: str, stride: int) -> Iterator[str]:
+    """Runs of 48 letters of the text, every `stride` letters."""
+    letters = _letters(text)
+    return (letters[i : i + _PROBE_LETTERS] for i in range(0, len(letters) - _PROBE_LETTERS + 1, stride))
+
+
 def drop_overlap(stories: list[str], known: str) -> list[str]:
     """The stories that share less than a third of their 48-letter probes with the known text."""
-    probes = [
-        {letters[i : i + _PROBE_LETTERS] for i in range(0, len(letters) - _PROBE_LETTERS + 1, _PROBE_LETTERS // 2)}
-        for letters in map(_letters, stories)
-    ]
-    wanted = set().union(*probes) if probes else set()
-    letters = _letters(known)
-    found = {
-        piece
-        for i in range(len(letters) - _PROBE_LETTERS + 1)
-        if (piece := letters[i : i + _PROBE_LETTERS]) in wanted
-    }
+    probes = [set(_pieces(story, _PROBE_LETTERS // 2)) for story in stories]
+    wanted = set().union(*probes)
+    found = wanted.intersection(_pieces(known, 1))
     return [
         story
         for story, mine in zip(stories, probes, strict=True)
@@ -136,19 +136,19 @@ def drop_overlap(stories: list[str], known: str) -> list[str]:
 def _book_passages(path: Path, digests: dict[str, str]) -> list[str]:
     """Plain prose of the chosen books: Markdown marks, headings and table-like lines removed."""
     passages: list[str] = []
+    data = _read(path, digests)
     try:
-        archive = tarfile.open(fileobj=io.BytesIO(_read(path, digests)))
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            for member in archive:
+                if not member.isfile() or Path(member.name).stem not in _BOOK_TITLES:
+                    continue
+                source = archive.extractfile(member)
+                text = source.read().decode("utf-8", "replace") if source else ""
+                paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", text)]
+                prose = [p for p in paragraphs if len(p) > 80 and p[0] not in "#|>!-[<"]
+                passages.append(re.sub(r"[*_\\]+", "", "\n".join(prose)))
     except tarfile.TarError as error:
         raise CorpusError(f"{path}: expected a tar archive, found none ({error})") from error
-    with archive:
-        for member in archive:
-            if not member.isfile() or Path(member.name).stem not in _BOOK_TITLES:
-                continue
-            source = archive.extractfile(member)
-            text = source.read().decode("utf-8", "replace") if source else ""
-            paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", text)]
-            prose = [re.sub(r"[*_\\]+", "", p) for p in paragraphs if len(p) > 80 and p[0] not in "#|>!-[<"]
-            passages.append("\n".join(prose))
     return [passage for passage in passages if passage]
 
 

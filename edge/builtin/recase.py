@@ -31,7 +31,13 @@ def _contexts(text: str) -> Iterator[tuple[re.Match[str], list[_Context]]]:
         after = lowered[i + 1] if i + 1 < len(words) else ""
         word = lowered[i]
         end = match.end()
-        yield match, [("4", gap, before, word, after), ("b", gap, before, word), ("a", gap, word, after), ("w", gap, word)]
+        contexts: list[_Context] = [
+            ("both", gap, word, before, after),
+            ("before", gap, word, before),
+            ("after", gap, word, after),
+            ("word", gap, word),
+        ]
+        yield match, contexts
 
 
 class Recaser:

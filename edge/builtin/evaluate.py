@@ -1,0 +1,108 @@
+"""Held-out bits per byte and sample texts of a trained built-in model."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+
+from edge.builtin.data import END_OF_TEXT
+from edge.builtin.model import Decoder
+
+_ROWS = 16  # windows computed at once
+
+
+def held_out_stories(text: str) -> list[str]:
+    """The texts between end-of-text marks, stripped; a story cut off by the split counts as it is."""
+    return [story for piece in text.split(END_OF_TEXT) if (story := piece.strip())]
+
+
+def windows(ids: list[int], length: int) -> list[tuple[list[int], int]]:
+    """Cuts a sequence (first token given, the others predicted) into windows of at most length + 1 tokens.
+
+    Returns (window, first): positions from `first` on count, so that every token is predicted exactly once
+    and windows after the first see at least length / 2 tokens before.
+    """
+    cut = [(ids[: length + 1], 1)]
+    done = length + 1
+    while done < len(ids):
+        stop = min(done + length // 2, len(ids))
+        start = stop - length - 1
+        cut.append((ids[start:stop], done - start))
+        done = stop
+    return cut
+
+
+def bits_per_byte(
+    model: Decoder, tokenizer: Tokenizer, text: str, bos_id: int = 0, autocast: bool = False
+) -> float:
+    """Bits per UTF-8 byte of the stories, each read on its own after the begin token.
+
+    The end-of-text marks are neither predicted nor counted as bytes.
+    """
+    training = model.training
+    model.eval()
+    stories = held_out_stories(text)
+    length = model.config.max_position_embeddings
+    pieces = [
+        window
+        for encoding in tokenizer.encode_batch(stories, add_special_tokens=False)
+        for window in windows([bos_id, *encoding.ids], length)
+    ]
+    pieces.sort(key=lambda piece: len(piece[0]))
+    nats = 0.0
+    for begin in range(0, len(pieces), _ROWS):
+        rows = pieces[begin : begin + _ROWS]
+        width = max(len(ids) for ids, _ in rows)
+        tokens = torch.full((len(rows), width), bos_id)
+        targets = torch.full((len(rows), width), -100)
+        for r, (ids, first) in enumerate(rows):
+            tokens[r, : len(ids)] = torch.tensor(ids)
+            targets[r, first : len(ids)] = tokens[r, first : len(ids)]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(tokens[:, :-1]).float()
+        nats += F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), reduction="sum").item()
+    model.train(training)
+    return nats / math.log(2) / sum(len(story.encode()) for story in stories)
+
+
+def sample(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str = "",
+    *,
+    tokens: int = 200,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """Continues the prompt until the end-of-text token or `tokens` more; the text includes the prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [0, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    model.eval()
+    for _ in range(tokens):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[-model.config.max_position_embeddings :]]))[0, -1]
+        chances = torch.softmax(logits / temperature, -1)
+        token = int(torch.multinomial(chances, 1, generator=generator))
+        if token == 0:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids[1:])
+
+
+def ffn_sparsity(model: Decoder, tokenizer: Tokenizer, text: str) -> list[float]:
+    """Share of FFN neurons that are exactly zero, per layer, over the beginning of the text."""
+    shares: list[float] = []
+
+    def count(_module: object, _inputs: object, gate: torch.Tensor) -> None:
+        shares.append((gate <= 0).float().mean().item())
+
+    hooks = [layer.mlp.gate_proj.register_forward_hook(count) for layer in model.layers]
+    ids = [0, *tokenizer.encode(text, add_special_tokens=False).ids][: model.config.max_position_embeddings]
+    with torch.no_grad():
+        model.eval()(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return shares
