@@ -1,0 +1,132 @@
+// One query position's attention over one KV head, for the group of query heads that share it.
+//
+// scores[h, i] = scale * dot(q[h], k[i]): 16 lane sums over the dims in order, folded as sum_lanes does.
+// p = softmax(scores) over the visible keys; out[h, d] = sum of p[h, i] * v[i][d] in the order of i.
+// Blocks of keys keep a piece of K or V in the first-level cache while all heads use it; no result depends on them.
+#pragma once
+
+#include "kernels/ops_impl.h"
+
+namespace edge::ops {
+
+inline constexpr int64_t kPrefetchRows = 8;   // far enough ahead to cover a memory access, a few KiB in flight
+inline constexpr int64_t kValueBlock = 32;    // rows of V per block: 8 KiB at head_dim 128
+
+template <class Isa>
+struct Attention {
+  using Vec = typename Isa::Vec;
+  using V = V16<Isa>;
+  static constexpr int64_t kLanes = Isa::kLanes;
+
+  static void prefetch_row(const uint16_t* row, int64_t head_dim) {
+    for (int64_t d = 0; d < head_dim; d += 32) __builtin_prefetch(row + d);
+  }
+
+  // Scores of kHeads heads over `n` <= kLanes keys.
+  template <int kHeads>
+  static void score(const AttentionArgs& a, int64_t head, int64_t key, int64_t n) {
+    const float* q = a.q + head * a.head_dim;
+    const int64_t whole = a.head_dim / 16 * 16;
+    const int64_t tail = a.head_dim - whole;
+    Vec partial[kHeads][kLanes] = {};
+    for (int64_t j = 0; j < n; ++j) {
+      const uint16_t* row = a.k[key + j];
+      V sums[kHeads];
+      for (auto& sum : sums) sum = splat16<Isa>(0);
+      for (int64_t d = 0; d < whole; d += 16) {
+        const V k = load_f16<Isa>(row + d);
+        for (int h = 0; h < kHeads; ++h) sums[h] = sums[h] + load<Isa>(q + h * a.head_dim + d) * k;
+      }
+      if (tail != 0) {
+        const V k = load_f16_tail<Isa>(row + whole, tail);
+        for (int h = 0; h < kHeads; ++h) sums[h] = sums[h] + load_tail<Isa>(q + h * a.head_dim + whole, tail) * k;
+      }
+      for (int h = 0; h < kHeads; ++h) partial[h][j] = fold_parts<Isa>(sums[h]);
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      const Vec scores = sum_each<Isa>(partial[h]) * a.scale;
+      float* out = a.scores + (head + h) * a.n_visible + key;
+      if (n == kLanes) {
+        __builtin_memcpy(out, &scores, sizeof scores);
+      } else {
+        for (int64_t j = 0; j < n; ++j) out[j] = scores[j];
+      }
+    }
+  }
+
+  // Heads [head, group) over one block of keys, kHeads at a time, the rest with smaller tiles.
+  template <int kHeads>
+  static void score_heads(const AttentionArgs& a, int64_t head, int64_t key, int64_t n) {
+    for (; head + kHeads <= a.group; head += kHeads) score<kHeads>(a, head, key, n);
+    if constexpr (kHeads > 1) score_heads<kHeads / 2>(a, head, key, n);
+  }
+
+  // out[kHeads, 16 * kChunks dims from `dim`] += p * v over keys [key, end).
+  template <int kHeads, int kChunks>
+  static void accumulate(const AttentionArgs& a, int64_t head, int64_t dim, int64_t key, int64_t end) {
+    V sums[kHeads][kChunks];
+    float* out = a.out + head * a.head_dim + dim;
+    const float* p = a.scores + head * a.n_visible;
+    for (int h = 0; h < kHeads; ++h) {
+      for (int c = 0; c < kChunks; ++c) sums[h][c] = load<Isa>(out + h * a.head_dim + c * 16);
+    }
+    for (int64_t i = key; i < end; ++i) {
+      const uint16_t* row = a.v[i] + dim;
+      V v[kChunks];
+      for (int c = 0; c < kChunks; ++c) v[c] = load_f16<Isa>(row + c * 16);
+      for (int h = 0; h < kHeads; ++h) {
+        const V weight = splat16<Isa>(p[h * a.n_visible + i]);
+        for (int c = 0; c < kChunks; ++c) sums[h][c] = sums[h][c] + weight * v[c];
+      }
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      for (int c = 0; c < kChunks; ++c) store(out + h * a.head_dim + c * 16, sums[h][c]);
+    }
+  }
+
+  // The last head_dim % 16 dims of one head.
+  static void accumulate_tail(const AttentionArgs& a, int64_t head, int64_t dim, int64_t key, int64_t end) {
+    float* out = a.out + head * a.head_dim + dim;
+    const int64_t n = a.head_dim - dim;
+    V sum = load_tail<Isa>(out, n);
+    for (int64_t i = key; i < end; ++i) {
+      sum = sum + splat16<Isa>(a.scores[head * a.n_visible + i]) * load_f16_tail<Isa>(a.v[i] + dim, n);
+    }
+    store_tail(out, n, sum);
+  }
+
+  template <int kHeads>
+  static void accumulate_heads(const AttentionArgs& a, int64_t head, int64_t key, int64_t end) {
+    constexpr int kChunks = Isa::kValueChunks;
+    for (; head + kHeads <= a.group; head += kHeads) {
+      int64_t dim = 0;
+      for (; dim + 16 * kChunks <= a.head_dim; dim += 16 * kChunks) {
+        accumulate<kHeads, kChunks>(a, head, dim, key, end);
+      }
+      for (; dim + 16 <= a.head_dim; dim += 16) accumulate<kHeads, 1>(a, head, dim, key, end);
+      if (dim < a.head_dim) {
+        for (int h = 0; h < kHeads; ++h) accumulate_tail(a, head + h, dim, key, end);
+      }
+    }
+    if constexpr (kHeads > 1) accumulate_heads<kHeads / 2>(a, head, key, end);
+  }
+
+  static void run(const AttentionArgs& a) {
+    for (int64_t key = 0; key < a.n_visible; key += kLanes) {
+      const int64_t n = a.n_visible - key < kLanes ? a.n_visible - key : kLanes;
+      for (int64_t i = key + kPrefetchRows; i < key + kPrefetchRows + n && i < a.n_visible; ++i) {
+        prefetch_row(a.k[i], a.head_dim);
+      }
+      score_heads<Isa::kScoreHeads>(a, 0, key, n);
+    }
+    for (int64_t h = 0; h < a.group; ++h) Ops<Isa>::softmax(a.scores + h * a.n_visible, a.n_visible);
+    for (int64_t i = 0; i < a.group * a.head_dim; ++i) a.out[i] = 0;
+    for (int64_t key = 0; key < a.n_visible; key += kValueBlock) {
+      const int64_t end = key + kValueBlock < a.n_visible ? key + kValueBlock : a.n_visible;
+      for (int64_t i = end; i < end + kValueBlock && i < a.n_visible; ++i) prefetch_row(a.v[i], a.head_dim);
+      accumulate_heads<Isa::kValueHeads>(a, 0, key, end);
+    }
+  }
+};
+
+}  // namespace edge::ops
