@@ -169,7 +169,10 @@ def load_hf(folder: Path) -> Decoder:
     raw.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
     config = ModelConfig(**{name: raw[name] for name in ModelConfig.__dataclass_fields__ if name in raw})
     model = Decoder(config)
-    weights = load_file(folder / "model.safetensors")
-    weights.pop("lm_head.weight", None)
-    model.load_state_dict({name.removeprefix("model."): w.float() for name, w in weights.items()})
+    stored = load_file(folder / "model.safetensors")
+    weights = {name.removeprefix("model."): w.float() for name, w in stored.items()}
+    head = weights.pop("lm_head.weight", None)
+    if head is not None:
+        weights.setdefault("embed_tokens.weight", head)  # tied: some writers keep only the head
+    model.load_state_dict(weights)
     return model.eval()
