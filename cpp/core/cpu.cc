@@ -1,0 +1,93 @@
+#include "core/cpu.h"
+
+#include <cstdint>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#define EDGE_X86 1
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace edge {
+namespace {
+
+#if defined(EDGE_X86)
+struct CpuidBits {
+  uint32_t leaf1_ecx = 0;
+  uint32_t leaf7_ebx = 0;
+  uint32_t leaf7_ecx = 0;
+  uint64_t xcr0 = 0;  // register state the OS saves on a context switch
+};
+
+CpuidBits read_cpuid() {
+  CpuidBits bits;
+  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0) bits.leaf1_ecx = ecx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0) {
+    bits.leaf7_ebx = ebx;
+    bits.leaf7_ecx = ecx;
+  }
+  constexpr uint32_t kOsxsave = 1u << 27;  // XGETBV faults without it
+  if ((bits.leaf1_ecx & kOsxsave) != 0) {
+    uint32_t low = 0, high = 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    bits.xcr0 = (static_cast<uint64_t>(high) << 32) | low;
+  }
+  return bits;
+}
+
+std::string missing_avx2(const CpuidBits& bits) {
+  if ((bits.leaf7_ebx & (1u << 5)) == 0) return "CPU lacks avx2";
+  if ((bits.leaf1_ecx & (1u << 12)) == 0) return "CPU lacks fma";
+  if ((bits.leaf1_ecx & (1u << 29)) == 0) return "CPU lacks f16c";
+  if ((bits.xcr0 & 0x6) != 0x6) return "the OS does not save AVX registers";
+  return "";
+}
+
+std::string missing_avx512_vnni(const CpuidBits& bits) {
+  std::string missing = missing_avx2(bits);
+  if (!missing.empty()) return missing;
+  if ((bits.leaf7_ebx & (1u << 16)) == 0) return "CPU lacks avx512f";
+  if ((bits.leaf7_ebx & (1u << 17)) == 0) return "CPU lacks avx512dq";
+  if ((bits.leaf7_ebx & (1u << 30)) == 0) return "CPU lacks avx512bw";
+  if ((bits.leaf7_ebx & (1u << 31)) == 0) return "CPU lacks avx512vl";
+  if ((bits.leaf7_ecx & (1u << 11)) == 0) return "CPU lacks avx512_vnni";
+  if ((bits.xcr0 & 0xe6) != 0xe6) return "the OS does not save AVX-512 registers";
+  return "";
+}
+#endif
+
+std::string missing_neon_dotprod() {
+#if defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kHwcapAsimdHp = 1ul << 10;  // arch/arm64/include/uapi/asm/hwcap.h
+  constexpr unsigned long kHwcapAsimdDp = 1ul << 20;
+  const unsigned long hwcap = getauxval(AT_HWCAP);
+  if ((hwcap & kHwcapAsimdDp) == 0) return "CPU lacks asimddp";
+  if ((hwcap & kHwcapAsimdHp) == 0) return "CPU lacks asimdhp";
+  return "";
+#elif defined(__aarch64__) && defined(__APPLE__)
+  return "";  // every Apple silicon core has both
+#else
+  return "not an aarch64 CPU";
+#endif
+}
+
+}  // namespace
+
+std::string cpu_missing(CpuLevel level) {
+  switch (level) {
+    case CpuLevel::kBaseline: return "";
+#if defined(EDGE_X86)
+    case CpuLevel::kAvx2: return missing_avx2(read_cpuid());
+    case CpuLevel::kAvx512Vnni: return missing_avx512_vnni(read_cpuid());
+#else
+    case CpuLevel::kAvx2:
+    case CpuLevel::kAvx512Vnni: return "not an x86 CPU";
+#endif
+    case CpuLevel::kNeonDotprod: return missing_neon_dotprod();
+  }
+  return "unknown level";
+}
+
+}  // namespace edge

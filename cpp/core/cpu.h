@@ -1,0 +1,18 @@
+// Which instruction set levels this CPU and this OS can run. Compiled without any ISA flag.
+#pragma once
+
+#include <string>
+
+namespace edge {
+
+enum class CpuLevel {
+  kBaseline,      // what the compiler's target promises
+  kAvx2,          // AVX2 + FMA + F16C, ymm state saved by the OS
+  kAvx512Vnni,    // AVX-512 F/BW/VL/DQ + VNNI on top of kAvx2, zmm state saved by the OS
+  kNeonDotprod,   // ARMv8.2 dot product and half precision
+};
+
+// Empty when the level can run here, else what is missing ("CPU lacks avx512_vnni").
+std::string cpu_missing(CpuLevel level);
+
+}  // namespace edge

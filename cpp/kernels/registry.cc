@@ -1,0 +1,118 @@
+#include <cstdlib>
+
+#include "core/cpu.h"
+#include "kernels/gemv_table.h"
+#include "kernels/kernels.h"
+#include "kernels/ops_table.h"
+#include "kernels/registry.h"
+
+namespace edge {
+
+EDGE_DECLARE_GEMV_TABLE(ref);
+#if defined(__x86_64__)
+EDGE_DECLARE_GEMV_TABLE(avx2);
+EDGE_DECLARE_GEMV_TABLE(avx512vnni);
+#elif defined(__aarch64__)
+EDGE_DECLARE_GEMV_TABLE(neon);
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  CpuLevel level;
+  const GemvTable* gemv;
+  // Joined on first use: even naming an ISA's tables may run its instructions.
+  const Kernels& (*kernels)();
+};
+
+Kernels join(const char* isa, const GemvTable& gemv, const OpsTable& ops) {
+  Kernels kernels = {};
+  kernels.isa = isa;
+  for (int i = 0; i < kTileFormats; ++i) kernels.gemv[i] = gemv.gemv[i];
+  kernels.quantize_q8x32 = gemv.quantize_q8x32;
+  kernels.quantize_q8x256 = gemv.quantize_q8x256;
+  kernels.rms_norm = ops.rms_norm;
+  kernels.layer_norm = ops.layer_norm;
+  kernels.rope = ops.rope;
+  kernels.silu_mul = ops.silu_mul;
+  kernels.relu_mul = ops.relu_mul;
+  kernels.gelu_mul = ops.gelu_mul;
+  kernels.gelu_tanh_mul = ops.gelu_tanh_mul;
+  kernels.add = ops.add;
+  kernels.scale_add = ops.scale_add;
+  kernels.softmax = ops.softmax;
+  kernels.attention = ops.attention;
+  kernels.to_f16 = ops.to_f16;
+  return kernels;
+}
+
+#define EDGE_ISA(level, isa)                                                         \
+  Isa {                                                                              \
+    #isa, CpuLevel::level, &kGemvTable_##isa, []() -> const Kernels& {               \
+      static const Kernels kernels = join(#isa, kGemvTable_##isa, ops_table_##isa()); \
+      return kernels;                                                                \
+    }                                                                                \
+  }
+
+// Best first.
+const Isa kIsas[] = {
+#if defined(__x86_64__)
+    EDGE_ISA(kAvx512Vnni, avx512vnni),
+
+#elif defined(__aarch64__)
+    EDGE_ISA(kNeonDotprod, neon),
+#endif
+    EDGE_ISA(kBaseline, ref),
+};
+
+#undef EDGE_ISA
+
+Result<const Isa*> find(const std::string& name) {
+  std::string names;
+  for (const Isa& isa : kIsas) {
+    if (name == isa.name) {
+      const std::string missing = cpu_missing(isa.level);
+      if (missing.empty()) return &isa;
+      return error(Code::kUnsupported, "ISA %s cannot run here: %s", name.c_str(), missing.c_str());
+    }
+    names += (names.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  return error(Code::kBadArgument, "unknown ISA '%s': expected one of %s", name.c_str(), names.c_str());
+}
+
+}  // namespace
+
+std::vector<IsaInfo> list_isas() {
+  std::vector<IsaInfo> infos;
+  for (const Isa& isa : kIsas) {
+    std::string missing = cpu_missing(isa.level);
+    infos.push_back({isa.name, missing.empty(), std::move(missing)});
+  }
+  return infos;
+}
+
+Result<const Kernels*> kernels_for(const std::string& name) {
+  EDGE_ASSIGN(const Isa* isa, find(name));
+  return &isa->kernels();
+}
+
+Result<const Kernels*> default_kernels() {
+  const char* forced = std::getenv("EDGE_ISA");
+  if (forced != nullptr && forced[0] != '\0') {
+    Result<const Kernels*> kernels = kernels_for(forced);
+    if (!kernels.ok()) return error(kernels.status().code(), "EDGE_ISA: %s", kernels.status().message().c_str());
+    return kernels;
+  }
+  for (const Isa& isa : kIsas) {
+    if (cpu_missing(isa.level).empty()) return &isa.kernels();
+  }
+  return error(Code::kUnsupported, "no ISA of this build runs on this CPU");
+}
+
+Result<const GemvTable*> gemv_table_for(const std::string& name) {
+  EDGE_ASSIGN(const Isa* isa, find(name));
+  return isa->gemv;
+}
+
+}  // namespace edge
