@@ -30,13 +30,13 @@ inline V16<Isa> splat16(float value) {
 template <class Isa>
 inline V16<Isa> load(const float* p) {
   V16<Isa> v;
-  __builtin_memcpy(&v, p, sizeof v);
+  for (int i = 0; i < V16<Isa>::kParts; ++i) __builtin_memcpy(&v.part[i], p + i * Isa::kLanes, sizeof v.part[i]);
   return v;
 }
 
 template <class Isa>
 inline void store(float* p, const V16<Isa>& v) {
-  __builtin_memcpy(p, &v, sizeof v);
+  for (int i = 0; i < V16<Isa>::kParts; ++i) __builtin_memcpy(p + i * Isa::kLanes, &v.part[i], sizeof v.part[i]);
 }
 
 // The first n < 16 floats; the other lanes hold `fill`.
