@@ -266,5 +266,5 @@ def weights_of(pack: PackFile) -> list[Weight]:
     """The directory of a pack in the plan's terms."""
     return [
         Weight(i, e.name, e.layer, e.expert, int(e.format), _round_up(e.bytes), e.cols)
-        for i, e in enumerate(pack.entries)
+        for i, e in enumerate(pack.entries.values())
     ]

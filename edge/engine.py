@@ -1,0 +1,332 @@
+"""The engine: a loaded model, its requests, and what they cost."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+import _edge
+from edge.completion import Chunk, Completion, StopScanner, TokenLogprob
+from edge.config import GenerationConfig
+from edge.tokenizer import StreamDecoder, Tokenizer
+from flashload.errors import ArgumentError, CancelledError, ContextOverflowError, EdgeError
+from flashload.machine import peak_rss_bytes
+from flashload.plan import Plan
+
+Progress = Callable[[int, int], None]
+
+
+class Engine:
+    """A model in memory, made by :func:`edge.load`.
+
+    Requests may come from any thread and are served one after the other; :meth:`cancel` may be called from any.
+
+    Attributes:
+        plan: where the weights live and how many bytes each part takes.
+        tokenizer: text to ids and back.
+        metadata: what the pack says of the model and its source.
+    """
+
+    def __init__(
+        self, core: _edge.Engine, plan: Plan, tokenizer: Tokenizer, metadata: Mapping[str, Any], load_seconds: float
+    ) -> None:
+        self.plan = plan
+        self.tokenizer = tokenizer
+        self.metadata = metadata
+        self.load_seconds = load_seconds
+        self._core: _edge.Engine | None = core
+        self._sequence: _edge.Sequence | None = _edge.Sequence(core)
+        self._lock = threading.Lock()
+        self._cancelled = threading.Event()
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompt: str | Sequence[int], *, on_progress: Progress | None = None, **settings: Any
+    ) -> Completion:
+        """Continues ``prompt`` and returns the whole text.
+
+        Args:
+            prompt: text (special tokens of the vocabulary are added as the model wants them), or token ids as they are.
+            on_progress: called with (prompt tokens done, prompt tokens) after each prompt chunk.
+            settings: the fields of :class:`edge.GenerationConfig`.
+
+        Raises:
+            ArgumentError: a setting is out of range.
+            ContextOverflowError: prompt and ``max_tokens`` exceed the context; names both numbers.
+            DiskError, CorruptError: the drive failed or bytes do not match their checksum; the engine stays usable.
+        """
+        return _collect(self.stream(prompt, on_progress=on_progress, **settings), settings.get("logprobs"))
+
+    def stream(
+        self, prompt: str | Sequence[int], *, on_progress: Progress | None = None, **settings: Any
+    ) -> Iterator[Chunk]:
+        """As :meth:`generate`, one :class:`edge.Chunk` per token; the last one carries finish_reason and stats."""
+        config = _config(settings)
+        tokens = self._prompt_tokens(prompt)
+        return self._run(tokens, config, on_progress)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        template: str | None = None,
+        on_progress: Progress | None = None,
+        **settings: Any,
+    ) -> Completion | Iterator[Chunk]:
+        """Answers a conversation of ``{"role": ..., "content": ...}`` messages through the model's chat template.
+
+        Text inside messages never yields special tokens. Turns already computed are not computed again.
+
+        Raises:
+            TemplateError: the model has no template and none is given, or the template fails or exceeds its limits.
+        """
+        from edge.chat import prompt_tokens
+
+        config = _config(settings)
+        tokens = prompt_tokens(self.tokenizer, messages, template=template)
+        chunks = self._run(tokens, config, on_progress)
+        return chunks if stream else _collect(chunks, config.logprobs)
+
+    def score(self, text: str | Sequence[int]) -> list[float | None]:
+        """Natural log-probability of each token given those before it; None for the first, which nothing precedes."""
+        tokens = self._prompt_tokens(text)
+        with self._serving() as sequence:
+            self._check_context(len(tokens), 0)
+            return [None, *sequence.score(tokens)]
+
+    def logits(self, prompt: str | Sequence[int]) -> Any:
+        """The logits [vocab_size] (float32 ndarray) of the token after ``prompt``."""
+        tokens = self._prompt_tokens(prompt)
+        with self._serving() as sequence:
+            sequence.set_tokens(tokens)
+            return sequence.logits()
+
+    def cancel(self) -> None:
+        """Ends the running request within one layer: its finish_reason is "cancelled". Safe from any thread."""
+        self._cancelled.set()
+        if self._core is not None:
+            self._core.cancel()
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes by use, flash traffic and cache hits since load."""
+        return dict(self._open_core().stats())
+
+    def close(self) -> None:
+        """Returns all memory. Waits for a running request; call :meth:`cancel` first to cut it short."""
+        with self._lock:
+            self._sequence = None
+            self._core = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _open_core(self) -> _edge.Engine:
+        if self._core is None:
+            raise EdgeError("engine: closed; load the model again")
+        return self._core
+
+    def _serving(self) -> _Serving:
+        return _Serving(self)
+
+    def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt, add_special_tokens=True)
+        elif isinstance(prompt, Sequence) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
+            tokens = list(prompt)
+        else:
+            raise ArgumentError(f"prompt: expected text or a list of token ids, found {type(prompt).__name__}")
+        if not tokens and self.tokenizer.bos_id is not None:
+            tokens = [self.tokenizer.bos_id]
+        if not tokens:
+            raise ArgumentError("prompt: expected at least one token, found none (and the model has no BOS token)")
+        out_of_range = [t for t in tokens if not 0 <= t < self.vocab_size]
+        if out_of_range:
+            raise ArgumentError(f"prompt: expected ids in 0..{self.vocab_size - 1}, found {out_of_range[0]}")
+        return tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding (at least the tokenizer's vocabulary)."""
+        return int(self.metadata["config"]["vocab_size"])
+
+    def _check_context(self, n_prompt: int, max_tokens: int) -> None:
+        if n_prompt + max_tokens > self.plan.context:
+            asked = f"{n_prompt} prompt tokens" + (f" + {max_tokens} to generate" if max_tokens else "")
+            raise ContextOverflowError(
+                f"context: {asked} exceed the context of {self.plan.context} tokens; "
+                "raise it (context=, --context) or drop old text (overflow='shift')"
+            )
+
+    def _run(self, tokens: list[int], config: GenerationConfig, on_progress: Progress | None) -> Iterator[Chunk]:
+        if config.overflow == "error":
+            self._check_context(len(tokens), config.max_tokens or 0)
+        elif len(tokens) >= self.plan.context:
+            tokens = tokens[:1] + tokens[len(tokens) - self.plan.context // 2 :]
+        limit = config.max_tokens
+        if limit is None:
+            limit = max(0, self.plan.context - len(tokens))
+        seed = config.seed if config.seed is not None else secrets.randbits(63)
+        with self._serving() as sequence:
+            yield from self._generate(sequence, tokens, limit, seed, config, on_progress)
+
+    def _generate(
+        self,
+        sequence: _edge.Sequence,
+        tokens: list[int],
+        limit: int,
+        seed: int,
+        config: GenerationConfig,
+        on_progress: Progress | None,
+    ) -> Iterator[Chunk]:
+        meter = _Meter(self, seed)
+        sampler = _edge.Sampler(config.sampling(seed), self.vocab_size)
+        decoder = StreamDecoder(self.tokenizer)
+        scanner = StopScanner(config.stop)
+        eos = set() if config.ignore_eos else set(self.tokenizer.eos_ids)
+        reason = "length"
+        try:
+            meter.reused = sequence.set_tokens(tokens)
+            # The last token's pass belongs to the prompt: its logits are what the first token is drawn from.
+            while limit > 0 and sequence.n_pending > 0:
+                sequence.advance()
+                if on_progress is not None:
+                    on_progress(len(tokens) - sequence.n_pending, len(tokens))
+            meter.prefilled(len(tokens))
+            for _ in range(limit):
+                if len(sequence.tokens) >= self.plan.context:
+                    keep = self.plan.context // 2
+                    sequence.shift(1, keep)
+                token, logprob, top = sequence.next(sampler)
+                meter.generated += 1
+                if token in eos:
+                    reason = "stop"
+                    text = ""
+                else:
+                    text = scanner.push(decoder.push(token))
+                    if scanner.stopped:
+                        reason = "stop"
+                detail = None
+                if config.logprobs is not None:
+                    detail = TokenLogprob(token, logprob, tuple(top))
+                yield Chunk(text, token, detail)
+                if reason == "stop":
+                    break
+        except CancelledError:
+            reason = "cancelled"
+        text = "" if scanner.stopped else scanner.push(decoder.finish()) + scanner.finish()
+        yield Chunk(text, finish_reason=reason, stats=meter.stats())
+
+
+class _Serving:
+    """Holds the engine for one request; a cancel that came before it is forgotten."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> _edge.Sequence:
+        self._engine._lock.acquire()
+        try:
+            core = self._engine._open_core()
+            self._engine._cancelled.clear()
+            core.resume()
+            assert self._engine._sequence is not None
+            return self._engine._sequence
+        except BaseException:
+            self._engine._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._engine._lock.release()
+
+
+class _Meter:
+    """Counts and clocks of one request."""
+
+    def __init__(self, engine: Engine, seed: int) -> None:
+        self._engine = engine
+        self._seed = seed
+        self._start = time.perf_counter()
+        self._prefill_end: float | None = None
+        self._before = engine.stats()
+        self._decode_before = self._before
+        self._n_prompt = 0
+        self.generated = 0
+        self.reused = 0
+
+    def prefilled(self, n_prompt: int) -> None:
+        self._n_prompt = n_prompt
+        self._prefill_end = time.perf_counter()
+        self._decode_before = self._engine.stats()
+
+    def stats(self) -> dict[str, Any]:
+        now = time.perf_counter()
+        after = self._engine.stats()
+        prefill_end = self._prefill_end or now
+        prefill_seconds, decode_seconds = prefill_end - self._start, now - prefill_end
+        # The first token costs no pass of its own: it comes from the prompt's last row.
+        passes = max(0, self.generated - 1)
+        flash = after["flash_bytes"] - self._decode_before["flash_bytes"]
+        plan = self._engine.plan
+        return {
+            "prompt_tokens": self._n_prompt,
+            "reused_tokens": self.reused,
+            "generated_tokens": self.generated,
+            "seed": self._seed,
+            "load_seconds": self._engine.load_seconds,
+            "prefill_seconds": prefill_seconds,
+            "decode_seconds": decode_seconds,
+            "prefill_tokens_per_second": _rate(self._n_prompt - self.reused, prefill_seconds),
+            "decode_tokens_per_second": _rate(passes, decode_seconds),
+            "flash_bytes": after["flash_bytes"] - self._before["flash_bytes"],
+            "flash_bytes_per_token": flash // passes if passes else 0,
+            "flash_wait_seconds": after["wait_seconds"] - self._before["wait_seconds"],
+            "peak_memory_bytes": peak_rss_bytes(),
+            "budget_bytes": plan.memory_bytes,
+            "placement": plan.placement,
+            "isa": after["isa"],
+        }
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0
+
+
+def _config(settings: dict[str, Any]) -> GenerationConfig:
+    try:
+        return GenerationConfig(**settings)
+    except TypeError as error:
+        known = ", ".join(asdict(GenerationConfig()))
+        unknown = ", ".join(sorted(set(settings) - set(asdict(GenerationConfig()))))
+        raise ArgumentError(f"generate: unknown setting {unknown}; expected {known}") from error
+
+
+def _collect(chunks: Iterator[Chunk], logprobs: int | None) -> Completion:
+    text: list[str] = []
+    tokens: list[int] = []
+    details: list[TokenLogprob] = []
+    reason, stats = "length", {}
+    for chunk in chunks:
+        text.append(chunk.text)
+        if chunk.token is not None:
+            tokens.append(chunk.token)
+        if chunk.logprob is not None:
+            details.append(chunk.logprob)
+        if chunk.finish_reason is not None:
+            reason, stats = chunk.finish_reason, chunk.stats
+    return Completion("".join(text), tokens, reason, stats, details if logprobs is not None else None)
