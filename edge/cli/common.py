@@ -1,0 +1,102 @@
+"""What several commands share: options, progress bars, JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+
+
+def load_options(function: _F) -> _F:
+    """Options of every command that loads a model."""
+    for option in reversed(
+        [
+            click.option("--memory", help="Ceiling for the whole process, such as 2GiB. Default: most of what is free."),
+            click.option("--context", type=int, help="Tokens of context. Default: the model's, at most 4096."),
+            click.option("--threads", type=int, help="Compute threads. Default: all cores."),
+            click.option("--device", default="auto", show_default=True, help="auto or cpu."),
+            click.option(
+                "--weights",
+                default="keep",
+                show_default=True,
+                type=click.Choice(["keep", "q8", "q4"]),
+                help="How a checkpoint is packed, when it has to be.",
+            ),
+            click.option("--io", default="auto", show_default=True, help="auto, io_uring or pread."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def sampling_options(function: _F) -> _F:
+    """Options of every command that draws tokens; names and defaults of GenerationConfig."""
+    for option in reversed(
+        [
+            click.option("--temperature", type=float, default=0.8, show_default=True),
+            click.option("--top-k", type=int, default=40, show_default=True),
+            click.option("--top-p", type=float, default=0.95, show_default=True),
+            click.option("--min-p", type=float, default=0.0, show_default=True),
+            click.option("--typical-p", type=float, default=1.0, show_default=True),
+            click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
+            click.option("--presence-penalty", type=float, default=0.0, show_default=True),
+            click.option("--frequency-penalty", type=float, default=0.0, show_default=True),
+            click.option("--seed", type=int, help="The same seed gives the same text. Default: drawn, and printed."),
+            click.option("--stop", multiple=True, help="End the text at this string; may be given several times."),
+            click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token."),
+            click.option(
+                "--overflow",
+                default="error",
+                show_default=True,
+                type=click.Choice(["error", "shift"]),
+                help="When the context is full: fail, or drop the oldest text.",
+            ),
+            click.option("--speculation", default="auto", show_default=True, type=click.Choice(["auto", "off"])),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+
+@contextmanager
+def progress_bar(title: str, quiet: bool, unit_bytes: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that appears with the first call of the yielded (done, total) function."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    count = DownloadColumn(binary_units=True) if unit_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = None
+
+        def update(done: int, total: int) -> None:
+            nonlocal task
+            if task is None:
+                task = progress.add_task(title, total=total)
+            progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+def load_engine(model: str, quiet: bool, options: dict[str, Any]) -> Any:
+    """Loads a model for a command: the budget bounds the whole process, packing shows a bar."""
+    from edge.loading import load
+
+    with progress_bar("packing", quiet) as on_pack:
+        return load(model, whole_process=True, on_pack=on_pack, **options)

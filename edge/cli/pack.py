@@ -1,0 +1,29 @@
+"""``edge pack SRC DST``: convert a checkpoint by hand."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from edge.cli.common import json_option, print_json, progress_bar
+from flashload.machine import format_bytes
+
+
+@click.command("pack")
+@click.argument("source")
+@click.argument("destination")
+@click.option("--weights", default="keep", show_default=True, type=click.Choice(["keep", "q8", "q4"]))
+@json_option
+def command(source: str, destination: str, weights: str, as_json: bool) -> None:
+    """Convert SOURCE (a GGUF file or Hugging Face folder) to the pack DESTINATION."""
+    from edge.api import pack
+
+    with progress_bar("packing", as_json) as progress:
+        report = pack(source, destination, weights=weights, progress=progress)
+    if as_json:
+        print_json(asdict(report))
+        return
+    click.echo(f"{report.path}: {report.n_entries} entries, {format_bytes(report.file_bytes)}")
+    for conversion in report.conversions:
+        click.echo(f"  converted: {conversion}")

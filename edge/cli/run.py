@@ -1,0 +1,78 @@
+"""``edge run MODEL PROMPT``: continue a prompt, stream the text, say what it cost."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from edge.cli.common import json_option, load_engine, load_options, print_json, progress_bar, sampling_options
+from flashload.machine import format_bytes
+
+_LOAD = ("memory", "context", "threads", "device", "weights", "io")
+
+
+@click.command("run")
+@click.argument("model")
+@click.argument("prompt", required=False, default="")
+@click.option("-n", "--max-tokens", type=int, default=256, show_default=True, help="Tokens to generate.")
+@click.option("--file", "prompt_file", type=click.File("r"), help="Read the prompt from a file (- for stdin).")
+@load_options
+@sampling_options
+@click.option("--logprobs", type=int, help="Report each token's log-probability and this many alternatives.")
+@json_option
+def command(model: str, prompt: str, prompt_file: Any, max_tokens: int, as_json: bool, **options: Any) -> None:
+    """Continue PROMPT with MODEL (a pack, a GGUF file, a Hugging Face folder, or a shipped model's name)."""
+    if prompt_file is not None:
+        prompt = prompt_file.read()
+    load = {key: options.pop(key) for key in _LOAD}
+    with load_engine(model, as_json, load) as engine:
+        with progress_bar("prompt", as_json, unit_bytes=False) as on_progress:
+            chunks = engine.stream(prompt, max_tokens=max_tokens, on_progress=on_progress, **options)
+            first = next(chunks)
+        if as_json:
+            _print_result(engine, first, chunks)
+            return
+        click.echo(prompt, nl=False)
+        for chunk in (first, *()):
+            click.echo(chunk.text, nl=False)
+        last = first
+        for last in chunks:
+            click.echo(last.text, nl=False)
+            sys.stdout.flush()
+        click.echo()
+        click.echo(summary(last.stats, last.finish_reason or ""), err=True)
+
+
+def _print_result(engine: Any, first: Any, chunks: Any) -> None:
+    text, tokens, logprobs, last = first.text, [first.token], [first.logprob], first
+    for last in chunks:
+        text += last.text
+        tokens.append(last.token)
+        logprobs.append(last.logprob)
+    result = {
+        "text": text,
+        "tokens": [token for token in tokens if token is not None],
+        "finish_reason": last.finish_reason,
+        **last.stats,
+        "context": engine.plan.context,
+        "threads": engine.plan.threads,
+        "plan": engine.plan.to_dict(),
+        "memory_by_use": engine.stats()["by_tag"],
+    }
+    if any(logprobs):
+        result["logprobs"] = [
+            {"token": item.token, "logprob": item.logprob, "top": item.top} for item in logprobs if item
+        ]
+    print_json(result)
+
+
+def summary(stats: dict[str, Any], reason: str) -> str:
+    """One line of what a request cost."""
+    return (
+        f"[{stats['generated_tokens']} tokens, {reason} | {stats['decode_tokens_per_second']:.1f} tok/s "
+        f"(prompt {stats['prefill_tokens_per_second']:.0f}) | peak {format_bytes(stats['peak_memory_bytes'])} "
+        f"of {format_bytes(stats['budget_bytes'])} | flash {format_bytes(stats['flash_bytes_per_token'])}/token "
+        f"| {stats['placement']} | seed {stats['seed']}]"
+    )
