@@ -33,8 +33,8 @@ def blocks_by_tile(raw: bytes | bytearray | memoryview, rows: int, n_blocks: int
         raise ValueError(f"tile rows: expected {expected} bytes for {rows} rows, found {data.size}")
     padded: U8 = np.zeros((tile_count(rows) * TILE_ROWS, n_blocks, block_bytes), dtype=np.uint8)
     padded[:rows] = data.reshape(rows, n_blocks, block_bytes)
-    by_tile: U8 = padded.reshape(-1, TILE_ROWS, n_blocks, block_bytes)
-    return by_tile.swapaxes(1, 2)
+    by_tile: U8 = padded.reshape(-1, TILE_ROWS, n_blocks, block_bytes).swapaxes(1, 2)
+    return by_tile
 
 
 def tile_blocks(tiles: bytes | bytearray | memoryview, rows: int, n_blocks: int, tile_block_bytes: int) -> U8:
@@ -51,7 +51,7 @@ def tile_blocks(tiles: bytes | bytearray | memoryview, rows: int, n_blocks: int,
 
 
 def interleave(values: U8) -> U8:
-    """[tile, block, row, n] -> [tile, block, 16 * n]: byte ``s*64 + r*4 + b`` is byte ``4s + b`` of row ``r``."""
+    """[tile, block, row, n] -> [tile, block, 16 * n]: row r's byte 4s + b goes to ``s*64 + r*4 + b``."""
     tiles, blocks, _, n = values.shape
     grouped = values.reshape(tiles, blocks, TILE_ROWS, n // 4, 4).swapaxes(2, 3)
     return np.ascontiguousarray(grouped).reshape(tiles, blocks, TILE_ROWS * n)
