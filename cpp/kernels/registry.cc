@@ -47,19 +47,19 @@ Kernels join(const char* isa, const GemvTable& gemv, const OpsTable& ops) {
   return kernels;
 }
 
-#define EDGE_ISA(level, isa)                                                         \
-  Isa {                                                                              \
-    #isa, CpuLevel::level, &kGemvTable_##isa, []() -> const Kernels& {               \
+#define EDGE_ISA(level, isa)                                                          \
+  Isa {                                                                               \
+    #isa, CpuLevel::level, &kGemvTable_##isa, []() -> const Kernels& {                \
       static const Kernels kernels = join(#isa, kGemvTable_##isa, ops_table_##isa()); \
-      return kernels;                                                                \
-    }                                                                                \
+      return kernels;                                                                 \
+    }                                                                                 \
   }
 
 // Best first.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
     EDGE_ISA(kAvx512Vnni, avx512vnni),
-
+    EDGE_ISA(kAvx2, avx2),
 #elif defined(__aarch64__)
     EDGE_ISA(kNeonDotprod, neon),
 #endif

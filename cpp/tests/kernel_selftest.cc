@@ -165,16 +165,18 @@ int main(int argc, char** argv) {
     }
     if (info.name == "ref") continue;
     const Kernels& isa = **kernels_for(info.name);
+    int isa_failures = 0;
     for (int f = 0; f < kTileFormats; ++f) {
       Random random{seed * 1000 + static_cast<uint64_t>(f)};
       int failed = 0;
       for (int64_t round = 0; round < n_rounds && failed == 0; ++round) {
         failed = compare(ref, isa, static_cast<WeightFormat>(f), random);
       }
-      failures += failed;
+      isa_failures += failed;
     }
     ++n_compared;
-    std::printf("%s: %s\n", info.name.c_str(), failures == 0 ? "same bits as ref" : "DIFFERS");
+    failures += isa_failures;
+    std::printf("%s: %s\n", info.name.c_str(), isa_failures == 0 ? "same bits as ref" : "DIFFERS");
   }
   if (n_compared == 0) std::printf("nothing to compare: only ref runs here\n");
   return failures == 0 && n_compared > 0 ? 0 : 1;
