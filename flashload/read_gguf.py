@@ -170,8 +170,12 @@ class _Shard:
         self.tensors[name] = TensorInfo(name, kind, BLOCK_TYPES[kind].name, shape, place, n_bytes, file.path)
 
 
-def _shard_paths(path: Path) -> list[Path]:
-    """All files of a split model, or the one file."""
+def shard_paths(path: Path) -> list[Path]:
+    """All files of a split model, or the one file.
+
+    Raises:
+        ModelFileError: a part is missing.
+    """
     match = _SPLIT.match(path.name)
     if match is None:
         return [path]
@@ -198,7 +202,7 @@ class GgufCheckpoint(Checkpoint):
         self.tensors = {}
         self.metadata = {}
         try:
-            paths = _shard_paths(path)
+            paths = shard_paths(path)
             for index, part in enumerate(paths):
                 self._files[part] = RawFile(part)
                 self._add(_Shard(self._files[part]), index, len(paths))
