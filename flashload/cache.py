@@ -39,7 +39,7 @@ def _sources(path: Path) -> list[Path]:
 
 
 def cache_key(path: Path, weights: str) -> str:
-    """A name for the pack of this checkpoint: changes with place, size, time, beginning of any file, and option.
+    """A name for the pack of this checkpoint; changes with option, place, size, time and beginning of a file.
 
     Raises:
         ModelFileError: ``path`` does not exist.
