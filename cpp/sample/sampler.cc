@@ -1,0 +1,193 @@
+#include "sample/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "sample/philox.h"
+
+namespace edge {
+namespace {
+
+// argmax of ln w + g as argmin of E / w with E = e^-g exponential: the logarithm is taken only where E can win.
+class Race {
+ public:
+  Race(uint64_t seed, uint64_t position) : seed_(seed), position_(position) {}
+
+  void enter(int32_t id, double weight) {
+    // E = -log(1 - u) > u, and u is at least 2^-53; the margin covers the rounding of both sides.
+    const double bound = best_ * weight * (1 + 1e-9);
+    if (!(bound > 0x1p-53)) return;
+    const double u = philox_uniform(seed_, position_, id);
+    if (u >= bound) return;
+    const double time = exponential(u) / weight;
+    if (time < best_ || (time == best_ && id < winner_)) {
+      best_ = time;
+      winner_ = id;
+    }
+  }
+  int32_t winner() const { return winner_; }
+
+ private:
+  uint64_t seed_;
+  uint64_t position_;
+  double best_ = std::numeric_limits<double>::infinity();
+  int32_t winner_ = -1;
+};
+
+Status check_max(float max, uint64_t position) {
+  if (std::isfinite(max)) return {};
+  return error(Code::kCorrupt, "logits are not finite at position %llu: expected a largest logit, found %s",
+               static_cast<unsigned long long>(position), std::isnan(max) ? "NaN or +inf" : "-inf for every token");
+}
+
+int32_t first_of(std::span<const float> logits, float value) {
+  return static_cast<int32_t>(std::find(logits.begin(), logits.end(), value) - logits.begin());
+}
+
+}  // namespace
+
+double gumbel(uint64_t seed, uint64_t position, int32_t id) {
+  return -portable_log(exponential(philox_uniform(seed, position, id)));
+}
+
+Sampler::Sampler(SamplingConfig config, int64_t vocab_size, Budget* budget)
+    : config_(std::move(config)), vocab_size_(vocab_size), status_(config_.validate(vocab_size)), budget_(budget) {
+  if (budget_ == nullptr) {
+    own_budget_ = std::make_unique<Budget>(std::numeric_limits<uint64_t>::max());
+    budget_ = own_budget_.get();
+  }
+  if (config_.top_k >= vocab_size) config_.top_k = 0;
+}
+
+Status Sampler::reserve() {
+  const bool draws = config_.temperature > 0;
+  const bool all = draws && config_.top_k == 0 && (config_.typical_p < 1 || config_.top_p < 1);
+  int64_t n_candidates = all ? vocab_size_ : 0;
+  if (draws && config_.top_k > 0) n_candidates = top_k_room(config_.top_k, vocab_size_);
+  if (config_.n_logprobs > 0) n_candidates = std::max(n_candidates, top_k_room(config_.n_logprobs, vocab_size_));
+  if (n_candidates > 0 && candidates_.data() == nullptr) {
+    EDGE_ASSIGN(candidates_, budget_->reserve(static_cast<uint64_t>(n_candidates) * sizeof(Candidate), "sampler"));
+  }
+  if ((config_.has_penalties() || !config_.logit_bias.empty()) && changes_.data() == nullptr) {
+    EDGE_ASSIGN(changes_, budget_->reserve(static_cast<uint64_t>(vocab_size_) * sizeof(Change), "sampler"));
+  }
+  return {};
+}
+
+Status Sampler::check(std::span<const float> logits, std::span<const int32_t> window) const {
+  if (static_cast<int64_t>(logits.size()) != vocab_size_) {
+    return error(Code::kBadArgument, "logits: expected %lld values, found %zu", static_cast<long long>(vocab_size_),
+                 logits.size());
+  }
+  for (const int32_t id : window) {
+    if (id >= 0 && id < vocab_size_) continue;
+    return error(Code::kBadArgument, "history: expected token ids in [0, %lld), found %d",
+                 static_cast<long long>(vocab_size_), id);
+  }
+  return {};
+}
+
+void Sampler::adjust(std::span<float> logits, std::span<const int32_t> window) {
+  Change* changes = changes_.as<Change>();
+  for (const auto& [id, bias] : config_.logit_bias) changes[id].logit = logits[static_cast<size_t>(id)];
+  for (const int32_t id : window) {
+    changes[id].logit = logits[static_cast<size_t>(id)];
+    ++changes[id].count;
+  }
+  for (const auto& [id, bias] : config_.logit_bias) logits[static_cast<size_t>(id)] += bias;
+  for (const int32_t id : window) {
+    if (changes[id].count == 0) continue;
+    float& logit = logits[static_cast<size_t>(id)];
+    logit = logit > 0 ? logit / config_.repetition_penalty : logit * config_.repetition_penalty;
+    logit -= config_.presence_penalty + config_.frequency_penalty * static_cast<float>(changes[id].count);
+    changes[id].count = 0;
+  }
+}
+
+void Sampler::restore(std::span<float> logits, std::span<const int32_t> window) const {
+  const Change* changes = changes_.as<Change>();
+  for (const auto& [id, bias] : config_.logit_bias) logits[static_cast<size_t>(id)] = changes[id].logit;
+  for (const int32_t id : window) logits[static_cast<size_t>(id)] = changes[id].logit;
+}
+
+// What top-k, typical, top-p and min-p leave. Only called when the first three leave something out.
+std::span<Candidate> Sampler::filter(std::span<const float> logits, const Weighting& weight) {
+  Candidate* room = candidates_.as<Candidate>();
+  size_t n = 0;
+  double total = 0;  // of what top-p looks at
+  if (config_.top_k > 0) {
+    n = keep_top_k(logits, config_.top_k, room);
+  } else {
+    double cut = -std::numeric_limits<double>::infinity();
+    if (config_.typical_p == 1) {
+      // Tokens whose weights could not add up to half of what top-p leaves out need not be looked at.
+      total = exp_sum(logits, weight.max, weight.temperature);
+      const double least = (1.0 - static_cast<double>(config_.top_p)) * total / static_cast<double>(vocab_size_) / 2;
+      cut = static_cast<double>(weight.max) + weight.temperature * portable_log(least);
+    }
+    for (size_t id = 0; id < logits.size(); ++id) {
+      if (static_cast<double>(logits[id]) > cut) room[n++] = {logits[id], static_cast<int32_t>(id)};
+    }
+  }
+  if (config_.typical_p < 1) n = keep_typical({room, n}, weight, static_cast<double>(config_.typical_p));
+  if (config_.top_p < 1) {
+    if (total == 0) total = total_weight({room, n}, weight);
+    n = keep_top_p({room, n}, weight, total, static_cast<double>(config_.top_p));
+  }
+  if (config_.min_p > 0) n = keep_min_p({room, n}, weight, static_cast<double>(config_.min_p));
+  return {room, n};
+}
+
+int32_t Sampler::draw(std::span<const float> logits, float max, uint64_t position) {
+  const Weighting weight{max, static_cast<double>(config_.temperature)};
+  Race race(config_.seed, position);
+  if (config_.top_k == 0 && config_.typical_p == 1 && config_.top_p == 1) {
+    constexpr size_t kBatch = 256;  // weights in a batch, where the compiler can use vectors
+    double weights[kBatch];
+    for (size_t begin = 0; begin < logits.size(); begin += kBatch) {
+      const size_t n = std::min(kBatch, logits.size() - begin);
+      for (size_t i = 0; i < n; ++i) weights[i] = weight(logits[begin + i]);
+      for (size_t i = 0; i < n; ++i) {
+        if (weights[i] >= static_cast<double>(config_.min_p)) race.enter(static_cast<int32_t>(begin + i), weights[i]);
+      }
+    }
+  } else {
+    for (const Candidate& candidate : filter(logits, weight)) race.enter(candidate.id, weight(candidate.logit));
+  }
+  return race.winner();
+}
+
+Result<SampledToken> Sampler::sample(std::span<float> logits, std::span<const int32_t> history, uint64_t position) {
+  EDGE_TRY(status_);
+  std::span<const int32_t> window;
+  if (config_.has_penalties()) {
+    const size_t last_n = static_cast<size_t>(config_.penalty_last_n);
+    window = config_.penalty_last_n < 0 || last_n >= history.size() ? history : history.last(last_n);
+  }
+  EDGE_TRY(check(logits, window));
+  EDGE_TRY(reserve());
+  const float max = max_logit(logits);
+  EDGE_TRY(check_max(max, position));
+  SampledToken result;
+  const double log_total = static_cast<double>(max) + portable_log(exp_sum(logits, max, 1.0));
+  if (config_.n_logprobs > 0) {
+    Candidate* room = candidates_.as<Candidate>();
+    const size_t n = keep_top_k(logits, config_.n_logprobs, room);
+    for (size_t i = 0; i < n; ++i) {
+      result.top.emplace_back(room[i].id, static_cast<double>(room[i].logit) - log_total);
+    }
+  }
+  adjust(logits, window);
+  const float adjusted_max = max_logit(logits);
+  const Status usable = check_max(adjusted_max, position);
+  if (usable.ok()) {
+    result.token = config_.temperature > 0 ? draw(logits, adjusted_max, position) : first_of(logits, adjusted_max);
+  }
+  restore(logits, window);
+  EDGE_TRY(usable);
+  result.logprob = static_cast<double>(logits[static_cast<size_t>(result.token)]) - log_total;
+  return result;
+}
+
+}  // namespace edge
