@@ -39,10 +39,18 @@ class PackDirectory {
                              uint64_t* directory_bytes, uint64_t* directory_hash);
   static Result<PackDirectory> parse(std::span<const std::byte> directory, uint64_t directory_offset);
 
+  static constexpr uint64_t kHeaderBytes = 4096;
+  static constexpr uint64_t kMaxDirectoryBytes = uint64_t{64} << 20;
+  static constexpr uint32_t kMaxEntries = 100'000;
+  static constexpr uint64_t kMaxChunkBytes = uint64_t{16} << 20;
+
   const std::vector<PackEntry>& entries() const { return entries_; }
   WeightId find(std::string_view name) const;  // kNoWeight when absent
   const PackEntry& entry(WeightId id) const { return entries_[static_cast<size_t>(id)]; }
   uint64_t chunk_hash(uint64_t chunk) const { return hashes_[chunk]; }
+
+  // Bytes this object itself keeps in memory, for the plan's account.
+  uint64_t memory_bytes() const;
 
   // Checks the chunks of `entry` that cover [begin, end) of its stored bytes; both multiples of chunk_bytes or the end.
   // `data` holds those bytes. kCorrupt names entry, chunk, expected and found hash.

@@ -6,12 +6,17 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "core/status.h"
 
 namespace edge {
 
 inline constexpr uint64_t kReadAlign = 4096;
+
+inline constexpr uint64_t round_up(uint64_t value, uint64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 // offset, bytes and into are multiples of 4096. bytes is at most 1 GiB.
 struct ReadRequest {
@@ -28,6 +33,7 @@ struct ReadCompletion {
 
 class BlockReader {
  public:
+  // Returns only when nothing is in flight any more, so buffers must outlive the reader.
   virtual ~BlockReader() = default;
 
   // Queues one read; blocks only while `depth()` reads are in flight. One thread uses a reader at a time.
@@ -43,6 +49,7 @@ class BlockReader {
   uint64_t bytes_read() const { return bytes_read_; }
 
   // Submits all and waits for all; returns the first error after everything in flight has landed.
+  // Nothing else may be in flight.
   Status read_all(std::span<const ReadRequest> requests);
 
  protected:
@@ -52,9 +59,25 @@ class BlockReader {
 struct ReaderOptions {
   std::string engine = "auto";  // auto | io_uring | pread  (EDGE_IO overrides auto)
   bool direct = true;           // falls back to buffered + POSIX_FADV_DONTNEED where O_DIRECT is refused
-  int depth = 32;
+  int depth = 32;               // 1..1024
+  // Buffered reads of pages that others have cached already: nothing is dropped behind them.
+  bool keep_cache = false;
+  std::string fault;  // a FaultPlan (io/fault_plan.h); empty = EDGE_IO_FAULT, else none
 };
 
 Result<std::unique_ptr<BlockReader>> open_reader(const std::string& path, const ReaderOptions& options);
+
+struct IoEngine {
+  const char* name;
+  bool available;
+  std::string reason;  // why it is not; empty when it is
+};
+
+// Every engine in the order "auto" tries them, for `edge doctor`.
+std::vector<IoEngine> io_engines();
+
+// Whether every page of [offset, offset + bytes) is in the page cache; false where the kernel cannot tell
+// (cachestat(2), Linux 6.5).
+bool page_cached(const std::string& path, uint64_t offset, uint64_t bytes);
 
 }  // namespace edge

@@ -1,6 +1,7 @@
 // The model never learns where weights live: it acquires a lease on a weight (or on some of its rows) and computes.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -15,7 +16,7 @@
 
 namespace edge {
 
-// Rows of a weight; empty = all.
+// Rows of a weight; empty = all. A vector (format kF32Vector or kBytes) is always leased whole.
 using RowSet = std::span<const int32_t>;
 
 // A pinned view of a weight's stored bytes (tiles or a vector). Destroying it unpins.
@@ -64,6 +65,8 @@ struct StoreStats {
   uint64_t load_bytes = 0;        // read to make weights resident
   uint64_t resident_bytes = 0;    // weights held for good
   uint64_t staging_bytes = 0;     // ring, caches
+  const char* io_engine = "none";  // of the last reader opened: "io_uring" or "pread"
+  bool io_direct = false;
   uint64_t hits = 0;
   uint64_t misses = 0;
   double wait_seconds = 0;        // time acquire() stood waiting for the drive
@@ -75,7 +78,8 @@ class WeightStore {
   // A hint that these rows come soon; may do nothing, never fails.
   virtual void prefetch(WeightId weight, RowSet rows) = 0;
   // Blocks until the bytes are here and checked. kDiskError, kCorrupt, kCancelled.
-  // One thread acquires; at most 8 leases are held at once.
+  // One thread acquires and drops leases; at most 8 are held at once, and none outlives the store. kOverBudget when the
+  // leases held leave no room for this one; kBadArgument for a weight or row that is not there.
   virtual Result<Lease> acquire(WeightId weight, RowSet rows) = 0;
   virtual StoreStats stats() const = 0;
   // Called after an abandoned pass so that streams start again at their first weight.
@@ -92,13 +96,27 @@ enum class Placement : uint8_t {
 struct StorePlan {
   std::vector<Placement> placement;  // per weight of the directory; blobs are ignored
   std::vector<WeightId> stream_order;  // the streamed weights in the order a pass acquires them
-  uint64_t ring_bytes = 0;           // staging of the stream; at least the largest streamed weight, page-rounded
-  uint64_t demand_bytes = 0;         // cache of demand reads; at least the largest demanded lease set
+  // Staging of the stream: room for the leases held at once plus the largest streamed weight (its wrap leaves a gap);
+  // what is above that is read-ahead.
+  uint64_t ring_bytes = 0;
+  // Cache of demand reads: room for the leases held at once. A whole weight takes its stored bytes, a row lease
+  // DemandCache::row_lease_bytes. Row leases of streamed weights are taken from it too.
+  uint64_t demand_bytes = 0;
+};
+
+// Read and written by other threads while the store loads.
+struct LoadProgress {
+  std::atomic<uint64_t> done_bytes{0};
+  std::atomic<uint64_t> total_bytes{0};
+  std::atomic<bool> cancel{false};  // the load ends with kCancelled
 };
 
 struct StoreOptions {
   std::string io_engine = "auto";
   int io_depth = 32;
+  bool io_direct = true;
+  std::string io_fault;              // FaultPlan of every reader; tests only
+  LoadProgress* progress = nullptr;  // must outlive open_store
 };
 
 }  // namespace edge

@@ -1,0 +1,108 @@
+#include "io/read_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "io/block_reader.h"
+
+namespace edge {
+namespace {
+
+// Some file systems accept the flag and refuse the read.
+bool direct_read_works(int fd, uint64_t file_bytes) {
+  if (file_bytes < kReadAlign) return true;
+  void* page = mmap(nullptr, kReadAlign, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (page == MAP_FAILED) return false;
+  ssize_t got;
+  do {
+    got = pread(fd, page, kReadAlign, 0);
+  } while (got < 0 && errno == EINTR);
+  munmap(page, kReadAlign);
+  return got == static_cast<ssize_t>(kReadAlign);
+}
+
+}  // namespace
+
+ReadFile& ReadFile::operator=(ReadFile&& other) noexcept {
+  if (this != &other) {
+    if (fd_ >= 0) close(fd_);
+    path_ = std::move(other.path_);
+    fd_ = std::exchange(other.fd_, -1);
+    direct_ = other.direct_;
+    keep_cache_ = other.keep_cache_;
+    bytes_ = other.bytes_;
+  }
+  return *this;
+}
+
+ReadFile::~ReadFile() {
+  if (fd_ >= 0) close(fd_);
+}
+
+Result<ReadFile> ReadFile::open(const std::string& path, bool direct, bool keep_cache) {
+  // O_NONBLOCK: opening a named pipe must not wait for its writer.
+  const int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
+  ReadFile file;
+  file.path_ = path;
+  file.keep_cache_ = keep_cache;
+#ifdef O_DIRECT
+  if (direct) {
+    file.fd_ = ::open(path.c_str(), flags | O_DIRECT);
+    file.direct_ = file.fd_ >= 0;
+  }
+#endif
+  if (file.fd_ < 0) file.fd_ = ::open(path.c_str(), flags);
+  if (file.fd_ < 0) {
+    const bool machine = errno == EIO || errno == EMFILE || errno == ENFILE || errno == ENOMEM;
+    return error(machine ? Code::kDiskError : Code::kBadFile, "%s: cannot be opened: %s", path.c_str(), strerror(errno));
+  }
+  struct stat info;
+  if (fstat(file.fd_, &info) != 0) {
+    return error(Code::kDiskError, "%s: cannot be examined: %s", path.c_str(), strerror(errno));
+  }
+  if (!S_ISREG(info.st_mode)) return error(Code::kBadFile, "%s: expected a regular file", path.c_str());
+  file.bytes_ = static_cast<uint64_t>(info.st_size);
+  if (file.direct_ && !direct_read_works(file.fd_, file.bytes_)) {
+    close(file.fd_);
+    file.direct_ = false;
+    file.fd_ = ::open(path.c_str(), flags);
+    if (file.fd_ < 0) return error(Code::kDiskError, "%s: cannot be reopened: %s", path.c_str(), strerror(errno));
+  }
+  // Read-ahead would leave pages behind that no request asked for, and the queue is deep enough without it.
+  if (!file.direct_) posix_fadvise(file.fd_, 0, 0, POSIX_FADV_RANDOM);
+  return file;
+}
+
+void ReadFile::drop(uint64_t offset, uint64_t bytes) const {
+  if (direct_ || keep_cache_) return;
+  posix_fadvise(fd_, static_cast<off_t>(offset), static_cast<off_t>(bytes), POSIX_FADV_DONTNEED);
+}
+
+bool page_cached(const std::string& path, uint64_t offset, uint64_t bytes) {
+#ifdef __linux__
+  constexpr long kCachestat = 451;  // the same number on every architecture; older headers lack it
+  struct {
+    uint64_t offset, bytes;
+  } range{offset, bytes};
+  struct {
+    uint64_t cached, dirty, writeback, evicted, recently_evicted;  // pages
+  } found{};
+  Result<ReadFile> file = ReadFile::open(path, /*direct=*/false, /*keep_cache=*/true);
+  if (!file.ok() || bytes == 0) return false;
+  if (syscall(kCachestat, file->fd(), &range, &found, 0) != 0) return false;
+  const auto page_bytes = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  return found.cached >= (round_up(offset + bytes, page_bytes) - offset / page_bytes * page_bytes) / page_bytes;
+#else
+  (void)path, (void)offset, (void)bytes;
+  return false;
+#endif
+}
+
+}  // namespace edge

@@ -1,0 +1,75 @@
+#include "store/read_run.h"
+
+#include <algorithm>
+
+#include "core/budget.h"
+
+namespace edge {
+
+bool extend_run(ReadRun* run, const PackDirectory& directory, WeightId weight, std::byte* weight_memory, uint64_t* begin,
+                uint64_t room_bytes) {
+  const PackEntry& entry = directory.entry(weight);
+  const uint64_t left = entry.stored_bytes - *begin;
+  if (left == 0) return true;
+  if (run->bytes >= kRunBytes) return false;
+  const uint64_t offset = entry.offset + *begin;
+  std::byte* const into = weight_memory + *begin;
+  if (run->bytes > 0 && (run->offset + run->bytes != offset || run->into + run->bytes != into)) return false;
+  uint64_t take = std::min(left, round_up(kRunBytes - run->bytes, entry.chunk_bytes));
+  if (take > room_bytes) take = room_bytes / entry.chunk_bytes * entry.chunk_bytes;
+  if (take == 0) return false;
+  if (run->bytes == 0) {
+    run->offset = offset;
+    run->into = into;
+  }
+  run->bytes += take;
+  run->spans.push_back({weight, *begin, *begin + take});
+  *begin += take;
+  return *begin == entry.stored_bytes;
+}
+
+Status check_run(const ReadRun& run, const PackDirectory& directory) {
+  const std::byte* at = run.into;
+  for (const ChunkSpan& span : run.spans) {
+    EDGE_TRY(directory.check(directory.entry(span.weight), span.begin, {at, span.end - span.begin}));
+    at += span.end - span.begin;
+  }
+  return {};
+}
+
+ReaderOptions reader_options(const StoreOptions& options) {
+  ReaderOptions reader;
+  reader.engine = options.io_engine;
+  reader.depth = options.io_depth;
+  reader.direct = options.io_direct;
+  reader.fault = options.io_fault;
+  return reader;
+}
+
+Status check_rows(const PackEntry& entry, RowSet rows) {
+  for (const int32_t row : rows) {
+    if (row < 0 || row >= entry.rows) {
+      return error(Code::kBadArgument, "%s: expected a row from 0 to %lld, found %d", entry.name.c_str(),
+                   static_cast<long long>(entry.rows) - 1, row);
+    }
+  }
+  return {};
+}
+
+Result<std::string> read_entry(const std::string& path, const PackDirectory& directory, WeightId weight) {
+  const PackEntry& entry = directory.entry(weight);
+  Budget budget(UINT64_MAX >> 1);
+  EDGE_ASSIGN(const Block block, budget.reserve(entry.stored_bytes, "io"));
+  EDGE_ASSIGN(const std::unique_ptr<BlockReader> reader, open_reader(path, {}));
+  uint64_t begin = 0;
+  while (begin < entry.stored_bytes) {
+    ReadRun run;
+    extend_run(&run, directory, weight, block.data(), &begin);
+    const ReadRequest request = run.request(0);
+    EDGE_TRY(reader->read_all({&request, 1}));
+    EDGE_TRY(check_run(run, directory));
+  }
+  return std::string(block.as<char>(), entry.bytes);
+}
+
+}  // namespace edge

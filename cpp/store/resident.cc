@@ -1,0 +1,114 @@
+#include "store/resident.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "store/read_run.h"
+
+namespace edge {
+namespace {
+
+// Warm = every byte is in the page cache already: copying beats the drive, and nothing new is cached.
+bool warm(const std::string& path, const PackDirectory& directory, const std::vector<WeightId>& weights) {
+  for (size_t i = 0; i < weights.size();) {
+    const PackEntry& first = directory.entry(weights[i]);
+    uint64_t end = first.offset;
+    for (; i < weights.size() && directory.entry(weights[i]).offset == end; ++i) {
+      end += directory.entry(weights[i]).stored_bytes;
+    }
+    if (!page_cached(path, first.offset, end - first.offset)) return false;
+  }
+  return !weights.empty();
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Resident>> Resident::load(const std::string& path, const PackDirectory& directory,
+                                                 std::vector<WeightId> weights, const StoreOptions& options, Budget& budget) {
+  std::sort(weights.begin(), weights.end());  // the directory is in file order
+  std::unique_ptr<Resident> store(new Resident(directory, budget));
+  store->data_.resize(directory.entries().size());
+  uint64_t total_bytes = 0;
+  for (const WeightId weight : weights) total_bytes += directory.entry(weight).stored_bytes;
+  if (options.progress != nullptr) options.progress->total_bytes = total_bytes;
+  if (total_bytes == 0) return store;
+  EDGE_ASSIGN(store->memory_, budget.reserve(total_bytes, "weights"));
+  std::byte* at = store->memory_.data();
+  for (const WeightId weight : weights) {
+    store->data_[static_cast<size_t>(weight)] = at;
+    at += directory.entry(weight).stored_bytes;
+  }
+  EDGE_TRY(store->read(path, weights, options));
+  store->stats_.resident_bytes = total_bytes;
+  return store;
+}
+
+Status Resident::read(const std::string& path, const std::vector<WeightId>& weights, const StoreOptions& options) {
+  ReaderOptions how = reader_options(options);
+  if (how.direct && warm(path, directory_, weights)) {
+    how.direct = false;
+    how.keep_cache = true;
+    // Copies out of the cache run in the thread that asks for them: the pool spreads them over the cores.
+    if (how.engine == "auto") how.engine = "pread";
+  }
+  EDGE_ASSIGN(const std::unique_ptr<BlockReader> reader, open_reader(path, how));
+  stats_.io_engine = reader->engine();
+  stats_.io_direct = reader->direct();
+
+  std::vector<ReadRun> flying(static_cast<size_t>(reader->depth()));
+  std::vector<size_t> free_slots;
+  for (size_t slot = 0; slot < flying.size(); ++slot) free_slots.push_back(slot);
+  size_t next = 0;      // into weights
+  uint64_t begin = 0;   // of that weight
+  Status first;
+  while (true) {
+    if (first.ok() && options.progress != nullptr && options.progress->cancel) {
+      first = error(Code::kCancelled, "%s: loading was cancelled", path.c_str());
+    }
+    while (first.ok() && next < weights.size() && !free_slots.empty()) {
+      const size_t slot = free_slots.back();
+      free_slots.pop_back();
+      ReadRun& run = flying[slot] = ReadRun{};
+      while (next < weights.size() &&
+             extend_run(&run, directory_, weights[next], data_[static_cast<size_t>(weights[next])], &begin)) {
+        ++next;
+        begin = 0;
+      }
+      first = reader->submit(run.request(slot));
+      if (!first.ok()) free_slots.push_back(slot);
+    }
+    if (free_slots.size() == flying.size()) return first;
+    EDGE_ASSIGN(const ReadCompletion completion, reader->wait());
+    const ReadRun& run = flying[completion.tag];
+    if (first.ok()) first = completion.status.ok() ? check_run(run, directory_) : completion.status;
+    stats_.load_bytes += run.bytes;
+    if (options.progress != nullptr) options.progress->done_bytes += run.bytes;
+    free_slots.push_back(completion.tag);
+  }
+}
+
+Result<Lease> Resident::acquire(WeightId weight, RowSet rows) {
+  const bool known = weight >= 0 && static_cast<size_t>(weight) < data_.size();
+  const std::byte* data = known ? data_[static_cast<size_t>(weight)] : nullptr;
+  if (data == nullptr) return error(Code::kBadArgument, "weight %d is not resident", weight);
+  const PackEntry& entry = directory_.entry(weight);
+  hits_.fetch_add(1, std::memory_order_relaxed);
+  if (rows.empty() || !is_tile_format(entry.format)) return Lease(data, &entry);
+  EDGE_TRY(check_rows(entry, rows));
+  const uint64_t tile = row_tile_bytes(entry);
+  const auto tile_of = [&](int32_t row) { return data + static_cast<uint64_t>(row / kTileRows) * tile; };
+  if (rows.size() == 1) return Lease(tile_of(rows[0]), &entry);
+  EDGE_ASSIGN(Block block, budget_.reserve(rows.size() * tile, "weights"));
+  for (size_t i = 0; i < rows.size(); ++i) std::memcpy(block.data() + i * tile, tile_of(rows[i]), tile);
+  auto gathered = std::make_shared<Block>(std::move(block));
+  const std::byte* first = gathered->data();
+  return Lease(first, &entry, [gathered]() mutable { gathered.reset(); });
+}
+
+StoreStats Resident::stats() const {
+  StoreStats stats = stats_;
+  stats.hits = hits_.load(std::memory_order_relaxed);
+  return stats;
+}
+
+}  // namespace edge
