@@ -58,7 +58,7 @@ class TensorInfo:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return self.bytes // self.rows
+        return self.bytes // self.rows if self.rows else 0
 
 
 class Checkpoint(ABC):
@@ -129,11 +129,11 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ModelFileError(f"{where}: expected every key once, found {twice!r} twice")
+        out: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in out:
+                raise ModelFileError(f"{where}: expected every key once, found {key!r} twice")
+            out[key] = value
         return out
 
     try:

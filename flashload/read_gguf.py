@@ -68,6 +68,13 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise ModelFileError(f"{self._file.path}: {what}: expected UTF-8, found {error}") from None
 
+    def name(self, what: str) -> str:
+        """A key or tensor name: it stands in messages, so it must be printable."""
+        value = self.text(what, _MAX_NAME_BYTES, exact=True)
+        if not value or not value.isprintable():
+            raise ModelFileError(f"{self._file.path}: {what}: expected printable text, found {value!r}")
+        return value
+
 
 def _value(reader: _Reader, kind: int, key: str, where: Path) -> Any:
     # Vocabulary texts must not change by one byte; a description may hold anything.
@@ -111,7 +118,7 @@ class _Shard:
         n_keys = reader.bounded("key count", _MAX_KEYS)
         self.metadata: dict[str, Any] = {}
         for index in range(n_keys):
-            key = reader.text(f"key {index}", _MAX_NAME_BYTES, exact=True)
+            key = reader.name(f"key {index}")
             if key in self.metadata:
                 raise ModelFileError(f"{file.path}: {key}: expected every key once, found it twice")
             self.metadata[key] = _value(reader, reader.scalar("I", key), key, file.path)
@@ -130,7 +137,7 @@ class _Shard:
         check_overlap(str(file.path), self.tensors)
 
     def _tensor(self, reader: _Reader, index: int) -> tuple[str, int, tuple[int, ...], int]:
-        name = reader.text(f"name of tensor {index}", _MAX_NAME_BYTES, exact=True)
+        name = reader.name(f"name of tensor {index}")
         n_dims = reader.scalar("I", f"{name} dimensions")
         if not 1 <= n_dims <= 4:
             raise ModelFileError(f"{self.path}: {name}: expected 1 to 4 dimensions, found {n_dims}")

@@ -47,20 +47,22 @@ _SINGLE = "model.safetensors"
 
 
 def _tensor(file: RawFile, name: str, entry: Any, data_at: int) -> TensorInfo:
+    if not name or not name.isprintable():
+        raise ModelFileError(f"{file.path}: tensor name: expected printable text, found {name[:80]!r}")
     where = f"{file.path}: {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ModelFileError(f"{where}: expected dtype, shape and data_offsets, found {str(entry)[:80]}")
+        raise ModelFileError(f"{where}: expected dtype, shape and data_offsets, found {repr(entry)[:80]}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or (dtype not in _WEIGHTS and dtype not in _OTHERS):
         raise UnsupportedModelError(
-            f"{where}: dtype: expected one of {', '.join([*_WEIGHTS, *_OTHERS])}, found {dtype!r}"
+            f"{where}: dtype: expected one of {', '.join([*_WEIGHTS, *_OTHERS])}, found {repr(dtype)[:80]}"
         )
     if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(map(_is_size, shape)):
         raise ModelFileError(
-            f"{where}: shape: expected up to {_MAX_DIMENSIONS} sizes, found {str(shape)[:80]}"
+            f"{where}: shape: expected up to {_MAX_DIMENSIONS} sizes, found {repr(shape)[:80]}"
         )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise ModelFileError(f"{where}: data_offsets: expected [begin, end], found {str(offsets)[:80]}")
+        raise ModelFileError(f"{where}: data_offsets: expected [begin, end], found {repr(offsets)[:80]}")
     begin, end = offsets
     # A scalar is a vector of one value.
     sizes = tuple(shape) or (1,)

@@ -29,7 +29,7 @@ FAMILIES: dict[str, Family] = _load()
 
 def _unknown(where: str, found: str, known: set[str]) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{where}: architecture: expected one of {', '.join(sorted(known))}, found {found}"
+        f"{where}: architecture: expected one of {', '.join(sorted(known))}, found {found!r}"
     )
 
 
