@@ -7,23 +7,44 @@
 namespace edge {
 namespace {
 
-// Sorts just as much of the front as it takes for its mass to reach `mass`; returns its length.
+// Moves to the front the shortest run, in the order `before`, whose weights reach `mass`; returns its length. A quickselect
+// by mass: linear on average, and with its own partition, so that sums are formed in the same order everywhere.
 template <class Before, class Weight>
 size_t keep_mass(std::span<Candidate> candidates, double mass, Before before, Weight weight) {
-  size_t done = 0;
-  double sum = 0;
-  for (size_t step = 64; done < candidates.size(); step *= 4) {
-    const size_t end = std::min(candidates.size(), done + step);
-    const auto first = candidates.begin() + static_cast<std::ptrdiff_t>(done);
-    const auto last = candidates.begin() + static_cast<std::ptrdiff_t>(end);
-    if (last != candidates.end()) std::nth_element(first, last, candidates.end(), before);
-    std::sort(first, last, before);
-    for (; done < end; ++done) {
-      sum += weight(candidates[done]);
-      if (sum >= mass) return done + 1;
+  size_t low = 0, high = candidates.size();
+  // Pivots of a hostile order could make it quadratic: what 64 rounds leave is sorted.
+  for (int round = 0; round < 64 && high - low > 32; ++round) {
+    Candidate& first = candidates[low];
+    Candidate& last = candidates[high - 1];
+    Candidate& middle = candidates[low + (high - low) / 2];
+    if (before(middle, first)) std::swap(middle, first);
+    if (before(last, first)) std::swap(last, first);
+    if (before(middle, last)) std::swap(middle, last);
+    const Candidate pivot = last;  // the median of the three
+    size_t end = low;
+    double sum = 0;
+    for (size_t i = low; i + 1 < high; ++i) {
+      if (!before(candidates[i], pivot)) continue;
+      sum += weight(candidates[i]);
+      std::swap(candidates[i], candidates[end++]);
     }
+    std::swap(candidates[end], last);
+    if (sum >= mass) {
+      high = end;
+      continue;
+    }
+    sum += weight(pivot);
+    if (sum >= mass) return end + 1;
+    mass -= sum;
+    low = end + 1;
   }
-  return done;
+  std::sort(candidates.begin() + static_cast<std::ptrdiff_t>(low), candidates.begin() + static_cast<std::ptrdiff_t>(high),
+            before);
+  for (double sum = 0; low < high; ++low) {
+    sum += weight(candidates[low]);
+    if (sum >= mass) return low + 1;
+  }
+  return low;
 }
 
 }  // namespace
@@ -49,7 +70,8 @@ size_t keep_top_k(std::span<const float> logits, int64_t k, Candidate* room) {
     room[n++] = {logits[id], static_cast<int32_t>(id)};
   }
   const size_t kept = std::min(n, wanted);
-  std::partial_sort(room, room + kept, room + n, more_likely);
+  if (kept < n) std::nth_element(room, room + kept, room + n, more_likely);
+  std::sort(room, room + kept, more_likely);
   return kept;
 }
 

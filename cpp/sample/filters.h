@@ -20,13 +20,15 @@ inline bool more_likely(const Candidate& a, const Candidate& b) {
 
 // Unnormalised probabilities at a temperature: 1 for the largest logit.
 struct Weighting {
+  Weighting(float max, float temperature)
+      : max(max), temperature(static_cast<double>(temperature)), inverse(1.0 / this->temperature) {}
   float max;
   double temperature;
+  double inverse;
 
-  double log_weight(float logit) const {
-    return (static_cast<double>(logit) - static_cast<double>(max)) / temperature;
-  }
+  double log_weight(float logit) const { return (static_cast<double>(logit) - static_cast<double>(max)) * inverse; }
   double operator()(float logit) const { return portable_exp(log_weight(logit)); }
+  Double2 operator()(float a, float b) const { return portable_exp(Double2{log_weight(a), log_weight(b)}); }
 };
 
 // Candidates that keep_top_k needs room for.

@@ -30,18 +30,26 @@ float max_logit(std::span<const float> logits) {
 }
 
 double exp_sum(std::span<const float> logits, float max, double temperature) {
-  constexpr size_t kLanes = 8;
-  double lanes[kLanes] = {};
-  const auto weight = [&](float logit) {
-    return portable_exp((static_cast<double>(logit) - static_cast<double>(max)) / temperature);
+  const double top = static_cast<double>(max), inverse = 1.0 / temperature;
+  Double2 lanes[4] = {};
+  const auto add = [&](const float* eight) {
+    for (int j = 0; j < 4; ++j) {
+      const Double2 pair = {static_cast<double>(eight[2 * j]), static_cast<double>(eight[2 * j + 1])};
+      lanes[j] += portable_exp((pair - top) * inverse);
+    }
   };
-  const size_t whole = logits.size() / kLanes * kLanes;
-  for (size_t i = 0; i < whole; i += kLanes) {
-    for (size_t j = 0; j < kLanes; ++j) lanes[j] += weight(logits[i + j]);
+  const size_t whole = logits.size() / 8 * 8;
+  for (size_t i = 0; i < whole; i += 8) add(logits.data() + i);
+  if (whole < logits.size()) {
+    float tail[8];
+    for (size_t j = 0; j < 8; ++j) {
+      tail[j] = whole + j < logits.size() ? logits[whole + j] : -std::numeric_limits<float>::infinity();
+    }
+    add(tail);
   }
-  for (size_t i = whole; i < logits.size(); ++i) lanes[i - whole] += weight(logits[i]);
-  for (size_t j = 1; j < kLanes; ++j) lanes[0] += lanes[j];
-  return lanes[0];
+  double sum = 0;
+  for (const Double2& pair : lanes) sum += pair[0] + pair[1];
+  return sum;
 }
 
 double log_sum_exp(std::span<const float> logits) {

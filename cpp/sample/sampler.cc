@@ -140,17 +140,14 @@ std::span<Candidate> Sampler::filter(std::span<const float> logits, const Weight
 }
 
 int32_t Sampler::draw(std::span<const float> logits, float max, uint64_t position) {
-  const Weighting weight{max, static_cast<double>(config_.temperature)};
+  const Weighting weight(max, config_.temperature);
   Race race(config_.seed, position);
   if (config_.top_k == 0 && config_.typical_p == 1 && config_.top_p == 1) {
-    constexpr size_t kBatch = 256;  // weights in a batch, where the compiler can use vectors
-    double weights[kBatch];
-    for (size_t begin = 0; begin < logits.size(); begin += kBatch) {
-      const size_t n = std::min(kBatch, logits.size() - begin);
-      for (size_t i = 0; i < n; ++i) weights[i] = weight(logits[begin + i]);
-      for (size_t i = 0; i < n; ++i) {
-        if (weights[i] >= static_cast<double>(config_.min_p)) race.enter(static_cast<int32_t>(begin + i), weights[i]);
-      }
+    const double least = static_cast<double>(config_.min_p);
+    for (size_t i = 0; i < logits.size(); i += 2) {
+      const Double2 weights = weight(logits[i], logits[std::min(i + 1, logits.size() - 1)]);
+      if (weights[0] >= least) race.enter(static_cast<int32_t>(i), weights[0]);
+      if (weights[1] >= least && i + 1 < logits.size()) race.enter(static_cast<int32_t>(i + 1), weights[1]);
     }
   } else {
     for (const Candidate& candidate : filter(logits, weight)) race.enter(candidate.id, weight(candidate.logit));
