@@ -134,7 +134,6 @@ class DecoderConfig:
         fields = dict(value)
         for name in ("norm_eps", "rope_magnitude", "clip_qkv", "attention_scale", "logit_scale"):
             fields[name] = keys.number(name, low=-1e300, high=1e300)
-        numbers = keys.items("rope_inv_freq", (int, float), None)  # type: ignore[arg-type]
-        fields["rope_inv_freq"] = tuple(float(v) for v in numbers or ())
+        fields["rope_inv_freq"] = tuple(keys.numbers("rope_inv_freq"))
         fields["windows"] = tuple(keys.items("windows", int) or ())
         return cls(**fields)

@@ -90,6 +90,16 @@ class Keys:
             raise self.bad(name, f"a list of {size}{kind.__name__}", value)
         return list(value)
 
+    def numbers(self, name: str) -> list[float]:
+        """A list of numbers; raises ModelFileError when absent or anything else."""
+        value = self.get(name)
+        kinds = (int, float)
+        if not isinstance(value, list) or not all(
+            isinstance(v, kinds) and type(v) is not bool for v in value
+        ):
+            raise self.bad(name, "a list of numbers", value)
+        return [float(v) for v in value]
+
     def section(self, name: str) -> Keys | None:
         """A nested object as Keys, or None when absent."""
         value = self.get(name)
