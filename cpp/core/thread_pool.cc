@@ -10,6 +10,9 @@ namespace edge {
 namespace {
 // About 50 us: longer than the gap between two ops of a token, far shorter than a scheduler slice.
 constexpr int kSpins = 4000;
+constexpr uint64_t kOpen = 1 << 16;
+constexpr uint64_t kJoined = kOpen - 1;
+constexpr uint64_t kGeneration = 1 << 17;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -28,7 +31,6 @@ ThreadPool::~ThreadPool() {
   {
     std::lock_guard lock(mutex_);
     stop_.store(true);
-    generation_.fetch_add(1);
   }
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
@@ -54,35 +56,41 @@ void ThreadPool::run(int64_t n_items, int64_t grain, Call call, void* context) {
   n_items_ = n_items;
   grain_ = grain;
   next_.store(0, std::memory_order_relaxed);
-  n_running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  {
-    std::lock_guard lock(mutex_);  // a worker between its last look and its sleep must not miss the job
-    generation_.fetch_add(1, std::memory_order_release);
+  const uint64_t generation = state_.load(std::memory_order_relaxed) / kGeneration + 1;
+  state_.store(generation * kGeneration | kOpen);
+  if (n_sleeping_.load() > 0) {
+    // Through the lock, or a worker between its last look and its sleep would miss the job.
+    { std::lock_guard lock(mutex_); }
+    wake_.notify_all();
   }
-  wake_.notify_all();
   drain(0);
-  for (int spins = 0; n_running_.load(std::memory_order_acquire) != 0; ++spins) {
+  state_.fetch_and(~kOpen);
+  for (int spins = 0; (state_.load(std::memory_order_acquire) & kJoined) != 0; ++spins) {
     if (spins < kSpins) relax();
     else std::this_thread::yield();
   }
 }
 
 void ThreadPool::work(int thread) {
-  uint32_t seen = 0;
+  uint64_t seen = 0;  // generation
+  const auto ready = [&](uint64_t state) { return (state & kOpen) != 0 && state / kGeneration != seen; };
   for (;;) {
-    int spins = 0;
-    while (generation_.load(std::memory_order_acquire) == seen && spins < kSpins) {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    for (int spins = 0; !ready(state) && spins < kSpins && !stop_.load(std::memory_order_relaxed); ++spins) {
       relax();
-      ++spins;
+      state = state_.load(std::memory_order_acquire);
     }
-    if (generation_.load(std::memory_order_acquire) == seen) {
+    if (!ready(state)) {
       std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+      n_sleeping_.fetch_add(1);
+      wake_.wait(lock, [&] { return stop_.load() || ready(state = state_.load()); });
+      n_sleeping_.fetch_sub(1);
     }
-    seen = generation_.load(std::memory_order_acquire);
     if (stop_.load()) return;
+    if (!state_.compare_exchange_strong(state, state + 1)) continue;  // closed, or another joined: look again
+    seen = state / kGeneration;
     drain(thread);
-    n_running_.fetch_sub(1, std::memory_order_release);
+    state_.fetch_sub(1, std::memory_order_release);
   }
 }
 

@@ -40,15 +40,17 @@ class ThreadPool {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint32_t> generation_{0};
   std::atomic<bool> stop_{false};
-  // The current job; written before generation_ moves, read after.
+  std::atomic<int> n_sleeping_{0};
+  // Generation of the job in the high bits, whether it may still be joined, and how many workers have joined it. The
+  // caller waits only for those: a worker the system has not scheduled yet costs nothing.
+  alignas(64) std::atomic<uint64_t> state_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
+  // The current job: written while nobody has joined and nobody can.
   Call call_ = nullptr;
   void* context_ = nullptr;
   int64_t n_items_ = 0;
   int64_t grain_ = 1;
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int> n_running_{0};
 };
 
 }  // namespace edge

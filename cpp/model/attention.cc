@@ -4,6 +4,9 @@
 #include "model/decoder.h"
 
 namespace edge {
+namespace {
+constexpr int64_t kPieceBytes = 64 << 10;
+}  // namespace
 
 Status Decoder::attention(int64_t index, KvCache& kv) {
   const LayerWeights& layer = weights_.layers[static_cast<size_t>(index)];
@@ -59,7 +62,10 @@ void Decoder::attend(int64_t index, KvCache& kv) {
   const int64_t head_dim = config_.head_dim, n_kv_heads = config_.n_kv_heads;
   const int64_t group = config_.n_heads / n_kv_heads, max_visible = options_.context + options_.max_rows;
   const int64_t window = config_.windows[static_cast<size_t>(index)];
-  pool_.parallel(n_rows_ * n_kv_heads, 1, [&](int64_t begin, int64_t end, int thread) {
+  // Short texts are not worth a second core's attention: about 64 KiB of keys and values per piece.
+  const int64_t head_bytes = (n_committed_ + n_rows_) * head_dim * 4;
+  const int64_t grain = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(1, head_bytes));
+  pool_.parallel(n_rows_ * n_kv_heads, grain, [&](int64_t begin, int64_t end, int thread) {
     std::byte* scratch = scratch_.attention + scratch_.attention_stride * static_cast<uint64_t>(thread);
     const uint16_t** keys = reinterpret_cast<const uint16_t**>(scratch);
     const uint16_t** values = keys + max_visible;

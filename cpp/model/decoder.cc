@@ -7,11 +7,6 @@
 #include "kernels/tiling.h"
 
 namespace edge {
-namespace {
-// Rows of one embedding lease: their gathered tiles must fit a small demand cache.
-constexpr int64_t kEmbedRows = 16;
-}  // namespace
-
 Decoder::Decoder(const DecoderConfig& config, const DecoderOptions& options, const PackDirectory& directory,
                  WeightStore& store, const Kernels& kernels, ThreadPool& pool)
     : config_(config), options_(options), directory_(directory), store_(store), kernels_(kernels), pool_(pool),
@@ -107,21 +102,19 @@ void Decoder::place(const Batch& batch, const KvCache& kv) {
 
 Status Decoder::embed(const Batch& batch) {
   const int64_t hidden = config_.hidden_size, stride = pad16(hidden);
-  const auto gather = [&](WeightId weight, std::span<const int32_t> rows, float* out, bool accumulate) -> Status {
+  // One lease per row: a view where the table is resident, one small read where it is not.
+  const auto gather = [&](WeightId weight, std::span<const int32_t> rows, bool accumulate) -> Status {
     const PackEntry& entry = directory_.entry(weight);
-    const int64_t tile_stride = tile_stride_bytes(entry.format, entry.cols);
-    for (size_t begin = 0; begin < rows.size(); begin += kEmbedRows) {
-      const auto piece = rows.subspan(begin, std::min<size_t>(kEmbedRows, rows.size() - begin));
-      EDGE_ASSIGN(Lease lease, store_.acquire(weight, piece));
-      for (size_t i = 0; i < piece.size(); ++i) {
-        float* into = accumulate ? scratch_.normed : out + static_cast<int64_t>(begin + i) * stride;
-        decode_tile_row(entry.format, lease.row_tile(i, piece[i], tile_stride), piece[i] % kTileRows, hidden, into);
-        if (accumulate) kernels_.add(into, hidden, out + static_cast<int64_t>(begin + i) * stride);
-      }
+    for (size_t i = 0; i < rows.size(); ++i) {
+      EDGE_ASSIGN(Lease lease, store_.acquire(weight, rows.subspan(i, 1)));
+      float* into = scratch_.hidden + static_cast<int64_t>(i) * stride;
+      float* out = accumulate ? scratch_.normed : into;
+      decode_tile_row(entry.format, lease.data(), rows[i] % kTileRows, hidden, out);
+      if (accumulate) kernels_.add(out, hidden, into);
     }
     return {};
   };
-  EDGE_TRY(gather(weights_.embed, batch.tokens, scratch_.hidden, false));
+  EDGE_TRY(gather(weights_.embed, batch.tokens, false));
   if (weights_.embed_position == kNoWeight) return {};
   std::vector<int32_t> rows;
   for (int64_t position : positions_) rows.push_back(static_cast<int32_t>(position + config_.position_offset));
@@ -130,7 +123,7 @@ Status Decoder::embed(const Batch& batch) {
     return error(Code::kContextOverflow, "position %lld: the model has learned %lld positions",
                  static_cast<long long>(positions_.back()), static_cast<long long>(n_positions - config_.position_offset));
   }
-  return gather(weights_.embed_position, rows, scratch_.hidden, true);
+  return gather(weights_.embed_position, rows, true);
 }
 
 Status Decoder::norm(WeightId weight_id, WeightId bias_id, const float* x, int64_t x_stride, int64_t n_rows,

@@ -8,6 +8,8 @@ namespace {
 constexpr size_t kMaxProducts = 4;
 // Pieces per thread in one pass: enough that a slower core does not hold the others up, few enough to keep reads long.
 constexpr int64_t kPiecesPerThread = 8;
+// Less than this is done before another core has noticed.
+constexpr int64_t kPieceBytes = 32 << 10;
 }  // namespace
 
 uint64_t ActRows::bytes(int64_t max_rows, int64_t max_k) {
@@ -74,7 +76,9 @@ Status Linear::run(ActRows& x, std::span<const Product> products) {
   int64_t stride_bytes = 0;
   const std::byte* acts = x.rows(kind, &stride_bytes);
   const int64_t n_tiles = first_tile[products.size()];
-  const int64_t grain = std::max<int64_t>(1, n_tiles / (pool_.size() * kPiecesPerThread));
+  const int64_t work_bytes = tile_stride_bytes(directory_.entry(products[0].weight).format, x.k()) * n_tiles * x.n_rows();
+  const int64_t n_pieces = std::clamp<int64_t>(work_bytes / kPieceBytes, 1, pool_.size() * kPiecesPerThread);
+  const int64_t grain = (n_tiles + n_pieces - 1) / n_pieces;
   pool_.parallel(n_tiles, grain, [&](int64_t begin, int64_t end, int) {
     for (size_t i = 0; i < products.size(); ++i) {
       const int64_t low = std::max(begin, first_tile[i]), high = std::min(end, first_tile[i + 1]);

@@ -32,20 +32,13 @@ class Lease {
       data_ = std::exchange(other.data_, nullptr);
       entry_ = std::exchange(other.entry_, nullptr);
       unpin_ = std::exchange(other.unpin_, {});
-      gathered_ = other.gathered_;
     }
     return *this;
   }
   ~Lease() { reset(); }
 
-  // First byte of the weight, or of the gathered tiles of a row lease.
+  // First byte of the weight; for a row lease, of the gathered tiles: tile i holds rows[i], at row rows[i] % 16 of it.
   const std::byte* data() const { return data_; }
-  // The tile that holds `row`, the i-th row asked for: a store that has the whole weight at hand leases all of it,
-  // one that reads rows from the drive gathers one tile per row (set_gathered).
-  const std::byte* row_tile(size_t i, int64_t row, int64_t tile_stride_bytes) const {
-    return data_ + (gathered_ ? static_cast<int64_t>(i) : row / kTileRows) * tile_stride_bytes;
-  }
-  void set_gathered() { gathered_ = true; }
   const PackEntry& entry() const { return *entry_; }
   explicit operator bool() const { return data_ != nullptr; }
   void reset() {
@@ -57,7 +50,6 @@ class Lease {
   const std::byte* data_ = nullptr;
   const PackEntry* entry_ = nullptr;
   std::function<void()> unpin_;
-  bool gathered_ = false;
 };
 
 struct StoreStats {
