@@ -19,15 +19,7 @@ EXTREMES = np.array([sign * float(v) for v in POSITIVE.split() for sign in (1, -
 HALF_EDGES = np.array([2.0**-14, 2.0**-24, 2.0**-25, 65504.0, 65519.9, 65520.0, 65536.0], np.float32)
 
 
-def runs_here(isa: str) -> bool:
-    try:
-        _edge.op(isa, "softmax", np.zeros(1, np.float32))
-    except errors.EdgeError:
-        return False
-    return True
-
-
-FAST_ISAS = [isa for isa in ("avx2", "avx512vnni", "neon") if runs_here(isa)]
+FAST_ISAS = [isa["name"] for isa in _edge.isas() if isa["available"] and isa["name"] != "ref"]
 
 
 def bits(x: Array) -> Array:

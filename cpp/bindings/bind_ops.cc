@@ -19,7 +19,8 @@ class Arguments {
 
   void expect(size_t n, const char* signature) const {
     if (args_.size() == n) return;
-    raise(error(Code::kBadArgument, "op %s: expected arguments (%s), found %zu", name_.c_str(), signature, args_.size()));
+    raise(error(Code::kBadArgument, "op %s: expected arguments (%s), found %zu", name_.c_str(), signature,
+                args_.size()));
   }
   // n < 0 takes any size.
   Floats floats(size_t i, int64_t n = -1) const {

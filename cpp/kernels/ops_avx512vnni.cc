@@ -15,7 +15,8 @@ struct Avx512Isa {
   static constexpr int kValueChunks = 4;
 
   static Vec from_f16(const uint16_t* p) {
-    return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p))));
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p));
+    return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, halves));
   }
   static void to_f16(Vec v, uint16_t* p) {
     _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(p),

@@ -7,8 +7,8 @@
 namespace edge {
 namespace {
 
-// Moves to the front the shortest run, in the order `before`, whose weights reach `mass`; returns its length. A quickselect
-// by mass: linear on average, and with its own partition, so that sums are formed in the same order everywhere.
+// Moves to the front the shortest run, in the order `before`, whose weights reach `mass`; returns its length.
+// A quickselect by mass: linear on average, and with its own partition, so that sums have the same order everywhere.
 template <class Before, class Weight>
 size_t keep_mass(std::span<Candidate> candidates, double mass, Before before, Weight weight) {
   size_t low = 0, high = candidates.size();
@@ -38,8 +38,7 @@ size_t keep_mass(std::span<Candidate> candidates, double mass, Before before, We
     mass -= sum;
     low = end + 1;
   }
-  std::sort(candidates.begin() + static_cast<std::ptrdiff_t>(low), candidates.begin() + static_cast<std::ptrdiff_t>(high),
-            before);
+  std::sort(candidates.data() + low, candidates.data() + high, before);
   for (double sum = 0; low < high; ++low) {
     sum += weight(candidates[low]);
     if (sum >= mass) return low + 1;

@@ -9,8 +9,8 @@ namespace edge {
 // Largest logit; NaN when any is NaN or +inf, -inf when all are -inf (a masked token).
 float max_logit(std::span<const float> logits);
 
-// Sum over i of e^((logits[i] - max) / temperature), for max >= every logit: eight partial sums over i mod 8, then those
-// in pairs.
+// Sum over i of e^((logits[i] - max) / temperature), for max >= every logit: eight partial sums over i mod 8, then
+// those in pairs.
 double exp_sum(std::span<const float> logits, float max, double temperature);
 
 // ln(sum of e^logits). NaN when a logit is NaN or +inf, or all are -inf.

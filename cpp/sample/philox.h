@@ -22,8 +22,8 @@ inline PhiloxWords philox4x32(PhiloxWords counter, std::array<uint32_t, 2> key) 
 
 // The block that belongs to one token at one position of the text under one seed.
 inline PhiloxWords philox(uint64_t seed, uint64_t position, int32_t id) {
-  return philox4x32({static_cast<uint32_t>(id), static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0},
-                    {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
+  const auto low = [](uint64_t word) { return static_cast<uint32_t>(word); };
+  return philox4x32({static_cast<uint32_t>(id), low(position), low(position >> 32), 0}, {low(seed), low(seed >> 32)});
 }
 
 // Uniform on the centres of 2^52 cells of (0, 1): never 0 or 1, and 1 - u is exact.

@@ -6,7 +6,7 @@
 
 namespace edge {
 
-// Two at a time, the least that x86-64 and aarch64 always have; lanes never mix, so one value gives the same bits alone.
+// Two at a time, what x86-64 and aarch64 always have; lanes never mix, so one value gives the same bits alone.
 typedef double Double2 __attribute__((vector_size(16)));
 typedef uint64_t Uint2 __attribute__((vector_size(16)));
 

@@ -38,7 +38,8 @@ class Sampler {
   // `budget` (tag "sampler"), which must outlive the sampler; without one it is not counted.
   Sampler(SamplingConfig config, int64_t vocab_size, Budget* budget = nullptr);
 
-  // logits [vocab_size] are worked on in place and left as they were. history: the text so far, for the penalties. position: index of the new token.
+  // logits [vocab_size] are worked on in place and left as they were. history: the text so far, for the penalties.
+  // position: index of the new token.
   // -inf masks a token; kCorrupt when a logit is NaN or +inf or no token is left, kBadArgument for a wrong size or id.
   Result<SampledToken> sample(std::span<float> logits, std::span<const int32_t> history, uint64_t position);
 
