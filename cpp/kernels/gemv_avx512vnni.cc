@@ -12,8 +12,8 @@ EDGE_DECLARE_GEMV_TABLE(avx512vnni);
 namespace {
 
 constexpr int kMaxRows = 8;
-// Bytes ahead of use: the hardware prefetcher stops at each 4 KiB page, this does not.
-constexpr int64_t kPrefetchBytes = 3072;
+// Bytes ahead of use: what one core has in flight at 40 GB/s and 200 ns. Hardware prefetchers stop at each 4 KiB page.
+constexpr int64_t kPrefetchBytes = 8192;
 
 inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 inline __m512 load_halves(const uint8_t* p) {

@@ -14,7 +14,7 @@ struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kMaxRows = 3;  // x 4 chains = 12 of 16 registers
   static constexpr int kPartVectors = 1;
-  static constexpr int64_t kPrefetchBytes = 4096;
+  static constexpr int64_t kPrefetchBytes = 8192;
 
   static inline V load(const float* p) { return _mm256_loadu_ps(p); }
   static inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }

@@ -14,7 +14,7 @@ struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kMaxRows = 4;  // x 4 chains = 16 of 32 registers
   static constexpr int kPartVectors = 1;
-  static constexpr int64_t kPrefetchBytes = 4096;
+  static constexpr int64_t kPrefetchBytes = 8192;
 
   static inline V load(const float* p) { return _mm512_loadu_ps(p); }
   static inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }

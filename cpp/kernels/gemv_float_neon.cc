@@ -14,7 +14,7 @@ struct Neon {
   static constexpr int kLanes = 4;
   static constexpr int kMaxRows = 3;  // x 2 vectors x 4 chains = 24 of 32 registers
   static constexpr int kPartVectors = 2;
-  static constexpr int64_t kPrefetchBytes = 1024;
+  static constexpr int64_t kPrefetchBytes = 2048;
 
   static inline V load(const float* p) { return vld1q_f32(p); }
   static inline void store(float* p, V v) { vst1q_f32(p, v); }

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kMaxRows = 8;
 constexpr int kQuarters = 4;  // of a tile: 4 rows each
-constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kPrefetchBytes = 2048;
 
 inline int8x16_t load_signed(const uint8_t* p) { return vreinterpretq_s8_u8(vld1q_u8(p)); }
 inline int8x16_t low_nibbles(uint8x16_t v) { return vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15))); }

@@ -76,7 +76,7 @@ uint64_t read_bytes_avx2(const std::byte* data, int64_t n_bytes) {
   for (int64_t i = 0; i < n_bytes; i += 256) {
 #pragma GCC unroll 8
     for (int64_t j = 0; j < 8; ++j) {
-      if (j % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(data + i + 32 * j + 4096), _MM_HINT_T0);
+      if (j % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(data + i + 32 * j + 8192), _MM_HINT_T0);
       const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + i + 32 * j));
       sums[j] = _mm256_add_epi64(sums[j], value);
     }

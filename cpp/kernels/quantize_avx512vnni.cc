@@ -56,7 +56,7 @@ uint64_t read_bytes_avx512vnni(const std::byte* data, int64_t n_bytes) {
   for (int64_t i = 0; i < n_bytes; i += 512) {
 #pragma GCC unroll 8
     for (int64_t j = 0; j < 8; ++j) {
-      _mm_prefetch(reinterpret_cast<const char*>(data + i + 64 * j + 4096), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(data + i + 64 * j + 8192), _MM_HINT_T0);
       sums[j] = _mm512_add_epi64(sums[j], _mm512_loadu_si512(data + i + 64 * j));
     }
   }
