@@ -100,3 +100,12 @@ def load_engine(model: str, quiet: bool, options: dict[str, Any]) -> Any:
 
     with progress_bar("packing", quiet) as on_pack:
         return load(model, whole_process=True, on_pack=on_pack, **options)
+
+
+def conversion_line(conversion: dict[str, Any]) -> str:
+    """One line of a pack report: which weights changed format, and what that cost."""
+    from flashload.machine import format_bytes
+
+    before, after = format_bytes(conversion["bytes_before"]), format_bytes(conversion["bytes_after"])
+    names = ", ".join(conversion["names"][:3]) + (" ..." if conversion["weights"] > 3 else "")
+    return f"converted {conversion['from']} -> {conversion['to']}: {conversion['weights']} weights, {before} -> {after} ({names})"

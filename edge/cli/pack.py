@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from edge.cli.common import json_option, print_json, progress_bar
+from edge.cli.common import conversion_line, json_option, print_json, progress_bar
 from flashload.machine import format_bytes
 
 
@@ -22,8 +22,8 @@ def command(source: str, destination: str, weights: str, as_json: bool) -> None:
     with progress_bar("packing", as_json) as progress:
         report = pack(source, destination, weights=weights, progress=progress)
     if as_json:
-        print_json(asdict(report))
+        print_json({**asdict(report), "config": report.config.to_json()})
         return
-    click.echo(f"{report.path}: {report.n_entries} entries, {format_bytes(report.file_bytes)}")
+    click.echo(f"{report.path}: {format_bytes(report.file_bytes)}, {report.config.family}")
     for conversion in report.conversions:
-        click.echo(f"  converted: {conversion}")
+        click.echo(f"  {conversion_line(conversion)}")

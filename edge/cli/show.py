@@ -6,7 +6,7 @@ from collections import Counter
 
 import click
 
-from edge.cli.common import json_option, print_json
+from edge.cli.common import conversion_line, json_option, print_json
 from flashload.machine import format_bytes
 
 
@@ -41,7 +41,7 @@ def command(model: str, list_weights: bool, show_template: bool, as_json: bool) 
     click.echo("  bytes: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in by_format.most_common()))
     click.echo(f"  chat template: {'yes (--template prints it)' if template else 'none'}")
     for conversion in pack.metadata.get("conversions", []):
-        click.echo(f"  converted: {conversion}")
+        click.echo(f"  {conversion_line(conversion)}")
     if list_weights:
         for entry in entries:
             click.echo(f"    {entry.name:48} {entry.format.name.lower():10} {entry.rows:>8} x {entry.cols}")
