@@ -32,7 +32,8 @@ void fuzz_tiling(Input& input) {
   const BlockTraits& source = **find_block_type(kTypes[input.take<uint8_t>() % std::size(kTypes)]);
   const auto format = static_cast<WeightFormat>(input.take<uint8_t>() % kTileFormats);
   const int64_t rows = 1 + input.take<uint8_t>() % 40;
-  const int64_t k = input.take<uint8_t>() % 2 == 0 ? 256 * (1 + input.take<uint8_t>() % 3) : input.take<uint16_t>() % 600;
+  const bool whole = input.take<uint8_t>() % 2 == 0;
+  const int64_t k = whole ? 256 * (1 + input.take<uint8_t>() % 3) : input.take<uint16_t>() % 600;
   const auto row_delta = static_cast<int64_t>(input.take<int8_t>()) / 100;
   const auto tile_delta = static_cast<int64_t>(input.take<int8_t>()) / 100;
   const int64_t row_bytes = rows * (k / source.block_values) * source.block_bytes;

@@ -1,4 +1,4 @@
-// main() for compilers without libFuzzer: runs the files named, or as many random inputs as asked for (always the same).
+// main() for compilers without libFuzzer: runs the files named, or so many random inputs (always the same).
 // Usage: fuzz_x FILE... | fuzz_x --random COUNT
 #include <cstdint>
 #include <cstdio>
