@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,8 +57,9 @@ class Keys:
         """A finite number in low..high; raises ModelFileError when absent without ``default``."""
         expected = f"a number in {low:g}..{high:g}"
         value = self._value(names, default, expected)
+        # Compared before it is converted: JSON integers may be beyond any float, and NaN compares false.
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not low <= value <= high:
+        if not number or not low <= value <= high:
             raise self.bad(names[0], expected, value)
         return float(value)
 
@@ -93,10 +93,7 @@ class Keys:
     def numbers(self, name: str) -> list[float]:
         """A list of numbers; raises ModelFileError when absent or anything else."""
         value = self.get(name)
-        kinds = (int, float)
-        if not isinstance(value, list) or not all(
-            isinstance(v, kinds) and type(v) is not bool for v in value
-        ):
+        if not isinstance(value, list) or not all(type(v) in (int, float) and abs(v) < 1e38 for v in value):
             raise self.bad(name, "a list of numbers", value)
         return [float(v) for v in value]
 
