@@ -73,11 +73,11 @@ class Oracle:
     def attention(self, x: Array, layer: int) -> Array:
         c, n, prefix = self.c, len(x), f"layers.{layer}."
         q, k, v = (self.linear(x, prefix + name) for name in "qkv")
-        if c["clip_qkv"]:
-            q, k, v = (np.clip(t, -c["clip_qkv"], c["clip_qkv"]) for t in (q, k, v))
         if c["qk_norm"] == "full":
             q = rms_norm(q, self.w[prefix + "q_norm.weight"].reshape(-1), c["norm_eps"])
             k = rms_norm(k, self.w[prefix + "k_norm.weight"].reshape(-1), c["norm_eps"])
+        if c["clip_qkv"]:
+            q, k, v = (np.clip(t, -c["clip_qkv"], c["clip_qkv"]) for t in (q, k, v))
         q, k, v = (t.reshape(n, -1, c["head_dim"]) for t in (q, k, v))
         if c["qk_norm"] == "head":
             q = rms_norm(q, self.w[prefix + "q_norm.weight"].reshape(-1), c["norm_eps"])

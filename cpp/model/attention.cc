@@ -33,11 +33,13 @@ Status Decoder::rotate_and_store(int64_t index, KvCache& kv) {
   EDGE_ASSIGN(const float* q_norm, linear_.vector(layer.q_norm));
   EDGE_ASSIGN(const float* k_norm, linear_.vector(layer.k_norm));
 
+  const auto clip = [&](float* x, int64_t n) {
+    if (config_.clip_qkv <= 0) return;
+    for (int64_t i = 0; i < n; ++i) x[i] = std::clamp(x[i], -config_.clip_qkv, config_.clip_qkv);
+  };
   const auto prepare = [&](float* x, int64_t dim, const float* weight, int64_t row) {
-    if (config_.clip_qkv > 0) {
-      for (int64_t i = 0; i < dim; ++i) x[i] = std::clamp(x[i], -config_.clip_qkv, config_.clip_qkv);
-    }
     if (config_.qk_norm == QkNorm::kFull) kernels_.rms_norm(x, weight, config_.norm_eps, dim, x);
+    clip(x, dim);
     for (int64_t head = 0; head < dim; head += head_dim) {
       if (config_.qk_norm == QkNorm::kHead) kernels_.rms_norm(x + head, weight, config_.norm_eps, head_dim, x + head);
       if (half > 0) kernels_.rope(x + head, scratch_.cos + row * half, scratch_.sin + row * half, 2 * half);
@@ -48,9 +50,7 @@ Status Decoder::rotate_and_store(int64_t index, KvCache& kv) {
       prepare(scratch_.q + row * pad16(q_dim), q_dim, q_norm, row);
       prepare(scratch_.k + row * pad16(kv_dim), kv_dim, k_norm, row);
       float* v = scratch_.v + row * pad16(kv_dim);
-      if (config_.clip_qkv > 0) {
-        for (int64_t i = 0; i < kv_dim; ++i) v[i] = std::clamp(v[i], -config_.clip_qkv, config_.clip_qkv);
-      }
+      clip(v, kv_dim);
       kernels_.to_f16(scratch_.k + row * pad16(kv_dim), kv_dim, kv.key(index, n_committed_ + row));
       kernels_.to_f16(v, kv_dim, kv.value(index, n_committed_ + row));
     }
