@@ -7,6 +7,7 @@ so that neither repeats edge's tables.
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -166,9 +167,9 @@ def write_safetensors(path: Path, tensors: Arrays, dtype: str = "F32") -> None:
 
 
 def vocabulary(size: int) -> list[str]:
-    """<unk>, <s>, </s>, the 256 byte tokens, words, and fillers up to ``size``."""
+    """<unk>, <s>, </s>, the 256 byte tokens, letters, words, and fillers up to ``size``."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokens += [word.replace(" ", "▁") for word in _WORDS]
+    tokens += ["▁", *string.ascii_lowercase, *(word.replace(" ", "▁") for word in _WORDS)]
     return (tokens + [f"▁x{i}" for i in range(size)])[:size]
 
 
