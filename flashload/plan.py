@@ -18,6 +18,10 @@ _VECTOR, _BLOB = 100, 101
 _PAGE_BYTES = 4096
 #: Growth of the interpreter, thread stacks, I/O rings and the page tables of what is loaded.
 _MARGIN_BYTES = 12 << 20
+#: Weights the ring holds: two leased together (gate and up), and a gap where the next does not fit before the end.
+_RING_LEAST = 3
+#: Rounding of blocks, and what a sampler keeps.
+_SLACK_BYTES = 256 << 10
 _MAX_ROWS = (128, 64, 32, 16, 8)
 
 
@@ -31,7 +35,8 @@ class Weight:
     expert: int
     format: int
     stored_bytes: int
-    cols: int
+    rows: int
+    chunk_bytes: int
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ def make_plan(
     model = _Model(weights, decoder["tied_head"])
     host_bytes += _MARGIN_BYTES
     largest = max((w.stored_bytes for w in model.layers + model.head), default=0)
-    demand_floor = _demand_bytes(model, decoder)
+    demand_floor = _demand_bytes(model)
 
     def fixed(max_rows: int) -> tuple[int, int]:
         kv, activations, logits = _edge.fixed_bytes(decoder, context, max_rows, threads)
@@ -173,15 +178,15 @@ def make_plan(
 
     def floor(max_rows: int) -> int:
         kv, activations = fixed(max_rows)
-        ring = _ring_bytes(largest, 2)
-        return host_bytes + kv + activations + _bytes(model.fixed) + ring + demand_floor + (1 << 20)
+        ring = _ring_bytes(largest, _RING_LEAST)
+        return host_bytes + kv + activations + _bytes(model.fixed) + ring + demand_floor + _SLACK_BYTES
 
     everything = _bytes([w for w in weights if w.format != _BLOB])
     for max_rows in _MAX_ROWS:
         kv, activations = fixed(max_rows)
         room = memory_bytes - host_bytes - kv - activations
         # Fewer rows per pass only when more would crowd the weights out.
-        if everything + (1 << 20) <= room or activations <= memory_bytes // 12 or max_rows == _MAX_ROWS[-1]:
+        if everything + _SLACK_BYTES <= room or activations <= memory_bytes // 12 or max_rows == _MAX_ROWS[-1]:
             break
     floor_bytes = floor(_MAX_ROWS[-1])
     common = {
@@ -194,7 +199,7 @@ def make_plan(
         "activation_bytes": activations,
     }
     placements = [RESIDENT] * len(weights)
-    slack = 1 << 20  # rounding of the blocks resident weights are gathered in
+    slack = _SLACK_BYTES
     if everything + slack <= room:
         return Plan(
             placement="resident", resident_bytes=everything + slack, stream_bytes=0, ring_bytes=0, demand_bytes=0,
@@ -209,10 +214,10 @@ def make_plan(
     if model.experts:
         # Everything but the experts is read for every token; what is left goes to the expert cache.
         always = _bytes(model.layers) + _bytes(model.head)
-        ring = 0 if always <= room else _ring_bytes(largest, 3)
+        ring = 0 if always <= room else _ring_bytes(largest, _RING_LEAST)
         streamed = [] if ring == 0 else _spread(model.layers + model.head, room - ring)
     else:
-        ring = _ring_bytes(largest, 3 if memory_bytes > floor_bytes + largest else 2)
+        ring = _ring_bytes(largest, _RING_LEAST + (memory_bytes > floor_bytes + largest))
         # The head stays if it can: a prompt chunk that needs no logits would stream it for nothing.
         pinned_head = _bytes(model.head) if _bytes(model.head) <= room - ring else 0
         streamed = _spread(model.layers, room - ring - pinned_head)
@@ -238,16 +243,14 @@ def make_plan(
 
 
 def _ring_bytes(largest_bytes: int, n_weights: int) -> int:
-    return _round_up(n_weights * largest_bytes) + (1 << 20) if largest_bytes else 0
+    return _round_up(n_weights * largest_bytes)
 
 
-def _demand_bytes(model: _Model, decoder: dict[str, Any]) -> int:
-    """The least a demand cache can work with: a few gathered embedding tiles, and one expert's three weights twice."""
-    if not model.tables and not model.experts:
-        return 0
-    tables = 4 << 20
-    per_expert = 3 * max((w.stored_bytes for w in model.experts), default=0)
-    return tables + 2 * per_expert
+def _demand_bytes(model: _Model) -> int:
+    """The least a demand cache works with: one row's chunks of each table, and one expert's three weights twice."""
+    rows = sum(-(-16 * w.stored_bytes // max(w.rows, 16)) + 3 * w.chunk_bytes for w in model.tables)
+    expert = 3 * max((w.stored_bytes for w in model.experts), default=0)
+    return _round_up(rows) + 2 * expert
 
 
 def _too_small(memory_bytes: int, floor_bytes: int, context: int, kv_bytes: int) -> BudgetError:
@@ -265,6 +268,6 @@ def _too_small(memory_bytes: int, floor_bytes: int, context: int, kv_bytes: int)
 def weights_of(pack: PackFile) -> list[Weight]:
     """The directory of a pack in the plan's terms."""
     return [
-        Weight(i, e.name, e.layer, e.expert, int(e.format), _round_up(e.bytes), e.cols)
+        Weight(i, e.name, e.layer, e.expert, int(e.format), _round_up(e.bytes), e.rows, e.chunk_bytes)
         for i, e in enumerate(pack.entries.values())
     ]

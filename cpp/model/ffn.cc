@@ -28,9 +28,10 @@ Status Decoder::ffn(const LayerWeights& layer, const float* x, int64_t n_rows, f
   const int64_t hidden = config_.hidden_size;
   const int64_t inner = directory_.entry(layer.up).rows;
   acts_->set(x, pad16(hidden), n_rows, hidden);
-  const Product inputs[] = {{layer.up, scratch_.up, pad16(inner), layer.up_bias},
-                            {layer.gate, scratch_.gate, pad16(inner), layer.gate_bias}};
-  EDGE_TRY(linear_.run(*acts_, {inputs, config_.gated ? size_t{2} : size_t{1}}));
+  // In file order, which is the order a stream delivers.
+  const Product inputs[] = {{layer.gate, scratch_.gate, pad16(inner), layer.gate_bias},
+                            {layer.up, scratch_.up, pad16(inner), layer.up_bias}};
+  EDGE_TRY(linear_.run(*acts_, std::span(inputs).subspan(config_.gated ? 0 : 1)));
   const float* gate = config_.gated ? scratch_.gate : scratch_.up;
   EDGE_TRY(activate(gate, config_.gated ? scratch_.up : nullptr, n_rows, inner, scratch_.gate));
   acts_->set(scratch_.gate, pad16(inner), n_rows, inner);

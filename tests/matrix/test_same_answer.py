@@ -12,7 +12,7 @@ import _edge
 from flashload.format import PackFile
 from flashload.pack import pack
 from flashload.plan import Plan, make_plan, weights_of
-from tests.tiny import tiny_llama_gguf, tiny_moe_gguf
+from tests.tiny import tiny_gguf, tiny_llama_gguf
 
 FORMATS = ("f32", "f16", "q8_0", "q4_0", "q4_k", "moe")
 #: How much of the way from the floor to a fully resident model the budget goes.
@@ -30,9 +30,9 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in FORMATS:
         source = folder / f"{name}.gguf"
         if name == "moe":
-            tiny_moe_gguf(source, seed=3)
+            tiny_gguf(source, "mixtral", "q8_0", seed=3)
         else:
-            tiny_llama_gguf(source, type=name, seed=3, n_layers=4)
+            tiny_llama_gguf(source, type=name, seed=3, num_hidden_layers=4)
         paths[name] = folder / f"{name}.edge"
         pack(source, paths[name])
     return paths
