@@ -1,0 +1,230 @@
+"""Speed under a hard memory limit: ``python -m bench budget MODEL.gguf --budgets 75,50,25``.
+
+Every system runs inside a memory cgroup of each size (page cache counts), from a cold cache; a run that the
+kernel kills is a result too. The drive's rate is measured before every run, and beside the figures stands
+what a placement that pins what fits and streams the rest could reach at that rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench import machine, peers, report
+from bench.cgroup import CgroupError, CgroupResult, cgroup_refusal, run_in_cgroup
+from bench.report import Spread
+from bench.weights import Weights
+
+__all__ = ["CgroupError", "CgroupResult", "cgroup_refusal", "run_in_cgroup"]
+
+
+def ceiling(weights: Weights, limit_bytes: int, drive_rate: float, memory_rate: float) -> float:
+    """tok/s of an ideal pin-and-stream placement: reading and computing overlap, nothing else takes memory.
+
+    Args:
+        drive_rate: bytes per second, sequential.
+        memory_rate: bytes per second of the memory bus; every weight of a token crosses it once.
+    """
+    streaming_seconds = weights.streamed_bytes(limit_bytes) / drive_rate
+    return 1.0 / max(streaming_seconds, weights.token_bytes / memory_rate)
+
+
+def measure_point(
+    system: str, request: peers.Request, weights: Weights, percent: float, rounds: int
+) -> dict[str, Any]:
+    """One system at one limit: ``rounds`` cold runs, each after a measurement of the drive and the memory."""
+    runs: list[peers.Run] = []
+    drives: list[float] = []
+    memories: list[float] = []
+    warm_share = 0.0
+    for number in range(rounds):
+        drives.append(machine.drive_rate(request.model)["bytes_per_second"])
+        memories.append(machine.read_bandwidth(request.threads)["median"])
+        how = machine.drop_cache(request.model)
+        warm_share = max(warm_share, machine.cached_share(request.model))
+        run = peers.run(system, request)
+        runs.append(run)
+        print(f"{percent:g} %, {system}, run {number + 1}/{rounds}: {peers.brief(run)}", file=sys.stderr)
+    done = [run.result for run in runs if run.result]
+    drive, memory = Spread.of(drives), Spread.of(memories)
+    assert drive is not None and memory is not None
+    failures = sorted({run.failure for run in runs if run.failure})
+    return {
+        "system": system,
+        "options": peers.SYSTEMS[system].options,
+        "version": next((run.loaded["version"] for run in runs if run.loaded), None),
+        "weights": {"token_bytes": weights.token_bytes, **vars(weights)},
+        "percent": percent,
+        "limit_bytes": request.limit_bytes,
+        "runs": rounds,
+        "survived": len(done),
+        "killed": sum(isinstance(run.finished, CgroupResult) and run.finished.killed for run in runs),
+        "outcome": "; ".join(failures) or "survived",
+        "exits": [run.finished.returncode for run in runs],
+        "tokens_per_second": report.spread_json([r["decode_tokens_per_second"] for r in done]),
+        "read_bytes_per_token": report.spread_json([r["read_bytes_per_token"] for r in done]),
+        "read_bytes": report.spread_json([float(run.finished.drive_read_bytes) for run in runs]),
+        "peak_bytes": report.spread_json(
+            [float(run.finished.peak_bytes) for run in runs if isinstance(run.finished, CgroupResult)]
+        ),
+        "load_seconds": report.spread_json([run.loaded["seconds"] for run in runs if run.loaded]),
+        "foreign_cpus": report.spread_json([run.foreign_cpus for run in runs]),
+        "drive_bytes_per_second": drive.json(),
+        "memory_bytes_per_second": memory.json(),
+        "ceiling_tokens_per_second": ceiling(weights, request.limit_bytes, drive.median, memory.median),
+        "cache_emptied_by": how,
+        "cached_share_before": warm_share,
+    }
+
+
+def measure(
+    model: Path,
+    entries: dict[str, peers.Entry],
+    missing: dict[str, str],
+    percents: list[float],
+    threads: int,
+    prompt_tokens: int,
+    tokens: int,
+    rounds: int,
+    timeout_seconds: float,
+) -> dict[str, Any]:
+    """Every system at every limit; returns the document that ``--json`` prints."""
+    facts = machine.facts()
+    vocab = min((entry.weights.vocab for entry in entries.values()), default=0)
+    # One limit for all: percent of the model named, or of edge's pack where that is a folder.
+    sized = model if model.is_file() else next((entry.path for entry in entries.values()), None)
+    full_bytes = sized.stat().st_size if sized else 0
+    points = []
+    for percent in percents:
+        for name, entry in entries.items():
+            request = peers.Request(
+                entry.path,
+                threads,
+                vocab,
+                prompt_tokens,
+                tokens,
+                limit_bytes=int(full_bytes * percent / 100),
+                timeout_seconds=timeout_seconds,
+            )
+            points.append(measure_point(name, request, entry.weights, percent, rounds))
+    return {
+        "benchmark": "budget",
+        "machine": facts,
+        "model": model.name,
+        "full_bytes": full_bytes,
+        "threads": threads,
+        "prompt_tokens": prompt_tokens,
+        "tokens": tokens,
+        "read_ahead_kib": machine.read_ahead_kib(model),
+        "absent": missing,
+        "points": points,
+    }
+
+
+def show(document: dict[str, Any]) -> None:
+    rows = []
+    for p in document["points"]:
+        rows.append(
+            (
+                f"{p['percent']:g} % = {p['limit_bytes'] / 1e9:.2f} GB",
+                p["system"],
+                f"{p['survived']}/{p['runs']}",
+                report.spread_text(p["tokens_per_second"]),
+                report.figure(p["ceiling_tokens_per_second"]),
+                report.spread_text(p["read_bytes_per_token"], 1e9),
+                report.spread_text(p["read_bytes"], 1e9),
+                report.spread_text(p["peak_bytes"], 1e9),
+                report.spread_text(p["drive_bytes_per_second"], 1e9),
+                report.spread_text(p["foreign_cpus"]),
+            )
+        )
+    title = (
+        f"{document['model']}, {document['full_bytes'] / 1e9:.2f} GB: {document['threads']} threads, "
+        f"prompt {document['prompt_tokens']}, {document['tokens']} tokens; median [smallest..largest]"
+    )
+    columns = (
+        "limit",
+        "system",
+        "survived",
+        "tok/s",
+        "pin+stream allows",
+        "GB read/token",
+        "GB read, whole run",
+        "peak GB",
+        "drive GB/s",
+        "others' cpus",
+    )
+    notes = [
+        f"{p['percent']:g} %, {p['system']}: {p['outcome']}"
+        for p in document["points"]
+        if p["survived"] < p["runs"]
+    ]
+    for name in dict.fromkeys(p["system"] for p in document["points"]):
+        notes.append(f"{name}: {peers.SYSTEMS[name].says}")
+    ahead = document["read_ahead_kib"]
+    notes.append(f"kernel read-ahead of the drive: {'not known' if ahead is None else f'{ahead} KiB'}")
+    emptied = {p["cache_emptied_by"] for p in document["points"]}
+    warm = max((p["cached_share_before"] for p in document["points"]), default=0.0)
+    notes.append(f"cache emptied by {', '.join(sorted(emptied))}; largest share left before a run {warm:.1%}")
+    notes.append(report.machine_line(document["machine"]))
+    report.print_table(title, columns, rows, notes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench budget", description=__doc__)
+    peers.add_model_options(parser)
+    parser.add_argument(
+        "--budgets", default="75,50,25", help="limits in percent of the file, separated by commas"
+    )
+    parser.add_argument("--systems", default="edge,llama.cpp-mmap", help=f"of {', '.join(peers.SYSTEMS)}")
+    parser.add_argument("--tokens", type=int, default=8, help="timed tokens per run")
+    parser.add_argument("--prompt", type=int, default=8, help="prompt tokens per run")
+    parser.add_argument("--runs", type=int, default=3, help="cold runs of each system at each limit")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a run is given up")
+    parser.add_argument("--json", action="store_true", help="JSON on standard output instead of a table")
+    parser.add_argument("--save", action="store_true", help=f"keep JSON and a PNG in {report.OUT}")
+    args = parser.parse_args(argv)
+    systems = args.systems.split(",")
+    for name in systems:
+        if name not in peers.SYSTEMS:
+            parser.error(f"--systems: {name!r} is not one of {', '.join(peers.SYSTEMS)}")
+    try:
+        percents = [float(x) for x in args.budgets.split(",")]
+    except ValueError:
+        parser.error(f"--budgets: expected numbers separated by commas, found {args.budgets!r}")
+    if not all(0 < x <= 1000 for x in percents):
+        parser.error(f"--budgets: expected percents above 0 and up to 1000, found {args.budgets!r}")
+    peers.check_options(parser, args)
+    if refusal := cgroup_refusal():
+        print(f"bench budget: {refusal}", file=sys.stderr)
+        return 3
+    entries, missing = peers.entries(args.model, systems, args.peer_model, args.weights)
+    if not entries:
+        return 1  # each one's reason is already on standard error
+    document = measure(
+        args.model,
+        entries,
+        missing,
+        percents,
+        args.threads,
+        args.prompt,
+        args.tokens,
+        args.runs,
+        args.timeout,
+    )
+    if args.json:
+        print(json.dumps(document, indent=2))
+    else:
+        show(document)
+    if args.save:
+        path = report.save(f"budget-{args.model.stem}", document)
+        report.plot_speed_over_memory(document, path.with_suffix(".png"))
+        print(f"saved {path} and its .png", file=sys.stderr)
+    return 0 if any(p["survived"] for p in document["points"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Times edge on one model, in a process of its own. Protocol: see ``llama_cpp_decode``."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from typing import Any
+
+
+def emit(**event: object) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def read_bytes() -> int:
+    """Bytes this process had fetched from the drive so far."""
+    with open("/proc/self/io") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    # model, threads, context, prompt_tokens, tokens, seed, limit_bytes (0 = none)
+    import edge
+
+    options: dict[str, Any] = {"threads": request["threads"], "context": request["context"]}
+    if request["limit_bytes"]:
+        options |= {"memory": request["limit_bytes"], "whole_process": True}
+    start = time.perf_counter()
+    engine = edge.load(request["model"], **options)
+    emit(
+        event="loaded",
+        seconds=time.perf_counter() - start,
+        version=getattr(edge, "__version__", "unknown"),
+        read_bytes=read_bytes(),
+    )
+    numbers = random.Random(request["seed"])
+    # Ids every vocabulary here has; the first three are control tokens in many of them.
+    prompt = [numbers.randrange(3, request["vocab"]) for _ in range(request["prompt_tokens"])]
+
+    def generate(ids: list[int], n: int) -> Any:
+        return engine.generate(ids, max_tokens=n, temperature=0, ignore_eos=True)
+
+    # The warm-up prompt differs in its first token, so that no prefix of it can be reused by the timed one.
+    other = [3 if prompt[0] != 3 else 4, *prompt[1:]]
+    before = read_bytes()
+    generate(other, 1)
+    prefill_bytes = read_bytes() - before
+    emit(event="warm")
+    before, start = read_bytes(), time.perf_counter()
+    completion = generate(prompt, request["tokens"] + 1)
+    seconds = time.perf_counter() - start
+    stats = dict(completion.stats)
+    prefill_rate = float(stats["prefill_tokens_per_second"])
+    # The second rate is from the outside: whole call less the prefill. The two must agree.
+    outside = request["tokens"] / (seconds - len(prompt) / prefill_rate)
+    emit(
+        event="result",
+        decode_tokens_per_second=float(stats["decode_tokens_per_second"]),
+        decode_tokens_per_second_outside=outside,
+        prefill_tokens_per_second=prefill_rate,
+        read_bytes_per_token=max(0, read_bytes() - before - prefill_bytes) / request["tokens"],
+        tokens=list(completion.tokens),
+        info=json.dumps(stats, default=str),
+    )
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception as error:
+        emit(event="error", message=f"{type(error).__name__}: {error}")
+        sys.exit(1)

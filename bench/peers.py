@@ -1,0 +1,280 @@
+"""The systems that are timed, each in a process of its own, and how one run of one of them is asked for.
+
+``edge`` runs in this interpreter; llama.cpp (through llama-cpp-python) in the one that ``EDGE_PEER_PYTHON``
+names, this one by default. A system that is not installed costs one line, never the rest of a comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.cgroup import CgroupResult, Finished, run_in_cgroup, run_measured
+from bench.machine import ROOT, busy_seconds
+from bench.weights import Weights, read_weights
+
+_CHILDREN = Path(__file__).resolve().parent / "children"
+
+
+@dataclass(frozen=True)
+class System:
+    """How one contestant is started: child script, whether another interpreter runs it, its own options."""
+
+    child: str
+    peer: bool
+    options: dict[str, Any] = field(default_factory=dict)
+    says: str = ""
+
+
+SYSTEMS = {
+    "edge": System("edge_decode.py", False, says="its own placement inside the limit"),
+    "llama.cpp": System(
+        "llama_cpp_decode.py",
+        True,
+        {"load_mode": "mmap", "repack": True},
+        "default: mmap, weights repacked into RAM",
+    ),
+    "llama.cpp-mmap": System(
+        "llama_cpp_decode.py", True, {"load_mode": "mmap", "repack": False}, "mmap, repacking off"
+    ),
+    "llama.cpp-none": System("llama_cpp_decode.py", True, {"load_mode": "none", "repack": True}, "no mmap"),
+    "llama.cpp-direct": System(
+        "llama_cpp_decode.py", True, {"load_mode": "direct", "repack": True}, "O_DIRECT load"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run: a prompt of random ids (the same for every system and run), then greedy decoding.
+
+    ``limit_bytes`` 0 means no memory limit.
+    """
+
+    model: Path
+    threads: int
+    vocab: int
+    prompt_tokens: int = 64
+    tokens: int = 64
+    seed: int = 1
+    limit_bytes: int = 0
+    timeout_seconds: float = 1800.0
+
+    def json(self, options: dict[str, Any]) -> str:
+        keys = {
+            "model": str(self.model.resolve()),
+            "threads": self.threads,
+            "vocab": self.vocab,
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens,
+            "seed": self.seed,
+            "limit_bytes": self.limit_bytes,
+            "context": self.prompt_tokens + self.tokens + 16,
+        }
+        return json.dumps(keys | options)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of one run.
+
+    Attributes:
+        result: the child's figures (``decode_tokens_per_second``, ...); None when it did not reach the end.
+        failure: why not, in one line; None when it did.
+        foreign_cpus: CPUs that other processes kept busy meanwhile, on average.
+    """
+
+    system: str
+    finished: Finished
+    loaded: dict[str, Any] | None
+    result: dict[str, Any] | None
+    failure: str | None
+    foreign_cpus: float
+
+
+def interpreter(system: System) -> str:
+    return os.environ.get("EDGE_PEER_PYTHON", sys.executable) if system.peer else sys.executable
+
+
+def absent(name: str) -> str | None:
+    """Why a system cannot take part, in one line; None when it can."""
+    system = SYSTEMS[name]
+    package = "llama_cpp" if system.peer else "edge"
+    python = interpreter(system)
+    call = "load" if package == "edge" else "llama_decode"
+    try:
+        done = subprocess.run(
+            [python, "-c", f"import {package}; {package}.{call}"],
+            capture_output=True,
+            text=True,
+            env=environment(system),
+            timeout=120,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{name}: {python} does not run ({error})"
+    if done.returncode == 0:
+        return None
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    hint = "; EDGE_PEER_PYTHON names an interpreter that has it" if system.peer else ""
+    return f"{name}: not available to {python}: {last}{hint}"
+
+
+def environment(system: System) -> dict[str, str]:
+    env = dict(os.environ)
+    if not system.peer:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
+    else:
+        env.pop("PYTHONPATH", None)
+    return env
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The file a system runs, and what a token reads of it."""
+
+    path: Path
+    weights: Weights
+
+
+_PACK = """import sys
+from flashload.cache import ensure_packed
+print(ensure_packed(sys.argv[1], weights=sys.argv[2]))"""
+
+
+def _edge_entry(model: Path, pack_weights: str) -> Entry:
+    """The pack of a model, made now if there is none yet; what is timed later is every load after that."""
+    command = [sys.executable, "-c", _PACK, str(model), pack_weights]
+    done = run_measured(command, env=environment(SYSTEMS["edge"]))
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    path = Path(done.stdout.splitlines()[-1])
+    return Entry(path, read_weights(path))
+
+
+def _peer_entry(model: Path) -> Entry:
+    with open(model, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError("needs a GGUF file of the same shape; --peer-model names one")
+    return Entry(model, read_weights(model))
+
+
+def entries(
+    model: Path, systems: Iterable[str], peer_model: Path | None = None, pack_weights: str = "keep"
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What each system runs, and why the others cannot take part (one line each).
+
+    Args:
+        model: a GGUF file, or for edge also a pack or a Hugging Face folder.
+        peer_model: the GGUF file for the peers, where ``model`` is none.
+        pack_weights: how edge packs a checkpoint (``weights`` of ``edge.load``).
+    """
+    present: dict[str, Entry] = {}
+    missing: dict[str, str] = {}
+    for name in systems:
+        why = absent(name)
+        if why is None:
+            try:
+                if name == "edge":
+                    present[name] = _edge_entry(model, pack_weights)
+                else:
+                    present[name] = _peer_entry(peer_model or model)
+            except (ValueError, OSError) as error:
+                why = f"{name}: {error}"
+        if why is not None:
+            missing[name] = why
+            print(why, file=sys.stderr)
+    return present, missing
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The model arguments that every benchmark of whole models shares."""
+    parser.add_argument("model", type=Path, help="a GGUF file; for edge also a pack or a Hugging Face folder")
+    parser.add_argument("--peer-model", type=Path, help="the GGUF file for the peers, where MODEL is none")
+    parser.add_argument(
+        "--weights", default="keep", choices=("keep", "q8", "q4"), help="how edge packs MODEL"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program with one line when a count is not positive or a model is not there."""
+    for name in ("threads", "tokens", "prompt", "runs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1, found {getattr(args, name)}")
+    for path in filter(None, (args.model, args.peer_model)):
+        if not path.exists():
+            parser.error(f"{path}: no such file")
+
+
+def _failure(done: Finished, events: list[dict[str, Any]]) -> str:
+    stage = "while loading"
+    for event in events:
+        if event["event"] == "loaded":
+            stage = "after loading"
+        elif event["event"] == "token":
+            stage = f"after {event['n']} tokens"
+        elif event["event"] == "error":
+            return str(event["message"])
+    if isinstance(done, CgroupResult) and done.killed:
+        return f"killed for memory {stage}"
+    if done.timed_out:
+        return f"not done after {done.seconds:.0f} s, stopped {stage}"
+    if done.returncode < 0:
+        return f"died of {signal.Signals(-done.returncode).name} {stage}"
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return f"exit {done.returncode} {stage}: {last}"
+
+
+def _events(stdout: str) -> list[dict[str, Any]]:
+    events = []
+    for line in stdout.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # a library's own print, or a line cut off by a kill
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
+    return events
+
+
+def run(name: str, request: Request) -> Run:
+    """Runs a system once. Its failure is a result, not an exception.
+
+    Raises:
+        CgroupError: a limit was asked for and cannot be set here.
+    """
+    system = SYSTEMS[name]
+    command = [interpreter(system), str(_CHILDREN / system.child), request.json(system.options)]
+    env, before = environment(system), busy_seconds()
+    done: Finished
+    if request.limit_bytes:
+        done = run_in_cgroup(command, request.limit_bytes, env=env, timeout_seconds=request.timeout_seconds)
+    else:
+        done = run_measured(command, env=env, timeout_seconds=request.timeout_seconds)
+    foreign = max(0.0, busy_seconds() - before - done.cpu_seconds) / done.seconds
+    events = _events(done.stdout)
+    found = {event["event"]: event for event in events}
+    result = found.get("result") if done.returncode == 0 else None
+    return Run(
+        system=name,
+        finished=done,
+        loaded=found.get("loaded"),
+        result=result,
+        failure=None if result else _failure(done, events),
+        foreign_cpus=foreign,
+    )
+
+
+def brief(run: Run) -> str:
+    """One run in a few words, for progress lines."""
+    if run.result is None:
+        return str(run.failure)
+    return f"{run.result['decode_tokens_per_second']:.3g} tok/s"

@@ -1,0 +1,121 @@
+"""What one generated token must read of a model file: the denominator of every GB/s here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model's weights by how often a token needs them.
+
+    Attributes:
+        file_bytes: of the whole file.
+        always_bytes: read for every token (attention, norms, dense FFN, router, output matrix).
+        expert_bytes: of all routed experts.
+        active_expert_bytes: of the experts one token uses.
+        table_bytes: of embedding tables, of which a token reads one row.
+        vocab: tokens in the vocabulary.
+    """
+
+    file_bytes: int
+    always_bytes: int
+    expert_bytes: int
+    active_expert_bytes: int
+    table_bytes: int
+    vocab: int
+
+    @property
+    def token_bytes(self) -> int:
+        return self.always_bytes + self.active_expert_bytes
+
+    def streamed_bytes(self, budget_bytes: int) -> float:
+        """Bytes per token that cannot be resident when weights may take ``budget_bytes``.
+
+        The best any placement can do without sparsity: what every token needs is pinned first, experts share
+        the rest, and each expert is as likely as another. Caches, activations and the process take nothing.
+        """
+        pinned = min(budget_bytes, self.always_bytes)
+        share = 0.0
+        if self.expert_bytes:
+            share = min(1.0, (budget_bytes - pinned) / self.expert_bytes)
+        return (self.always_bytes - pinned) + (1 - share) * self.active_expert_bytes
+
+
+def read_weights(path: Path) -> Weights:
+    """Accounts for every tensor of a GGUF file or a pack, from its header alone.
+
+    Raises:
+        ValueError: a file of another kind.
+    """
+    with open(path, "rb") as file:
+        magic = file.read(8)
+    if magic[:4] == b"GGUF":
+        return _from_gguf(path)
+    if magic == b"EDGEPACK":
+        return _from_pack(path)
+    raise ValueError(f"{path}: expected a GGUF file or a pack, found a file that begins with {magic!r}")
+
+
+def _from_gguf(path: Path) -> Weights:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+
+    def number(key: str, default: int) -> int:
+        field = reader.get_field(key)
+        return default if field is None else int(field.contents())
+
+    arch = str(reader.fields["general.architecture"].contents())
+    n_experts = number(f"{arch}.expert_count", 0)
+    used = number(f"{arch}.expert_used_count", 0)
+    # A tied embedding is the output matrix too, and read whole.
+    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
+    rows = {"position_embd.weight"} | (set() if tied else {"token_embd.weight"})
+    always = experts = tables = 0
+    for tensor in reader.tensors:
+        n_bytes = int(tensor.n_bytes)
+        if "_exps." in tensor.name:
+            experts += n_bytes
+        elif tensor.name in rows:
+            tables += n_bytes
+        else:
+            always += n_bytes
+    return Weights(
+        file_bytes=path.stat().st_size,
+        always_bytes=always,
+        expert_bytes=experts,
+        active_expert_bytes=experts * used // n_experts if n_experts else 0,
+        table_bytes=tables,
+        vocab=len(reader.fields["tokenizer.ggml.tokens"].data),
+    )
+
+
+def _from_pack(path: Path) -> Weights:
+    from flashload.format import PackFile
+    from quant.formats import WeightFormat
+
+    with PackFile(path) as pack:
+        config = pack.config
+        tied = "head.weight" not in pack.entries
+        rows = {"embed.position"} | (set() if tied else {"embed.weight"})
+        always = experts = tables = 0
+        for name, entry in pack.entries.items():
+            if entry.format == WeightFormat.BYTES:
+                continue
+            if entry.expert >= 0:
+                experts += entry.bytes
+            elif name in rows:
+                tables += entry.bytes
+            else:
+                always += entry.bytes
+    n_experts = config.n_experts
+    return Weights(
+        file_bytes=path.stat().st_size,
+        always_bytes=always,
+        expert_bytes=experts,
+        active_expert_bytes=experts * config.experts_per_token // n_experts if n_experts else 0,
+        table_bytes=tables,
+        vocab=config.vocab_size,
+    )

@@ -1,0 +1,623 @@
+"""The benchmarks' own machinery: synthetic models, memory cgroups, accounting, reports."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+gguf = pytest.importorskip("gguf", reason="the benchmarks write GGUF files with the gguf package")
+
+from bench import __main__ as menu  # noqa: E402
+from bench import budget, cgroup, decode, machine, peers, report, shapes, synth, weights  # noqa: E402
+from bench.random_blocks import TYPES, random_blocks  # noqa: E402
+
+MB = 1 << 20
+
+
+@pytest.fixture(scope="session")
+def limited() -> None:
+    """Skips where no memory cgroup can be made."""
+    if refusal := cgroup.cgroup_refusal():
+        pytest.skip(refusal)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a tiny model; returns its path."""
+
+    def make(name: str = "tiny", mix: str = "q4_0", **options: Any) -> Path:
+        path = tmp_path / f"{name}-{mix}.gguf"
+        synth.write_model(path, shapes.SHAPES[name], mix, **options)
+        return path
+
+    return make
+
+
+def values_of(tensor: Any) -> np.ndarray:
+    return np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+
+
+# --- random weights
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+@pytest.mark.parametrize("std", [1.0, 1 / 64, 1 / 128])
+def test_random_blocks_have_the_wanted_spread_and_no_drift(kind: str, std: float) -> None:
+    block = TYPES[kind]
+    n = 40_000 // block.values + 1
+    blocks = random_blocks(block, n, std, np.random.SFC64(7))
+    assert blocks.shape == (n, block.block_bytes)
+    values = gguf.quants.dequantize(blocks.reshape(1, -1), gguf.GGMLQuantizationType[kind.upper()])
+    assert np.isfinite(values).all()
+    # f16 and f32 take the nearest power of two, the others carry a scale of +-25 %.
+    assert 0.7 * std < values.std() < 1.45 * std
+    assert abs(values.mean()) < 0.02 * values.std() + 1e-12
+
+
+def test_q8_0_never_holds_minus_128() -> None:
+    blocks = random_blocks(TYPES["q8_0"], 2000, 1.0, np.random.SFC64(1))
+    assert blocks[:, 2:].view(np.int8).min() == -127
+
+
+def test_block_types_agree_with_gguf() -> None:
+    for name, block in TYPES.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]] == (
+            block.values,
+            block.block_bytes,
+        )
+
+
+def test_rows_that_are_not_whole_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 256"):
+        TYPES["q4_k"].row_bytes(300)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe", "tiny-qwen3moe"])
+@pytest.mark.parametrize("mix", shapes.MIXES)
+def test_models_open_and_hold_sane_values(name: str, mix: str, tiny: Callable[..., Path]) -> None:
+    path = tiny(name, mix)
+    shape = shapes.SHAPES[name]
+    reader = gguf.GGUFReader(path)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    assert set(found) == {tensor.name for tensor in shapes.tensors(shape, mix)}
+    for tensor in shapes.tensors(shape, mix):
+        values = values_of(found[tensor.name]).reshape(tensor.shape)
+        if tensor.constant is not None:
+            assert (values == tensor.constant).all()
+        else:
+            assert np.isfinite(values).all()
+            assert 0.6 * tensor.std < values.std() < 1.6 * tensor.std
+    assert found["output.weight"].tensor_type.name == {"f16": "F16", "q8_0": "Q8_0"}.get(mix, "Q6_K")
+    assert len(reader.fields["tokenizer.ggml.tokens"].data) == shape.vocab
+
+
+def test_a_seed_gives_the_same_file_and_another_seed_another(tmp_path: Path) -> None:
+    files = []
+    for i, seed in enumerate((3, 3, 4)):
+        path = tmp_path / f"{i}.gguf"
+        synth.write_model(path, shapes.SHAPES["tiny"], "q4_0", seed=seed)
+        files.append(path.read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_mixes_follow_the_named_file_types() -> None:
+    seven = shapes.SHAPES["llama-2-7b"]
+    kinds = [shapes.kind_of("q4_k_m", "down", i, seven) for i in range(32)]
+    # n/8 first and last layers, and every third between them: 16 of 32.
+    assert kinds.count("q6_k") == 16 and kinds[:4] == ["q6_k"] * 4 and kinds[-4:] == ["q6_k"] * 4
+    assert shapes.kind_of("q4_k_m", "gate", 0, seven) == "q4_k"
+    assert shapes.kind_of("q4_0", "v", 0, shapes.SHAPES["moe-8x"]) == "q8_0"
+    assert shapes.kind_of("q2_k_mix", "v", 0, shapes.SHAPES["tinyllama-1.1b"]) == "q4_k"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-2-7b", 6_738_415_616), ("tinyllama-1.1b", 1_100_048_384), ("moe-8x", 5_970_000_000)],
+)
+def test_shapes_have_the_published_parameter_counts(name: str, parameters: int) -> None:
+    total = sum(math.prod(t.shape) for t in shapes.tensors(shapes.SHAPES[name], "f16"))
+    assert total == pytest.approx(parameters, rel=1e-3 if name == "moe-8x" else 1e-9)
+
+
+def test_opt_has_the_published_parameter_count() -> None:
+    total = sum(math.prod(t.shape) for t in shapes.opt_tensors(shapes.SHAPES["opt-6.7b"], 0.0))
+    assert total == 6_658_473_984
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen3moe"])
+def test_vocabularies_load_and_round_trip(name: str, tiny: Callable[..., Path]) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = pytest.importorskip("flashload.vocab")
+    fields = gguf.GGUFReader(tiny(name)).fields
+    made = vocab.vocab_from_gguf({key: field.contents() for key, field in fields.items() if "." in key})
+    tokenizer = tokenizers.Tokenizer.from_str(made.tokenizer_json)
+    text = "the quick brown fox, 1234 times\n\u00e9\u4e2d"
+    assert tokenizer.get_vocab_size() == shapes.SHAPES[name].vocab
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
+
+
+@pytest.mark.parametrize("n", [512, 32000])
+def test_sentencepiece_vocabulary_is_whole(n: int) -> None:
+    pieces, scores, types = shapes.sentencepiece_vocab(n)
+    assert len(pieces) == len(set(pieces)) == len(scores) == len(types) == n
+    assert types.count(6) == 256 and types[:3] == [2, 3, 3]
+    assert scores[259:] == sorted(scores[259:], reverse=True)
+
+
+@pytest.mark.parametrize("n", [512, 50272, 151936])
+def test_byte_bpe_vocabulary_is_whole(n: int) -> None:
+    tokens, merges, types, end = shapes.byte_bpe_vocab(n)
+    assert len(tokens) == len(set(tokens)) == len(types) == n and end == n - 1 and types[end] == 3
+    known = set(tokens)
+    assert all(set(merge.split(" ")) <= known and merge.replace(" ", "") in known for merge in merges)
+
+
+def test_opt_is_a_folder_that_the_checkpoint_reader_takes(tmp_path: Path) -> None:
+    checkpoint = pytest.importorskip("flashload.checkpoint")
+    bind = pytest.importorskip("flashload.bind")
+    from bench.synth_hf import write_opt_folder
+
+    write_opt_folder(tmp_path, shapes.SHAPES["tiny-opt"], active=0.05)
+    bound = bind.bind(checkpoint.open_checkpoint(tmp_path))
+    assert bound.config.family == "opt" and bound.config.activation == "relu" and bound.config.tied_head
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model.safetensors", "np") as file:
+        bias = file.get_tensor("model.decoder.layers.1.fc1.bias")
+    assert bias == pytest.approx(-1.645, abs=2e-3)  # the 5 % quantile of a normal distribution
+
+
+def test_opt_as_mpt_has_the_same_matrices(tiny: Callable[..., Path]) -> None:
+    path = tiny("tiny-opt", as_mpt=True)
+    shape = shapes.SHAPES["tiny-opt"]
+    found = {t.name: int(t.n_elements) for t in gguf.GGUFReader(path).tensors if "norm" not in t.name}
+    opt = sum(
+        math.prod(t.shape)
+        for t in shapes.opt_tensors(shape, 0.0)
+        if len(t.shape) == 2 and "positions" not in t.name
+    )
+    assert sum(found.values()) == opt
+
+
+def test_synth_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert synth.main(["tiny", "--type", "q8_0", "--layers", "1", "--out", str(tmp_path / "x.gguf")]) == 0
+    assert "MB/s" in capsys.readouterr().out
+    assert len(gguf.GGUFReader(tmp_path / "x.gguf").tensors) == 3 + 9
+    with pytest.raises(SystemExit):
+        synth.main(["tiny", "--as-mpt", "--out", str(tmp_path / "y.gguf")])
+    with pytest.raises(SystemExit):
+        synth.main(["tiny-opt", "--active", "1.5", "--out", str(tmp_path / "z")])
+
+
+# --- what a token reads
+
+
+def test_weights_of_a_dense_model(tiny: Callable[..., Path]) -> None:
+    found = weights.read_weights(tiny("tiny", "q8_0"))
+    d, ff, kv = 256, 512, 128
+    matrices = 2 * (2 * d * d + 2 * kv * d + 3 * d * ff) + 512 * d
+    assert found.always_bytes == matrices * 34 // 32 + 5 * d * 4
+    assert found.table_bytes == 512 * d * 34 // 32
+    assert found.expert_bytes == 0 and found.vocab == 512 and found.token_bytes == found.always_bytes
+
+
+def test_weights_of_an_moe_count_only_active_experts(tiny: Callable[..., Path]) -> None:
+    found = weights.read_weights(tiny("tiny-moe", "q4_0"))
+    assert found.expert_bytes == 2 * 3 * 4 * 256 * 256 * 18 // 32
+    assert found.active_expert_bytes == found.expert_bytes // 2
+
+
+def test_weights_of_a_tied_embedding_are_read_whole(tiny: Callable[..., Path]) -> None:
+    found = weights.read_weights(tiny("tiny-opt", as_mpt=True))
+    assert found.table_bytes == 0
+
+
+def test_weights_of_another_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="GGUF file or a pack"):
+        weights.read_weights(tmp_path / "x")
+
+
+def test_pin_and_stream_arithmetic() -> None:
+    dense = weights.Weights(1000, 900, 0, 0, 100, 10)
+    assert dense.streamed_bytes(0) == 900
+    assert dense.streamed_bytes(300) == 600
+    assert dense.streamed_bytes(5000) == 0
+    moe = weights.Weights(1000, 100, 800, 200, 100, 10)
+    assert moe.streamed_bytes(50) == 50 + 200
+    assert moe.streamed_bytes(500) == pytest.approx(
+        100
+    )  # half of the experts resident: half of the active miss
+    assert moe.streamed_bytes(900) == 0
+    assert budget.ceiling(dense, 300, drive_rate=60, memory_rate=1e9) == pytest.approx(0.1)
+    assert budget.ceiling(dense, 900, drive_rate=60, memory_rate=1800) == pytest.approx(2.0)
+
+
+# --- running commands
+
+
+def python(code: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", code, *arguments]
+
+
+def test_run_measured_reports_exit_output_and_time() -> None:
+    done = cgroup.run_measured(python("import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"))
+    assert (done.returncode, done.stdout, done.stderr, done.timed_out) == (3, "out\n", "err\n", False)
+    assert done.seconds > 0 and done.max_rss_bytes > MB
+
+
+def test_run_measured_stops_children_too_when_time_is_over() -> None:
+    code = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+    done = cgroup.run_measured(python(code), timeout_seconds=1.5)
+    assert done.timed_out and done.returncode == -signal.SIGKILL
+    pid = int(done.stdout)
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().split()[2] in "ZX"
+
+
+def test_run_measured_of_a_missing_program() -> None:
+    with pytest.raises(FileNotFoundError):
+        cgroup.run_measured(["/no/such/program"])
+
+
+ALLOCATE = (
+    "import sys; b = bytearray(int(sys.argv[1]) << 20); b[::4096] = b'x' * len(b[::4096]); print('alive')"
+)
+
+
+@pytest.mark.usefixtures("limited")
+class TestInCgroup:
+    def test_below_the_limit_survives(self) -> None:
+        done = budget.run_in_cgroup(python(ALLOCATE, "20"), 96 * MB)
+        assert (done.returncode, done.stdout, done.killed) == (0, "alive\n", False)
+        assert 20 * MB <= done.peak_bytes <= done.limit_bytes == 96 * MB
+
+    def test_above_the_limit_is_killed(self) -> None:
+        done = budget.run_in_cgroup(python(ALLOCATE, "200"), 96 * MB)
+        assert done.killed and done.returncode == -signal.SIGKILL and done.stdout == ""
+        assert done.peak_bytes <= 96 * MB
+
+    def test_page_cache_is_held_to_the_limit_without_a_kill(self, tmp_path: Path) -> None:
+        file = tmp_path / "big"
+        with open(file, "wb") as out:
+            for _ in range(128):
+                out.write(os.urandom(MB))
+            os.fsync(out.fileno())
+            os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        code = "import sys; f = open(sys.argv[1], 'rb', 0); print(sum(map(len, iter(lambda: f.read(99999), b''))))"
+        done = budget.run_in_cgroup(python(code, str(file)), 64 * MB)
+        assert (done.returncode, done.killed, int(done.stdout)) == (0, False, 128 * MB)
+        assert done.peak_bytes <= 64 * MB
+
+    def test_an_ordinary_failure_is_not_called_a_kill(self) -> None:
+        done = budget.run_in_cgroup(python("raise SystemExit(5)"), 96 * MB)
+        assert (done.returncode, done.killed) == (5, False)
+
+    def test_groups_are_removed_with_what_still_runs_in_them(self) -> None:
+        with cgroup.make_group(64 * MB) as group:
+            path = group.path
+            enter = ["/bin/sh", "-c", 'echo $$ > "$0" && exec sleep 60', str(group.procs)]
+            child = subprocess.Popen(enter)
+            while str(child.pid) not in group.procs.read_text().split():
+                assert child.poll() is None
+        assert child.wait(timeout=10) == -signal.SIGKILL
+        assert not path.exists()
+
+    def test_a_failed_command_leaves_no_group(self) -> None:
+        before = {
+            p.name for parent, _ in cgroup._parents() for p in parent.glob(f"edge-bench-{os.getpid()}-*")
+        }
+        done = budget.run_in_cgroup(["/no/such/program"], 64 * MB)
+        assert done.returncode == 127 and "such" in done.stderr
+        after = {
+            p.name for parent, _ in cgroup._parents() for p in parent.glob(f"edge-bench-{os.getpid()}-*")
+        }
+        assert after == before == set()
+
+
+def test_v2_groups_get_the_files_that_v2_names(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.subtree_control").write_text("cpu")
+    group = cgroup.MemoryGroup(tmp_path, 2, 5 * MB)
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory"
+    assert (group.path / "memory.max").read_text() == str(5 * MB)
+    assert (group.path / "memory.swap.max").read_text() == "0"
+    (group.path / "memory.peak").write_text("77\n")
+    (group.path / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
+    assert (group.peak_bytes(), group.oom_kills()) == (77, 2)
+
+
+def test_without_permission_the_refusal_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cgroup, "_parents", lambda: [(tmp_path, 1)])
+    monkeypatch.setattr(cgroup, "MemoryGroup", refuse)
+    assert "Permission denied" in str(cgroup.cgroup_refusal())
+    monkeypatch.setattr(cgroup, "_parents", list)
+    with pytest.raises(cgroup.CgroupError, match="no memory cgroup is mounted"):
+        budget.run_in_cgroup(["true"], 64 * MB)
+
+
+def test_budget_command_ends_where_no_cgroup_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(budget, "cgroup_refusal", lambda: "not permitted here")
+    assert budget.main([str(tiny())]) == 3
+    assert "not permitted here" in capsys.readouterr().err
+
+
+# --- one run of one system
+
+
+@pytest.fixture
+def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], peers.Run]:
+    """Runs a child script of the test's own as a system."""
+
+    def go(code: str, **request: Any) -> peers.Run:
+        script = tmp_path / "child.py"
+        script.write_text(code)
+        monkeypatch.setitem(peers.SYSTEMS, "pretend", peers.System(str(script), False, {"extra": 1}))
+        return peers.run("pretend", peers.Request(tmp_path, 2, 100, **request))
+
+    return go
+
+
+def test_a_run_gives_its_figures(pretend: Callable[..., peers.Run]) -> None:
+    code = """
+import json, sys
+request = json.loads(sys.argv[1])
+print('a library speaks')
+print(json.dumps({"event": "loaded", "seconds": 0.5, "version": "9"}))
+print(json.dumps({"event": "result", "decode_tokens_per_second": request["tokens"] + request["extra"]}))
+"""
+    run = pretend(code, tokens=6)
+    assert run.failure is None and run.result is not None and run.loaded is not None
+    assert run.result["decode_tokens_per_second"] == 7 and run.loaded["version"] == "9"
+    assert peers.brief(run) == "7 tok/s"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "died of SIGSEGV while loading"),
+        ("raise SystemExit('no such thing')", "exit 1 while loading: no such thing"),
+        (
+            'print(\'{"event": "token", "n": 3}\', flush=True); import os; os.kill(os.getpid(), 6)',
+            "died of SIGABRT after 3 tokens",
+        ),
+        (
+            'print(\'{"event": "error", "message": "ValueError: bad"}\'); raise SystemExit(1)',
+            "ValueError: bad",
+        ),
+        (
+            'print(\'{"event": "loaded"\', flush=True); raise SystemExit(2)',
+            "exit 2 while loading: no message",
+        ),
+    ],
+)
+def test_failures_are_told_in_one_line(pretend: Callable[..., peers.Run], code: str, said: str) -> None:
+    run = pretend(code)
+    assert run.result is None and run.failure == said and peers.brief(run) == said
+
+
+def test_a_run_over_its_time_is_a_failure(pretend: Callable[..., peers.Run]) -> None:
+    run = pretend("import time; time.sleep(60)", timeout_seconds=0.5)
+    assert run.failure is not None and run.failure.startswith("not done after")
+
+
+@pytest.mark.usefixtures("limited")
+def test_a_kill_for_memory_says_how_far_it_came(pretend: Callable[..., peers.Run]) -> None:
+    code = 'print(\'{"event": "loaded", "seconds": 1}\', flush=True); b = b"x" * (300 << 20)'
+    run = pretend(code, limit_bytes=96 * MB)
+    assert run.failure == "killed for memory after loading"
+
+
+def test_an_absent_peer_is_one_line(monkeypatch: pytest.MonkeyPatch, tiny: Callable[..., Path]) -> None:
+    monkeypatch.setenv("EDGE_PEER_PYTHON", "/no/such/python")
+    present, missing = peers.entries(tiny(), ["llama.cpp"])
+    assert not present and "/no/such/python does not run" in missing["llama.cpp"]
+    assert "\n" not in missing["llama.cpp"]
+
+
+def test_a_peer_needs_a_gguf_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(peers, "absent", lambda name: None)
+    (tmp_path / "x.edge").write_bytes(b"EDGEPACK")
+    _, missing = peers.entries(tmp_path / "x.edge", ["llama.cpp"])
+    assert "--peer-model" in missing["llama.cpp"]
+
+
+def test_every_child_of_a_system_exists() -> None:
+    for system in peers.SYSTEMS.values():
+        assert (peers._CHILDREN / system.child).is_file()
+
+
+@pytest.mark.parametrize("command", [decode.main, budget.main])
+@pytest.mark.parametrize(
+    "arguments", [["/no/such/model.gguf"], [__file__, "--runs", "0"], [__file__, "--threads", "-1"]]
+)
+def test_bad_arguments_end_with_usage(command: Callable[[list[str]], int], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(arguments)
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("wrong", ["--budgets=x", "--budgets=0", "--systems=nothing"])
+def test_budget_refuses_wrong_lists(wrong: str) -> None:
+    with pytest.raises(SystemExit):
+        budget.main([__file__, wrong])
+
+
+def test_agreement_is_the_common_beginning() -> None:
+    assert decode.agreement([1, 2, 3], [1, 2, 4]) == 2
+    assert decode.agreement([1, 2], [1, 2, 3]) == 2
+    assert decode.agreement([5], [6]) == 0
+
+
+# --- the machine
+
+
+def test_facts_name_machine_commit_and_date() -> None:
+    facts = machine.facts()
+    assert (
+        facts["cpus"] >= 1
+        and facts["memory_bytes"] > 0
+        and facts["commit"]
+        and facts["date"].endswith("+00:00")
+    )
+    json.dumps(facts)
+
+
+def test_bandwidth_and_drive_give_rates(tmp_path: Path) -> None:
+    rates = machine.measure_bandwidth(2, n_bytes=4 * MB, passes=2)
+    assert 0 < rates["median"] <= rates["best"]
+    file = tmp_path / "f"
+    file.write_bytes(os.urandom(5 * MB + 17))
+    rate = machine.drive_rate(file, threads=3)
+    assert rate["bytes"] == 5 * MB and rate["bytes_per_second"] > 0
+    (tmp_path / "small").write_bytes(b"x")
+    with pytest.raises(ValueError, match="smaller than one request"):
+        machine.drive_rate(tmp_path / "small")
+
+
+def test_a_file_just_written_is_cached(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    file.write_bytes(os.urandom(MB))
+    assert file.read_bytes() and machine.cached_share(file) > 0.9
+
+
+# --- reports
+
+
+def test_spread() -> None:
+    spread = report.Spread.of([3.0, 1.0, 2.0])
+    assert spread == report.Spread(2.0, 1.0, 3.0, 3) and spread is not None
+    assert spread.text() == "2.00 [1.00..3.00]"
+    assert report.Spread.of([]) is None and report.spread_json([]) is None and report.spread_text(None) == "-"
+    assert report.spread_text(report.spread_json([5e9]), 1e9) == "5.00"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.2571, "0.257"), (5.831, "5.83"), (17.04, "17.0"), (203.4, "203")]
+)
+def test_figures_have_three_digits(value: float, text: str) -> None:
+    assert report.figure(value) == text
+
+
+def test_tables_show_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    report.print_table("[bold]t", ["a", "b"], [["[red]x", "1.0 [0.9..1.1]"]], ["note [/]"])
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("[bold]t", "[red]x", "1.0 [0.9..1.1]", "note [/]"))
+
+
+def point(system: str, limit: int, rate: float | None) -> dict[str, Any]:
+    return {
+        "system": system,
+        "percent": limit / 10,
+        "limit_bytes": limit,
+        "runs": 2,
+        "survived": 2 if rate else 0,
+        "outcome": "survived" if rate else "killed for memory while loading",
+        "tokens_per_second": report.spread_json([rate, rate * 1.1]) if rate else None,
+        "read_bytes_per_token": None,
+        "read_bytes": report.spread_json([7e9]),
+        "peak_bytes": report.spread_json([1e9]),
+        "drive_bytes_per_second": report.spread_json([2e9]),
+        "foreign_cpus": report.spread_json([0.0]),
+        "ceiling_tokens_per_second": 3.0,
+        "cache_emptied_by": "drop_caches",
+        "cached_share_before": 0.0,
+    }
+
+
+def test_budget_report_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = {
+        "machine": machine.facts(),
+        "model": "m.gguf",
+        "full_bytes": 1000,
+        "threads": 2,
+        "prompt_tokens": 8,
+        "tokens": 8,
+        "read_ahead_kib": 128,
+        "points": [
+            point("edge", 500, 2.0),
+            point("edge", 750, 3.0),
+            point("llama.cpp", 500, None),
+            point("llama.cpp-mmap", 750, 0.5),
+        ],
+    }
+    budget.show(document)
+    out = capsys.readouterr().out
+    assert "0/2" in out and "50 %, llama.cpp: killed for memory while loading" in out and "128 KiB" in out
+    saved = report.save("budget m/1", document, tmp_path)
+    assert saved.parent == tmp_path and json.loads(saved.read_text())["full_bytes"] == 1000
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "p.png"
+    report.plot_speed_over_memory(document, picture)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+# --- the command
+
+
+def test_the_menu_lists_what_can_be_run() -> None:
+    names = menu.names()
+    assert {"synth", "decode", "budget", "machine"} <= set(names) and "report" not in names
+    assert all(names.values())
+
+
+def test_an_unknown_benchmark_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "nothing"],
+        cwd=machine.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "nothing" in done.stderr and "decode" in done.stdout
+
+
+@pytest.mark.slow
+def test_decode_of_a_tiny_model(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("_edge")
+    monkeypatch.setenv("EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    assert decode.main([str(tiny()), "--tokens", "4", "--prompt", "4", "--runs", "2", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (system,) = document["systems"]
+    assert (system["system"], system["survived"], len(system["generated"])) == ("edge", 2, 5)
+    assert system["decode_tokens_per_second"]["median"] > 0 and document["read_bandwidth"]["median"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("limited")
+def test_budget_of_a_tiny_model(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("_edge")
+    monkeypatch.setenv("EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    # 4 MB of model under 1000 % = 40 MB: less than the interpreter needs, so edge has to say no or die.
+    assert (
+        budget.main([str(tiny(mix="f16")), "--budgets", "1000", "--systems", "edge", "--runs", "1", "--json"])
+        == 1
+    )
+    (found,) = json.loads(capsys.readouterr().out)["points"]
+    assert found["survived"] == 0 and found["outcome"] != "survived"
