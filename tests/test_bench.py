@@ -294,7 +294,7 @@ class TestInCgroup:
                 out.write(os.urandom(MB))
             os.fsync(out.fileno())
             os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        code = "import sys; f = open(sys.argv[1], 'rb', 0); print(sum(map(len, iter(lambda: f.read(99999), b''))))"
+        code = "import sys; f = open(sys.argv[1], 'rb'); print(sum(map(len, f)))"
         done = budget.run_in_cgroup(python(code, str(file)), 64 * MB)
         assert (done.returncode, done.killed, int(done.stdout)) == (0, False, 128 * MB)
         assert done.peak_bytes <= 64 * MB
