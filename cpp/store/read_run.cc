@@ -15,8 +15,10 @@ bool extend_run(ReadRun* run, const PackDirectory& directory, WeightId weight, s
   const uint64_t offset = entry.offset + *begin;
   std::byte* const into = weight_memory + *begin;
   if (run->bytes > 0 && (run->offset + run->bytes != offset || run->into + run->bytes != into)) return false;
-  uint64_t take = std::min(left, round_up(kRunBytes - run->bytes, entry.chunk_bytes));
-  if (take > room_bytes) take = room_bytes / entry.chunk_bytes * entry.chunk_bytes;
+  const uint64_t chunk = entry.chunk_bytes;
+  uint64_t most = std::min(room_bytes, run->bytes == 0 ? std::max(kRunBytes, chunk) : kRunBytes - run->bytes);
+  if (most < left) most = most / chunk * chunk;
+  const uint64_t take = std::min(left, most);
   if (take == 0) return false;
   if (run->bytes == 0) {
     run->offset = offset;
@@ -28,12 +30,14 @@ bool extend_run(ReadRun* run, const PackDirectory& directory, WeightId weight, s
   return *begin == entry.stored_bytes;
 }
 
+Status check_span(const ReadRun& run, size_t n, const PackDirectory& directory) {
+  const ChunkSpan& span = run.spans[n];
+  const PackEntry& entry = directory.entry(span.weight);
+  return directory.check(entry, span.begin, {run.into + (entry.offset + span.begin - run.offset), span.end - span.begin});
+}
+
 Status check_run(const ReadRun& run, const PackDirectory& directory) {
-  const std::byte* at = run.into;
-  for (const ChunkSpan& span : run.spans) {
-    EDGE_TRY(directory.check(directory.entry(span.weight), span.begin, {at, span.end - span.begin}));
-    at += span.end - span.begin;
-  }
+  for (size_t n = 0; n < run.spans.size(); ++n) EDGE_TRY(check_span(run, n, directory));
   return {};
 }
 

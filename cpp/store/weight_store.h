@@ -91,8 +91,9 @@ struct StorePlan {
   // Staging of the stream: room for the leases held at once plus the largest streamed weight (its wrap leaves a gap);
   // what is above that is read-ahead.
   uint64_t ring_bytes = 0;
-  // Cache of demand reads: room for the leases held at once. A whole weight takes its stored bytes, a row lease
-  // DemandCache::row_lease_bytes. Row leases of streamed weights are taken from it too.
+  // Cache of demand reads: room for the leases held at once, twice that where they differ in size (each lies in one
+  // piece between the others). A whole weight takes its stored bytes, a row lease DemandCache::row_lease_bytes. Row
+  // leases of streamed weights are taken from it too.
   uint64_t demand_bytes = 0;
 };
 
