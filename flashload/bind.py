@@ -217,6 +217,12 @@ def bind(checkpoint: Checkpoint) -> Bound:
                 f"{where}: expected a Hugging Face folder for {family.name}, found GGUF"
             )
         config = family.from_gguf(keys, _GgufTensors(checkpoint))
+        tokens = checkpoint.metadata.get("tokenizer.ggml.tokens")
+        if isinstance(tokens, list) and len(tokens) > config.vocab_size:
+            raise ModelFileError(
+                f"{where}: tokenizer.ggml.tokens: expected at most {config.vocab_size} (the rows of "
+                f"token_embd.weight), found {len(tokens)}"
+            )
     binder = _Binder(checkpoint, family, config)
     sparse = [config.n_experts > 0 and binder.has("router.weight", i) for i in range(config.n_layers)]
     if checkpoint.kind == "hf" and family.sparse_layers is not None:

@@ -59,16 +59,25 @@ def cache_key(path: Path, weights: str) -> str:
 @contextlib.contextmanager
 def _locked(path: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
     """Holds an exclusive lock on ``path``; ``waiting`` is called while another process has it."""
-    with open(path, "ab") as file:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be locked: {error.strerror}") from error
+    try:
         while True:
             try:
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if waiting is not None:
                     waiting()
                 time.sleep(_LOCK_POLL_S)
+            except OSError:
+                # A drive without locks: at worst two processes pack the same, and the last rename stays.
+                break
         yield
+    finally:
+        os.close(fd)
 
 
 def _is_whole(path: Path) -> bool:

@@ -19,7 +19,7 @@ from flashload.errors import ArgumentError, ModelFileError
 from flashload.format import METADATA, TOKENIZER, TOKENIZER_CONFIG, PackWriter, is_pack
 from flashload.ggml import BLOCK_TYPES
 from flashload.pack_writer import file_bytes_for
-from flashload.tiles import decode_blocks, tile_rows
+from flashload.tiles import decode_blocks, is_finite, tile_rows
 from flashload.vocab import Vocab, vocab_from_gguf, vocab_from_hf
 from quant.formats import TILE_FORMATS, TILE_ROWS, WeightFormat
 
@@ -144,11 +144,16 @@ def _matrix(checkpoint: Checkpoint, step: _Step) -> Iterator[bytes]:
     # Whole tiles, and whole heads where rows move within a head.
     unit = math.lcm(TILE_ROWS, weight.head_dim or TILE_ROWS)
     piece = max(_STEP_BYTES // (4 * slot.cols * unit), 1) * unit
+    kind = weight.info.ggml_type
     for first in range(0, slot.rows, piece):
         count = min(piece, slot.rows - first)
-        yield tile_rows(
-            weight.info.ggml_type, step.format, _rows(checkpoint, weight, first, count), count, slot.cols
-        )
+        tiles = tile_rows(kind, step.format, _rows(checkpoint, weight, first, count), count, slot.cols)
+        if kind != TILE_FORMATS[step.format].ggml_type and not is_finite(step.format, tiles):
+            raise ModelFileError(
+                f"{weight.info.file}: {weight.info.name}: expected finite values to convert to "
+                f"{TILE_FORMATS[step.format].name}, found NaN, infinity or one beyond its range"
+            )
+        yield tiles
 
 
 def _vector(checkpoint: Checkpoint, weight: BoundWeight) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ import numpy as np
 from flashload.errors import UnsupportedModelError
 from flashload.ggml import BLOCK_TYPES
 from quant import formats
-from quant.formats import F32, TILE_FORMATS, WeightFormat
+from quant.formats import F32, TILE_FORMATS, TILE_ROWS, WeightFormat
 
 
 def _core() -> Any:
@@ -51,6 +51,16 @@ def decode_blocks(ggml_type: int, data: bytes, n_values: int) -> F32:
         values: F32 = _EDGE.decode_blocks(ggml_type, data, n_values)
         return values
     return _decode(ggml_type, data)
+
+
+def is_finite(weight_format: WeightFormat, tiles: bytes) -> bool:
+    """Whether no value of freshly rounded tiles (f32, f16, q8_0, q4_0) is infinite or NaN."""
+    if weight_format is WeightFormat.F32:
+        return bool(np.isfinite(np.frombuffer(tiles, "<f4")).all())
+    traits = TILE_FORMATS[weight_format]
+    halves = np.frombuffer(tiles, "<u2").reshape(-1, traits.tile_block_bytes // 2)
+    # A block of 16 rows begins with its f16 scales; one of f16 values is all of them.
+    return bool(((halves[:, :TILE_ROWS] & 0x7C00) != 0x7C00).all())
 
 
 def tile_rows(ggml_type: int, weight_format: WeightFormat, data: bytes, rows: int, k: int) -> bytes:

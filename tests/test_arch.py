@@ -289,6 +289,13 @@ def test_qwen2_window_is_off_unless_used() -> None:
     assert config("qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=1).windows == (0, 16)
 
 
+def test_a_window_of_null_is_none() -> None:
+    assert config("qwen2", sliding_window=None, use_sliding_window=True, max_window_layers=0).windows == (
+        0,
+        0,
+    )
+
+
 def test_layer_types_win_over_max_window_layers() -> None:
     kinds = ["sliding_attention", "full_attention"]
     found = config("qwen3", sliding_window=8, use_sliding_window=True, layer_types=kinds, max_window_layers=0)
@@ -610,6 +617,17 @@ def test_gguf_unknown_architectures_list_the_known_ones(tmp_path: Path) -> None:
     data = path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0gemma", 1)
     path.write_bytes(data)
     with pytest.raises(UnsupportedModelError, match=r"llama, olmoe, qwen2, qwen3, qwen3moe, found 'gemma'"):
+        bound(path)
+
+
+def test_gguf_more_tokens_than_embeddings(tmp_path: Path) -> None:
+    original = tiny.vocabulary
+    try:
+        tiny.vocabulary = lambda size: original(size + 1)  # type: ignore[assignment]
+        path = tiny_gguf(tmp_path / "m.gguf")
+    finally:
+        tiny.vocabulary = original
+    with pytest.raises(ModelFileError, match=r"tokenizer.ggml.tokens: expected at most 320 .*found 321"):
         bound(path)
 
 

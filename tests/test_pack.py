@@ -34,6 +34,7 @@ from tests.tiny import (
     tiny_gguf,
     tiny_hf,
     tiny_llama_gguf,
+    write_safetensors,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,6 +213,20 @@ def test_widths_that_fill_no_block_become_f16(tmp_path: Path) -> None:
         assert file.entries["layers.0.down.weight"].format is WeightFormat.F16
         assert file.entries["layers.0.up.weight"].format is WeightFormat.Q8_0
     assert {g["to"] for g in report.conversions} == {"q8_0", "f16"}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize(("weights", "columns"), [("q8", 96), ("q4", 96), ("q8", 90)])
+def test_values_that_cannot_be_rounded(value: float, weights: str, columns: int, tmp_path: Path) -> None:
+    """One value would silence a block, or all that follows; f32 kept as it is may hold it."""
+    tiny_hf(tmp_path / "hf", intermediate_size=columns)
+    tensors = hf_tensors(hf_config("llama", intermediate_size=columns))
+    tensors["model.layers.1.mlp.down_proj.weight"][17, 40] = value
+    write_safetensors(tmp_path / "hf" / "model.safetensors", tensors)
+    with pytest.raises(ModelFileError, match=r"layers.1.mlp.down_proj.weight: expected finite values"):
+        pack(tmp_path / "hf", tmp_path / "m.edge", weights)
+    assert os.listdir(tmp_path) == ["hf"]
+    pack(tmp_path / "hf", tmp_path / "m.edge")
 
 
 def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:

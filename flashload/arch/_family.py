@@ -131,9 +131,8 @@ def every_layer_window(keys: Keys, default: int | None) -> tuple[int, ...]:
 def qwen_windows(keys: Keys) -> tuple[int, ...]:
     """Qwen2's and Qwen3's rule: ``layer_types``, or the layers from ``max_window_layers`` on."""
     layers = keys.integer("num_hidden_layers", high=4096)
-    window = (
-        keys.integer("sliding_window", default=4096) if keys.flag("use_sliding_window", default=False) else 0
-    )
+    used = keys.flag("use_sliding_window", default=False)
+    window = every_layer_window(keys, default=4096)[0] if used else 0
     kinds = keys.items("layer_types", str, layers)
     if kinds is None:
         first = keys.integer("max_window_layers", low=0, default=28)
