@@ -12,15 +12,12 @@ KvShape kv_shape(const DecoderConfig& config) {
   return shape;
 }
 
-// Staged rows lie behind the committed ones, so a full context still has room for one more pass.
-int64_t kv_capacity(int64_t context, int64_t max_rows) { return context + max_rows; }
-
 }  // namespace
 
 FixedBytes fixed_bytes(const DecoderConfig& config, int64_t context, int64_t max_rows, int n_threads) {
   const KvShape shape = kv_shape(config);
   FixedBytes fixed;
-  fixed.kv = shape.pages_for(kv_capacity(context, max_rows)) * shape.page_bytes();
+  fixed.kv = shape.pages_for(context) * shape.page_bytes();
   fixed.activations = Decoder::scratch_bytes(config, {max_rows, context}, n_threads);
   fixed.logits = static_cast<uint64_t>(config.vocab_size) * sizeof(float);
   return fixed;
@@ -43,7 +40,7 @@ Result<std::unique_ptr<Engine>> Engine::open(EngineOptions options) {
   EDGE_ASSIGN(engine->kernels_, settings.isa.empty() ? default_kernels() : kernels_for(settings.isa));
   EDGE_ASSIGN(engine->directory_, PackDirectory::open(settings.pack_path));
   // What every token needs comes first: a refusal for lack of memory must not follow minutes of loading.
-  EDGE_ASSIGN(engine->kv_pool_, KvPool::create(kv_shape(settings.decoder), kv_capacity(settings.context, settings.max_rows),
+  EDGE_ASSIGN(engine->kv_pool_, KvPool::create(kv_shape(settings.decoder), settings.context,
                                                engine->budget_));
   EDGE_ASSIGN(engine->store_, open_store(settings.pack_path, engine->directory_, settings.plan, settings.store,
                                          engine->budget_));

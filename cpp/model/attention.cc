@@ -60,7 +60,7 @@ Status Decoder::rotate_and_store(int64_t index, KvCache& kv) {
 
 void Decoder::attend(int64_t index, KvCache& kv) {
   const int64_t head_dim = config_.head_dim, n_kv_heads = config_.n_kv_heads;
-  const int64_t group = config_.n_heads / n_kv_heads, max_visible = options_.context + options_.max_rows;
+  const int64_t group = config_.n_heads / n_kv_heads, max_visible = options_.context;
   const int64_t window = config_.windows[static_cast<size_t>(index)];
   // Short texts are not worth a second core's attention: about 64 KiB of keys and values per piece.
   const int64_t head_bytes = (n_committed_ + n_rows_) * head_dim * 4;

@@ -61,7 +61,7 @@ Status Decoder::check(const Batch& batch, const KvCache& kv) const {
     return error(Code::kBadArgument, "forward: expected 1..%lld rows with a parent each, found %lld rows, %zu parents",
                  static_cast<long long>(options_.max_rows), static_cast<long long>(n_rows), batch.parents.size());
   }
-  if (kv.n_committed() + n_rows > options_.context + options_.max_rows) {
+  if (kv.n_committed() + n_rows > options_.context) {
     return error(Code::kContextOverflow, "forward: %lld tokens, the context holds %lld",
                  static_cast<long long>(kv.n_committed() + n_rows), static_cast<long long>(options_.context));
   }

@@ -49,7 +49,7 @@ uint64_t carve(Scratch& scratch, std::byte* base, const DecoderConfig& config, i
     scratch.expert_in = carver.floats(max_rows * hidden);
     scratch.expert_out = carver.floats(max_rows * hidden);
   }
-  const int64_t visible = context + max_rows, group = config.n_heads / config.n_kv_heads;
+  const int64_t visible = context, group = config.n_heads / config.n_kv_heads;
   scratch.attention_stride = static_cast<uint64_t>((group * visible * 4 + 2 * visible * 8 + 63) / 64 * 64);
   scratch.attention = carver.take(scratch.attention_stride * static_cast<uint64_t>(n_threads));
   return carver.used();

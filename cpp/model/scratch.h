@@ -28,7 +28,7 @@ struct Scratch {
   float* sin = nullptr;
   float* logits = nullptr;       // [kLogitRows][vocab_size]
   std::span<std::byte> acts;     // quantised rows
-  // Per thread: scores [group][context + max_rows], then key and value pointers [context + max_rows] each.
+  // Per thread: key and value pointers [context] each, then scores [group][context].
   std::byte* attention = nullptr;
   uint64_t attention_stride = 0;
   Block memory;
