@@ -19,6 +19,8 @@ _MAX_TEXT_BYTES = 16 << 20
 _MAX_ITEMS = 4 << 20
 _MAX_ALIGNMENT = 1 << 20
 _WINDOW_BYTES = 1 << 20
+# Three times the largest vocabulary known; parsed, a header takes several times its size in memory.
+_MAX_HEADER_BYTES = 64 << 20
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf\Z")
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -35,13 +37,13 @@ class _Reader:
         self._window_at = 0
 
     def take(self, n_bytes: int, what: str) -> bytes:
+        if self.at + n_bytes > min(_MAX_HEADER_BYTES, self._file.size):
+            raise ModelFileError(
+                f"{self._file.path}: {what}: expected {n_bytes} bytes at offset {self.at}, found a file of "
+                f"{self._file.size} bytes (a header may take {_MAX_HEADER_BYTES})"
+            )
         start = self.at - self._window_at
         if start + n_bytes > len(self._window):
-            if self.at + n_bytes > self._file.size:
-                raise ModelFileError(
-                    f"{self._file.path}: {what}: expected {n_bytes} bytes at offset {self.at}, found a file "
-                    f"of {self._file.size} bytes"
-                )
             size = min(max(n_bytes, _WINDOW_BYTES), self._file.size - self.at)
             self._window, self._window_at, start = self._file.read(self.at, size, what), self.at, 0
         self.at += n_bytes

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
+from flashload import read_gguf
 from flashload.checkpoint import Checkpoint, open_checkpoint
 from flashload.errors import ArgumentError, EdgeError, ModelFileError, UnsupportedModelError
 from flashload.ggml import BLOCK_TYPES
@@ -220,6 +221,23 @@ def test_the_valid_base_of_the_hostile_files_opens(tmp_path: Path) -> None:
     with opened(tmp_path / "m.gguf", build([u32("x", 7)], ONE, DATA)) as checkpoint:
         assert checkpoint.metadata == {"x": 7}
         assert checkpoint.tensors["a"].shape == (4, 8)
+
+
+def test_a_header_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    texts = key("a", ARRAY, struct.pack("<IQ", TEXT, 4 << 20))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(build([texts], counts=(0, 1000)))
+    with open(path, "r+b") as file:
+        file.truncate(1 << 32)
+    with pytest.raises(ModelFileError):
+        open_checkpoint(path)
+
+
+def test_a_header_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_llama_gguf(tmp_path / "m.gguf")
+    monkeypatch.setattr(read_gguf, "_MAX_HEADER_BYTES", 4096)
+    with pytest.raises(ModelFileError, match="a header may take 4096"):
+        open_checkpoint(path)
 
 
 def test_version_2_opens(tmp_path: Path) -> None:

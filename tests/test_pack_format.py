@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import struct
 import sys
@@ -23,6 +24,17 @@ from flashload.errors import (
 )
 from flashload.format import PackFile, PackWriter, is_pack
 from quant.formats import WeightFormat, tile_bytes
+
+
+def core_directory() -> Any:
+    """The compiled core's reader of the same layout, or None where it is not built."""
+    try:
+        return getattr(importlib.import_module("_edge"), "PackDirectory", None)
+    except ImportError:
+        return None
+
+
+CORE = core_directory()
 
 BYTES, VECTOR, F32, Q8_0 = WeightFormat.BYTES, WeightFormat.F32_VECTOR, WeightFormat.F32, WeightFormat.Q8_0
 
@@ -70,6 +82,14 @@ def test_what_is_written_is_read(piece_bytes: int, tmp_path: Path) -> None:
             assert (entry.format, entry.rows, entry.cols) == (code, rows, cols)
             assert (entry.layer, entry.expert) == (layer, expert)
             assert file.read(name) == payload(index)
+
+
+@pytest.mark.skipif(CORE is None, reason="needs the compiled core")
+def test_the_core_reads_what_is_written(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "m.edge"))
+    directory = CORE.open(path)
+    for index, entry in enumerate(ENTRIES):
+        assert directory.read(path, entry[0]) == payload(index)
 
 
 def test_bytes_do_not_depend_on_the_pieces(tmp_path: Path) -> None:
@@ -132,8 +152,18 @@ def test_tile_entries_have_the_size_of_their_tiles() -> None:
 
 
 def opened(path: Path, data: bytes) -> PackFile:
+    """Opens a pack; where the core is built, it must agree on whether the file is one."""
     path.write_bytes(data)
-    return PackFile(path)
+    try:
+        file = PackFile(path)
+    except ModelFileError as error:
+        if CORE is not None:
+            with pytest.raises(type(error)):
+                CORE.open(str(path))
+        raise
+    if CORE is not None:
+        CORE.open(str(path))
+    return file
 
 
 def test_no_truncation_opens(whole: bytes, tmp_path: Path) -> None:
