@@ -256,6 +256,7 @@ def pad(left: bool, right: bool) -> Builtin:
 
 FILTERS: dict[str, Builtin] = {
     "abs": lambda meter, value: meter.integer(abs(value)),
+    "center": pad(True, True),
     "capitalize": recase(str.capitalize),
     "count": _length,
     "d": _default,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -31,6 +32,27 @@ from edge.template_values import (
     type_name,
 )
 from flashload.errors import TemplateError
+
+
+def _gone(value: Any) -> int:
+    """Characters of a string that only one variable of the caller still refers to, else 0.
+
+    Templates that build a prompt by ``ns.text = ns.text + more`` drop each text for the next; counted as kept,
+    a long conversation would look like a padding bomb.
+    """
+    return len(value) if isinstance(value, str) and sys.getrefcount(value) <= _ONE_VARIABLE else 0
+
+
+def _references(value: Any) -> int:
+    return sys.getrefcount(value)
+
+
+def _references_of_one_variable() -> int:
+    value = "".join(["one", "variable"])
+    return _references(value)
+
+
+_ONE_VARIABLE = _references_of_one_variable()  # it differs between Python versions
 
 
 class _Break(Exception):
@@ -89,6 +111,7 @@ class Evaluator:
 
     def _output(self, node: nodes.Output, scope: Scope, out: list[str]) -> None:
         for part in node.nodes:
+            self.line = part.lineno
             if isinstance(part, nodes.TemplateData):
                 text: str = part.data
             else:
@@ -118,8 +141,7 @@ class Evaluator:
                 if self.value(node.test, inner):
                     kept.append(item)
             items = kept
-        outer = scope.find("loop")
-        loop = Loop(items, outer.depth + 1 if isinstance(outer, Loop) else 0)
+        loop = Loop(items)
         for at, item in enumerate(items):
             self.meter.step()
             loop.at = at
@@ -136,12 +158,12 @@ class Evaluator:
 
     def _bind(self, target: nodes.Node, value: Any, scope: Scope) -> None:
         if isinstance(target, nodes.Name):
-            scope.names[target.name] = value
+            self._replace(scope.names, target.name, value)
         elif isinstance(target, nodes.NSRef):
             namespace = scope.find(target.name)
             if not isinstance(namespace, Namespace):
                 raise TypeError("cannot assign attribute on non-namespace object")
-            namespace.values[target.attr] = value
+            self._replace(namespace.values, target.attr, value)
         elif isinstance(target, nodes.Tuple):
             values = items_of(value, self.meter)
             if len(values) != len(target.items):
@@ -150,6 +172,12 @@ class Evaluator:
                 self._bind(part, item, scope)
         else:
             raise TypeError(f"cannot assign to {type(target).__name__.lower()}")
+
+    def _replace(self, names: dict[str, Any], name: str, value: Any) -> None:
+        old = names.pop(name, None)
+        names[name] = value
+        if old is not value:
+            self.meter.freed(_gone(old))
 
     def _assign(self, node: nodes.Assign, scope: Scope, out: list[str]) -> None:
         self._bind(node.target, self.value(node.node, scope), scope)
@@ -437,7 +465,9 @@ class Evaluator:
         left, right = self.value(node.left, scope), self.value(node.right, scope)
         if isinstance(left, str) and isinstance(right, str):
             self.meter.text(len(left) + len(right))
-            return tt.join([left, right])
+            text = tt.join([left, right])
+            self.meter.freed(_gone(left) + _gone(right))
+            return text
         if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
             self.meter.items(len(left) + len(right))
         return self.meter.integer(left + right)

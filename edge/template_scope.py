@@ -32,10 +32,9 @@ class Scope:
 class Loop:
     """The ``loop`` variable."""
 
-    def __init__(self, items: list[Any], depth: int) -> None:
+    def __init__(self, items: list[Any]) -> None:
         self.items = items
         self.at = 0
-        self.depth = depth
         self.last_seen: Any = None
 
     def field(self, name: str) -> Any:
@@ -56,8 +55,8 @@ class Loop:
             "first": at == 0,
             "last": at == n - 1,
             "length": n,
-            "depth": self.depth + 1,
-            "depth0": self.depth,
+            "depth": 1,  # Jinja counts recursive loops only
+            "depth0": 0,
         }
         return values[name] if name in values else Undefined(obj=self, name=name)
 

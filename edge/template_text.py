@@ -1,7 +1,8 @@
 """Text that remembers who wrote each character.
 
 In a template, a plain ``str`` is markup: the template's author wrote it. A :class:`Mixed` holds text that
-came at least partly from a conversation; its mask has one byte per character, 1 where the character is untrusted.
+came at least partly from a conversation; its mask has one byte per character, 1 where it is untrusted. Each
+operation here keeps masks exactly, or, where that has no meaning, calls the whole result untrusted.
 Each operation here keeps masks exactly, or, where that has no meaning, calls the whole result untrusted.
 """
 

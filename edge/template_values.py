@@ -146,7 +146,7 @@ def equal(value: Any, other: Any, meter: Meter) -> bool:
 
 
 def key(value: Any) -> Any:
-    """``value`` as a mapping's key: text, a number, a bool or None (hashing nested tuples can take for ever)."""
+    """``value`` as a mapping key: text, number, bool or None (hashing nested tuples can take for ever)."""
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     raise TypeError(f"a mapping cannot have a {type_name(value)} as key")
