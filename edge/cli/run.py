@@ -10,24 +10,28 @@ import click
 from edge.cli.common import json_option, load_engine, load_options, print_json, progress_bar, sampling_options
 from flashload.machine import format_bytes
 
+_DEFAULT_TOKENS = 256
 _LOAD = ("memory", "context", "threads", "device", "weights", "io")
 
 
 @click.command("run")
 @click.argument("model")
 @click.argument("prompt", required=False, default="")
-@click.option("-n", "--max-tokens", type=int, default=256, show_default=True, help="Tokens to generate.")
+@click.option("-n", "--max-tokens", type=int, help="Tokens to generate. Default: 256, less if the context ends before.")
 @click.option("--file", "prompt_file", type=click.File("r"), help="Read the prompt from a file (- for stdin).")
 @load_options
 @sampling_options
 @click.option("--logprobs", type=int, help="Report each token's log-probability and this many alternatives.")
 @json_option
-def command(model: str, prompt: str, prompt_file: Any, max_tokens: int, as_json: bool, **options: Any) -> None:
+def command(model: str, prompt: str, prompt_file: Any, max_tokens: int | None, as_json: bool, **options: Any) -> None:
     """Continue PROMPT with MODEL (a pack, a GGUF file, a Hugging Face folder, or a shipped model's name)."""
     if prompt_file is not None:
         prompt = prompt_file.read()
     load = {key: options.pop(key) for key in _LOAD}
     with load_engine(model, as_json, load) as engine:
+        if max_tokens is None:
+            room = engine.plan.context - len(engine.tokenizer.encode(prompt, add_special_tokens=True))
+            max_tokens = min(_DEFAULT_TOKENS, max(1, room))
         with progress_bar("prompt", as_json, unit_bytes=False) as on_progress:
             chunks = engine.stream(prompt, max_tokens=max_tokens, on_progress=on_progress, **options)
             first = next(chunks)
@@ -35,8 +39,7 @@ def command(model: str, prompt: str, prompt_file: Any, max_tokens: int, as_json:
             _print_result(engine, first, chunks)
             return
         click.echo(prompt, nl=False)
-        for chunk in (first, *()):
-            click.echo(chunk.text, nl=False)
+        click.echo(first.text, nl=False)
         last = first
         for last in chunks:
             click.echo(last.text, nl=False)
