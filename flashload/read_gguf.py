@@ -25,6 +25,7 @@ _SPLIT = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf\Z"
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
+_U64 = struct.Struct("<Q")
 
 
 class _Reader:
@@ -63,12 +64,27 @@ class _Reader:
             raise ModelFileError(f"{self._file.path}: {what}: expected at most {most}, found {value}")
         return value
 
-    def text(self, what: str, most: int, exact: bool) -> str:
-        data = self.take(self.bounded(f"length of {what}", most), what)
+    def _decoded(self, data: bytes, what: str, exact: bool) -> str:
         try:
-            return data.decode("utf-8", errors="strict" if exact else "replace")
+            return data.decode("utf-8", "strict" if exact else "replace")
         except UnicodeDecodeError as error:
             raise ModelFileError(f"{self._file.path}: {what}: expected UTF-8, found {error}") from None
+
+    def text(self, what: str, most: int, exact: bool) -> str:
+        return self._decoded(self.take(self.bounded(f"length of {what}", most), what), what, exact)
+
+    def texts(self, count: int, what: str, exact: bool) -> list[str]:
+        """``count`` texts; vocabularies hold half a million, so most are cut straight out of the window."""
+        out: list[str] = []
+        for _ in range(count):
+            window, start = self._window, self.at - self._window_at + 8
+            end = start + _U64.unpack_from(window, start - 8)[0] if start <= len(window) else len(window) + 1
+            if end <= len(window):
+                out.append(self._decoded(window[start:end], what, exact))
+                self.at += end - start + 8
+            else:
+                out.append(self.text(what, _MAX_TEXT_BYTES, exact))
+        return out
 
     def name(self, what: str) -> str:
         """A key or tensor name: it stands in messages, so it must be printable."""
@@ -92,7 +108,7 @@ def _value(reader: _Reader, kind: int, key: str, where: Path) -> Any:
     if item_kind == _TEXT:
         if count * 8 > reader.left():
             raise ModelFileError(f"{where}: {key}: expected {count} texts, found {reader.left()} bytes left")
-        return [reader.text(key, _MAX_TEXT_BYTES, exact) for _ in range(count)]
+        return reader.texts(count, key, exact)
     if item_kind not in _SCALARS:
         raise ModelFileError(
             f"{where}: {key}: expected items of a plain type or text, found type {item_kind}"
