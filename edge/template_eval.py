@@ -37,7 +37,7 @@ from flashload.errors import TemplateError
 def _gone(value: Any) -> int:
     """Characters of a string that only one variable of the caller still refers to, else 0.
 
-    Templates that build a prompt by ``ns.text = ns.text + more`` drop each text for the next; counted as kept,
+    Templates that build a prompt by ``ns.text = ns.text + more`` drop each text for the next; if all counted,
     a long conversation would look like a padding bomb.
     """
     return len(value) if isinstance(value, str) and sys.getrefcount(value) <= _ONE_VARIABLE else 0

@@ -447,6 +447,7 @@ def expressions(draw: st.DrawFn, depth: int = 3) -> str:
 _UNLIKE = ("<built-in", "<generator", "<dict_", "<filter", "object at", "reversed", "[<")
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @given(expression=expressions())
 @settings(max_examples=150, deadline=None)
 def test_random_expressions_equal_jinja(expression: str) -> None:
@@ -459,6 +460,7 @@ def test_random_expressions_equal_jinja(expression: str) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @given(expression=expressions(depth=5))
 @settings(max_examples=50_000, deadline=None)
 def test_random_expressions_equal_jinja_at_length(expression: str) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from edge.tokenizer import Tokenizer, load_tokenizer
 from flashload.errors import EdgeError, ModelFileError, TokenizerError, UnsupportedModelError
-from flashload.vocab import vocab_from_gguf, vocab_from_hf
+from flashload.vocab import Vocab, vocab_from_gguf, vocab_from_hf
 from flashload.vocab_pre import PRE_TOKENIZERS
 from flashload.vocab_spm import vocab_from_sentencepiece
 from tests.vocabs import CHATML_TEMPLATE, byte_level_metadata, real, sentencepiece_model, spm_metadata
@@ -449,3 +449,21 @@ def test_hf_files_that_are_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(TokenizerError, match="not UTF-8"):
         vocab_from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "charsmap", [[1, 2, 3], [255] * 64, [4, 0, 0, 0, 0, 0, 0, 0, 65, 0], [8, 0, 0, 0] + [255] * 200]
+)
+def test_hostile_charsmap(charsmap: list[int]) -> None:
+    metadata = SPM(**{"tokenizer.ggml.model": "t5", "tokenizer.ggml.precompiled_charsmap": charsmap})
+    with pytest.raises(TokenizerError):
+        Tokenizer(vocab_from_gguf(metadata)).encode("the cat")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(?=a*)*", "[", "(", "a{100000}{100000}", r"(?<n>a\g<n>)"])
+def test_hostile_regular_expressions(pattern: str) -> None:
+    vocab = vocab_from_gguf(BYTE_LEVEL())
+    tokenizer = json.loads(vocab.tokenizer_json)
+    tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    with pytest.raises(TokenizerError):
+        Tokenizer(Vocab(json.dumps(tokenizer), vocab.config)).encode("a" * 40 + "c")
