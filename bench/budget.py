@@ -35,18 +35,23 @@ def ceiling(weights: Weights, limit_bytes: int, drive_rate: float, memory_rate: 
 def measure_point(
     system: str, request: peers.Request, weights: Weights, percent: float, rounds: int
 ) -> dict[str, Any]:
-    """One system at one limit: ``rounds`` cold runs, each after a measurement of the drive and the memory."""
+    """One system at one limit: ``rounds`` cold runs.
+
+    The memory is measured before each run, the drive before and after it: the better of the two counts,
+    because a neighbour can only slow a measurement down.
+    """
     runs: list[peers.Run] = []
     drives: list[float] = []
     memories: list[float] = []
     warm_share = 0.0
     for number in range(rounds):
-        drives.append(machine.drive_rate(request.model)["bytes_per_second"])
+        before = machine.drive_rate(request.model)["bytes_per_second"]
         memories.append(machine.read_bandwidth(request.threads)["median"])
         how = machine.drop_cache(request.model)
         warm_share = max(warm_share, machine.cached_share(request.model))
         run = peers.run(system, request)
         runs.append(run)
+        drives.append(max(before, machine.drive_rate(request.model)["bytes_per_second"]))
         print(f"{percent:g} %, {system}, run {number + 1}/{rounds}: {peers.brief(run)}", file=sys.stderr)
     done = [run.result for run in runs if run.result]
     drive, memory = Spread.of(drives), Spread.of(memories)
