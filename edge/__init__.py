@@ -1,8 +1,8 @@
 """edge: run a language model inside the memory you name.
 
-    >>> import edge
-    >>> with edge.load("story", memory="64MiB") as engine:
-    ...     print(engine.generate("Once upon a time", max_tokens=40).text)
+>>> import edge
+>>> with edge.load("story", memory="64MiB") as engine:
+...     print(engine.generate("Once upon a time", max_tokens=40).text)
 """
 
 from __future__ import annotations

@@ -76,7 +76,9 @@ class GenerationConfig:
         ):
             _number(name, getattr(self, name))
         if not isinstance(self.logit_bias, Mapping):
-            raise ArgumentError(f"logit_bias: expected a mapping of token id to number, found {self.logit_bias!r}")
+            raise ArgumentError(
+                f"logit_bias: expected a mapping of token id to number, found {self.logit_bias!r}"
+            )
         for token, bias in self.logit_bias.items():
             _integer("logit_bias token", token, 0, 1 << 30)
             _number(f"logit_bias[{token}]", bias)

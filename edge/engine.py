@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 import _edge
+
 from edge.completion import Chunk, Completion, StopScanner, TokenLogprob
 from edge.config import GenerationConfig
 from edge.tokenizer import StreamDecoder, Tokenizer
@@ -33,7 +34,12 @@ class Engine:
     """
 
     def __init__(
-        self, core: _edge.Engine, plan: Plan, tokenizer: Tokenizer, metadata: Mapping[str, Any], load_seconds: float
+        self,
+        core: _edge.Engine,
+        plan: Plan,
+        tokenizer: Tokenizer,
+        metadata: Mapping[str, Any],
+        load_seconds: float,
     ) -> None:
         self.plan = plan
         self.tokenizer = tokenizer
@@ -69,7 +75,19 @@ class Engine:
         """As :meth:`generate`, one :class:`edge.Chunk` per token; the last one carries finish_reason and stats."""
         config = _config(settings)
         tokens = self._prompt_tokens(prompt)
-        return self._run(tokens, config, on_progress)
+        # A text of special tokens alone has not begun: its first word then takes no space before it.
+        continues = not set(tokens) <= set(self.tokenizer.special_ids)
+        return self._run(tokens, config, on_progress, continues)
+
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **settings: Any
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **settings: Any
+    ) -> Iterator[Chunk]: ...
 
     def chat(
         self,
@@ -91,7 +109,7 @@ class Engine:
 
         config = _config(settings)
         tokens = prompt_tokens(self.tokenizer, messages, template=template)
-        chunks = self._run(tokens, config, on_progress)
+        chunks = self._run(tokens, config, on_progress, continues=False)
         return chunks if stream else _collect(chunks, config.logprobs)
 
     def score(self, text: str | Sequence[int]) -> list[float | None]:
@@ -147,14 +165,20 @@ class Engine:
     def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, add_special_tokens=True)
-        elif isinstance(prompt, Sequence) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
-            tokens = list(prompt)
+        elif isinstance(prompt, Sequence) and all(
+            isinstance(t, int) and not isinstance(t, bool) for t in prompt
+        ):
+            tokens = [int(t) for t in prompt]
         else:
-            raise ArgumentError(f"prompt: expected text or a list of token ids, found {type(prompt).__name__}")
+            raise ArgumentError(
+                f"prompt: expected text or a list of token ids, found {type(prompt).__name__}"
+            )
         if not tokens and self.tokenizer.bos_id is not None:
             tokens = [self.tokenizer.bos_id]
         if not tokens:
-            raise ArgumentError("prompt: expected at least one token, found none (and the model has no BOS token)")
+            raise ArgumentError(
+                "prompt: expected at least one token, found none (and the model has no BOS token)"
+            )
         out_of_range = [t for t in tokens if not 0 <= t < self.vocab_size]
         if out_of_range:
             raise ArgumentError(f"prompt: expected ids in 0..{self.vocab_size - 1}, found {out_of_range[0]}")
@@ -173,7 +197,9 @@ class Engine:
                 "raise it (context=, --context) or drop old text (overflow='shift')"
             )
 
-    def _run(self, tokens: list[int], config: GenerationConfig, on_progress: Progress | None) -> Iterator[Chunk]:
+    def _run(
+        self, tokens: list[int], config: GenerationConfig, on_progress: Progress | None, continues: bool
+    ) -> Iterator[Chunk]:
         if config.overflow == "error":
             self._check_context(len(tokens), config.max_tokens or 0)
         elif len(tokens) >= self.plan.context:
@@ -183,7 +209,8 @@ class Engine:
             limit = max(0, self.plan.context - len(tokens))
         seed = config.seed if config.seed is not None else secrets.randbits(63)
         with self._serving() as sequence:
-            yield from self._generate(sequence, tokens, limit, seed, config, on_progress)
+            decoder = StreamDecoder(self.tokenizer, continues=continues)
+            yield from self._generate(sequence, tokens, limit, seed, config, decoder, on_progress)
 
     def _generate(
         self,
@@ -192,11 +219,11 @@ class Engine:
         limit: int,
         seed: int,
         config: GenerationConfig,
+        decoder: StreamDecoder,
         on_progress: Progress | None,
     ) -> Iterator[Chunk]:
         meter = _Meter(self, seed)
         sampler = _edge.Sampler(config.sampling(seed), self.vocab_size)
-        decoder = StreamDecoder(self.tokenizer)
         scanner = StopScanner(config.stop)
         eos = set() if config.ignore_eos else set(self.tokenizer.eos_ids)
         reason = "length"

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import _edge
+
 from flashload.errors import ArgumentError, BudgetError
 from flashload.format import PackFile
 from flashload.machine import available_bytes, cgroup_limit_bytes, cpu_count, parse_bytes, rss_bytes
 from flashload.plan import Plan, make_plan, weights_of
 
+if TYPE_CHECKING:
+    from edge.engine import Engine
+
 _BUILTIN = Path(__file__).parent / "builtin"
 _DEFAULT_CONTEXT = 4096
 _SMALLEST_DEFAULT_CONTEXT = 512
-#: What the tokenizer's parsed form takes for each byte of its file, and a floor for small ones (measured on 32k-150k).
 _DEVICES = ("auto", "cpu")
 
-PackProgress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 
 
 def builtin_models() -> list[str]:
@@ -39,12 +43,14 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
     path = Path(model).expanduser()
     if not path.exists():
         names = ", ".join(builtin_models()) or "none"
-        raise ArgumentError(f"model: expected a file, a folder or a shipped model ({names}), found {str(model)!r}")
+        raise ArgumentError(
+            f"model: expected a file, a folder or a shipped model ({names}), found {str(model)!r}"
+        )
     return path
 
 
 def open_pack(
-    model: str | os.PathLike[str], *, weights: str = "keep", on_pack: PackProgress | None = None
+    model: str | os.PathLike[str], *, weights: str = "keep", on_pack: Progress | None = None
 ) -> PackFile:
     """The pack behind a model; other files are packed once into the cache."""
     from flashload.cache import ensure_packed
@@ -57,6 +63,34 @@ def default_memory_bytes() -> int:
     limit = cgroup_limit_bytes()
     room = available_bytes()
     return int(0.9 * (room if limit is None else min(room, limit - rss_bytes())))
+
+
+def _open_core(options: dict[str, Any], on_load: Progress | None) -> _edge.Engine:
+    """Reads the weights in a thread of their own, so that this one sees Ctrl-C and can show how far they are."""
+    progress = _edge.LoadProgress()
+    opened: list[_edge.Engine] = []
+    failed: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            opened.append(_edge.Engine(options, progress))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=read, name="edge-load")
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.05)
+            if on_load is not None and progress.total_bytes:
+                on_load(progress.done_bytes, progress.total_bytes)
+    except BaseException:
+        progress.cancel()
+        thread.join()
+        raise
+    if failed:
+        raise failed[0]
+    return opened[0]
 
 
 def plan_pack(
@@ -116,8 +150,9 @@ def load(
     isa: str = "",
     io: str = "auto",
     whole_process: bool = False,
-    on_pack: PackProgress | None = None,
-) -> Any:
+    on_pack: Progress | None = None,
+    on_load: Progress | None = None,
+) -> Engine:
     """Loads a model inside a memory budget.
 
     Args:
@@ -132,6 +167,7 @@ def load(
         io: "auto", "io_uring" or "pread".
         whole_process: the ceiling bounds the whole process, as on the command line.
         on_pack: called with (bytes done, bytes) while a checkpoint is packed.
+        on_load: called with (bytes done, bytes) while weights are read.
 
     Returns:
         Engine: use it as a context manager, or close it.
@@ -153,22 +189,21 @@ def load(
     tokenizer = Tokenizer(pack.vocab())
     host_bytes = max(0, rss_bytes() - before_bytes)
     plan = plan_pack(pack, memory=memory, context=context, threads=threads, host_bytes=host_bytes)
-    core = _edge.Engine(
-        {
-            "pack_path": str(pack.path),
-            "decoder": pack.config.to_json(),
-            "placement": plan.placements,
-            "stream_order": plan.stream_order,
-            "ring_bytes": plan.ring_bytes,
-            "demand_bytes": plan.demand_bytes,
-            "io_engine": io,
-            "threads": plan.threads,
-            "isa": isa,
-            "context": plan.context,
-            "max_rows": plan.max_rows,
-            "budget_bytes": plan.core_bytes,
-        }
-    )
+    options = {
+        "pack_path": str(pack.path),
+        "decoder": pack.config.to_json(),
+        "placement": plan.placements,
+        "stream_order": plan.stream_order,
+        "ring_bytes": plan.ring_bytes,
+        "demand_bytes": plan.demand_bytes,
+        "io_engine": io,
+        "threads": plan.threads,
+        "isa": isa,
+        "context": plan.context,
+        "max_rows": plan.max_rows,
+        "budget_bytes": plan.core_bytes,
+    }
+    core = _open_core(options, on_load)
     metadata = pack.metadata
     pack.close()
     return Engine(core, plan, tokenizer, metadata, time.perf_counter() - start - pack_seconds)

@@ -89,6 +89,7 @@ def _cgroup_files() -> list[Path]:
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
+        roots: tuple[str, ...]
         if controllers == "":
             roots, name = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"), "memory.max"
         elif "memory" in controllers.split(","):

@@ -186,7 +186,11 @@ def make_plan(
         kv, activations = fixed(max_rows)
         room = memory_bytes - host_bytes - kv - activations
         # Fewer rows per pass only when more would crowd the weights out.
-        if everything + _SLACK_BYTES <= room or activations <= memory_bytes // 12 or max_rows == _MAX_ROWS[-1]:
+        if (
+            everything + _SLACK_BYTES <= room
+            or activations <= memory_bytes // 12
+            or max_rows == _MAX_ROWS[-1]
+        ):
             break
     floor_bytes = floor(_MAX_ROWS[-1])
     common = {

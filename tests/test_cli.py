@@ -19,7 +19,11 @@ RUN = [sys.executable, "-c", "from edge.cli import main; main()"]
 
 def edge(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [*RUN, *map(str, arguments)], capture_output=True, text=True, env=os.environ | environment, timeout=100
+        [*RUN, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=100,
     )
     if check:
         assert done.returncode == 0, done.stderr
@@ -109,7 +113,9 @@ def test_errors_are_one_line(gguf_file: Path, arguments: tuple[str, ...], kind: 
     assert done.returncode == 1
     assert done.stderr.startswith(f"edge: {kind}: ")
     assert len(done.stderr.strip().splitlines()) == 1
-    as_json = subprocess.run([*RUN, *arguments, "--json"], capture_output=True, text=True, input="hello\n", timeout=100)
+    as_json = subprocess.run(
+        [*RUN, *arguments, "--json"], capture_output=True, text=True, input="hello\n", timeout=100
+    )
     assert json.loads(as_json.stdout.splitlines()[-1])["error"] == kind
 
 
@@ -125,7 +131,19 @@ def test_forcing_an_unknown_isa_lists_the_known(gguf_file: Path) -> None:
 
 def test_ctrl_c_stops_cleanly(gguf_file: Path) -> None:
     child = subprocess.Popen(
-        [*RUN, "run", str(gguf_file), "x", "-n", "100000000", "--overflow", "shift", "--ignore-eos", "--context", "128"],
+        [
+            *RUN,
+            "run",
+            str(gguf_file),
+            "x",
+            "-n",
+            "100000000",
+            "--overflow",
+            "shift",
+            "--ignore-eos",
+            "--context",
+            "128",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _edge
 import numpy as np
 import pytest
 
-import _edge
 import edge
 from edge.errors import (
     ArgumentError,
@@ -78,7 +78,9 @@ def test_generate_stream_and_tokens_agree(engine: edge.Engine) -> None:
     whole = engine.generate([1, 5, 9], max_tokens=20, temperature=0, ignore_eos=True)
     chunks = list(engine.stream([1, 5, 9], max_tokens=20, temperature=0, ignore_eos=True))
     assert [c.token for c in chunks[:-1]] == whole.tokens
-    assert "".join(c.text for c in chunks) == whole.text == engine.tokenizer.decode(whole.tokens)
+    assert (
+        "".join(c.text for c in chunks) == whole.text == engine.tokenizer.decode(whole.tokens, continues=True)
+    )
     assert whole.finish_reason == chunks[-1].finish_reason == "length"
     assert whole.stats["generated_tokens"] == len(whole.tokens) == 20
 
@@ -149,7 +151,9 @@ def test_cancel_from_another_thread(engine: edge.Engine) -> None:
 
 
 def test_requests_from_many_threads_are_served_in_turn(engine: edge.Engine) -> None:
-    expected = {n: engine.generate([1, n], max_tokens=6, temperature=0, ignore_eos=True).tokens for n in range(3, 9)}
+    expected = {
+        n: engine.generate([1, n], max_tokens=6, temperature=0, ignore_eos=True).tokens for n in range(3, 9)
+    }
     found: dict[int, list[int]] = {}
 
     def run(n: int) -> None:
@@ -164,7 +168,9 @@ def test_requests_from_many_threads_are_served_in_turn(engine: edge.Engine) -> N
 
 
 def test_context_overflow_names_both_numbers(engine: edge.Engine) -> None:
-    with pytest.raises(ContextOverflowError, match=r"10 prompt tokens \+ 60 to generate exceed the context of 64"):
+    with pytest.raises(
+        ContextOverflowError, match=r"10 prompt tokens \+ 60 to generate exceed the context of 64"
+    ):
         engine.generate(list(range(1, 11)), max_tokens=60)
     with pytest.raises(ContextOverflowError, match="70 prompt tokens"):
         engine.generate(list(range(1, 71)))
@@ -238,7 +244,9 @@ def test_nonsense_memory_is_refused(model: Path, memory: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"context": 0}, {"threads": 0}, {"device": "abacus"}, {"isa": "sse9"}, {"io": "tape"}], ids=str
+    "options",
+    [{"context": 0}, {"threads": 0}, {"device": "abacus"}, {"isa": "sse9"}, {"io": "tape"}],
+    ids=str,
 )
 def test_nonsense_load_options_are_refused(model: Path, options: dict[str, Any]) -> None:
     with pytest.raises(EdgeError):

@@ -49,8 +49,9 @@ bool signal_pending() {
   return PyErr_CheckSignals() != 0;
 }
 
-std::unique_ptr<Engine> open(const py::dict& dict) {
-  const EngineOptions options = options_from(dict);
+std::unique_ptr<Engine> open(const py::dict& dict, LoadProgress* progress) {
+  EngineOptions options = options_from(dict);
+  options.store.progress = progress;
   auto engine = value(run([&] { return Engine::open(options); }));
   engine->interrupted = signal_pending;
   return engine;
@@ -80,7 +81,7 @@ py::array_t<float> to_array(const std::vector<float>& values) {
 
 void bind(py::module_& module) {
   py::class_<Engine>(module, "Engine", "A loaded model inside its budget.")
-      .def(py::init(&open), py::arg("options"))
+      .def(py::init(&open), py::arg("options"), py::arg("progress").none(true) = nullptr)
       .def("cancel", &Engine::cancel, py::call_guard<py::gil_scoped_release>())
       .def("resume", &Engine::resume, py::call_guard<py::gil_scoped_release>())
       .def("stats", &stats);

@@ -48,8 +48,8 @@ auto without_gil(Fn&& fn) {
   return fn();
 }
 
-py::bytes read_file(const std::string& path, const std::string& engine, bool direct, uint64_t offset, uint64_t bytes, int depth,
-                    const std::string& fault, uint64_t request_bytes) {
+py::bytes read_file(const std::string& path, const std::string& engine, bool direct, uint64_t offset, uint64_t bytes,
+                    int depth, const std::string& fault, uint64_t request_bytes) {
   if (request_bytes == 0) request_bytes = bytes;
   Budget budget(uint64_t{1} << 32);
   Block block;
@@ -124,7 +124,9 @@ class StoreTest {
     return std::make_unique<Lease>(value(without_gil([&] { return store_->acquire(weight, rows); })));
   }
 
-  py::bytes acquire(WeightId weight, const std::vector<int32_t>& rows) { return bytes(*hold(weight, rows), rows.size()); }
+  py::bytes acquire(WeightId weight, const std::vector<int32_t>& rows) {
+    return bytes(*hold(weight, rows), rows.size());
+  }
 
   py::bytes bytes(const Lease& lease, size_t n_rows) const {
     const PackEntry& entry = lease.entry();
@@ -160,7 +162,8 @@ class StoreTest {
   std::unique_ptr<WeightStore> store_;
 };
 
-StoreOptions store_options(const std::string& engine, bool direct, int depth, const std::string& fault, LoadProgress* progress) {
+StoreOptions store_options(const std::string& engine, bool direct, int depth, const std::string& fault,
+                           LoadProgress* progress) {
   StoreOptions options;
   options.io_engine = engine;
   options.io_direct = direct;
@@ -171,38 +174,49 @@ StoreOptions store_options(const std::string& engine, bool direct, int depth, co
 }
 
 void bind(py::module_& module) {
-  module.def("xxh3", [](const py::bytes& data) { return xxh3(bytes_of(data)); }, py::arg("data"),
-             "XXH3-64 (seed 0) of more than 240 bytes.");
+  module.def(
+      "xxh3", [](const py::bytes& data) { return xxh3(bytes_of(data)); }, py::arg("data"),
+      "XXH3-64 (seed 0) of more than 240 bytes.");
   module.def("read_file", &read_file, py::arg("path"), py::arg("engine") = "auto", py::arg("direct") = true,
              py::arg("offset") = 0, py::arg("bytes") = 4096, py::arg("depth") = 32, py::arg("fault") = "",
              py::arg("request_bytes") = 0, "Bytes of a file, read in requests of request_bytes (0 = one).");
   module.def("bench_read", &bench, py::arg("path"), py::arg("engine") = "auto", py::arg("direct") = true,
              py::arg("bytes_per_request") = 1 << 20, py::arg("depth") = 32, py::arg("seconds") = 1.0,
-             py::arg("sequential") = false, "Reads with `depth` requests in flight; rates in bytes per second, times in us.");
+             py::arg("sequential") = false,
+             "Reads with `depth` requests in flight; rates in bytes per second, times in us.");
   module.def("io_engines", &engines, "name, available, reason of every I/O engine, in the order `auto` tries them.");
   module.def("page_cached", &page_cached, py::arg("path"), py::arg("offset"), py::arg("bytes"),
              "Whether the page cache holds all of a range; False where the kernel cannot tell.");
 
   py::class_<PackDirectory>(module, "PackDirectory", "The proven directory of a pack file.")
-      .def_static("open", [](const std::string& path) {
-        return value(without_gil([&] { return PackDirectory::open(path); }));
-      }, py::arg("path"))
-      .def_static("parse", [](const py::bytes& directory, uint64_t directory_offset) {
-        return value(PackDirectory::parse(bytes_of(directory), directory_offset));
-      }, py::arg("directory"), py::arg("directory_offset"), "The directory alone, its hash not checked.")
-      .def_static("check_header", [](const py::bytes& header, uint64_t file_bytes) {
-        uint64_t offset = 0, bytes = 0, hash = 0;
-        check(PackDirectory::check_header(bytes_of(header), file_bytes, &offset, &bytes, &hash));
-        return py::make_tuple(offset, bytes, hash);
-      }, py::arg("header"), py::arg("file_bytes"), "(directory offset, bytes, hash) of a valid header.")
+      .def_static(
+          "open", [](const std::string& path) { return value(without_gil([&] { return PackDirectory::open(path); })); },
+          py::arg("path"))
+      .def_static(
+          "parse",
+          [](const py::bytes& directory, uint64_t directory_offset) {
+            return value(PackDirectory::parse(bytes_of(directory), directory_offset));
+          },
+          py::arg("directory"), py::arg("directory_offset"), "The directory alone, its hash not checked.")
+      .def_static(
+          "check_header",
+          [](const py::bytes& header, uint64_t file_bytes) {
+            uint64_t offset = 0, bytes = 0, hash = 0;
+            check(PackDirectory::check_header(bytes_of(header), file_bytes, &offset, &bytes, &hash));
+            return py::make_tuple(offset, bytes, hash);
+          },
+          py::arg("header"), py::arg("file_bytes"), "(directory offset, bytes, hash) of a valid header.")
       .def("entries", &entries)
       .def("find", &PackDirectory::find, py::arg("name"))
       .def("memory_bytes", &PackDirectory::memory_bytes)
-      .def("read", [](const PackDirectory& directory, const std::string& path, const std::string& name) {
-        const WeightId weight = directory.find(name);
-        if (weight == kNoWeight) raise(error(Code::kBadFile, "%s: no entry %s", path.c_str(), name.c_str()));
-        return py::bytes(value(without_gil([&] { return read_entry(path, directory, weight); })));
-      }, py::arg("path"), py::arg("name"), "The checked payload of one entry.");
+      .def(
+          "read",
+          [](const PackDirectory& directory, const std::string& path, const std::string& name) {
+            const WeightId weight = directory.find(name);
+            if (weight == kNoWeight) raise(error(Code::kBadFile, "%s: no entry %s", path.c_str(), name.c_str()));
+            return py::bytes(value(without_gil([&] { return read_entry(path, directory, weight); })));
+          },
+          py::arg("path"), py::arg("name"), "The checked payload of one entry.");
 
   py::class_<LoadProgress>(module, "LoadProgress", "Progress of a load, readable from another thread.")
       .def(py::init())
@@ -212,9 +226,10 @@ void bind(py::module_& module) {
 
   py::class_<Lease>(module, "LeaseTest").def("release", &Lease::reset);
   py::class_<StoreTest>(module, "WeightStoreTest")
-      .def(py::init([](const std::string& path, const std::vector<int>& placements, const std::vector<WeightId>& stream_order,
-                       uint64_t ring_bytes, uint64_t demand_bytes, uint64_t budget, const std::string& engine, bool direct,
-                       int depth, const std::string& fault, LoadProgress* progress) {
+      .def(py::init([](const std::string& path, const std::vector<int>& placements,
+                       const std::vector<WeightId>& stream_order, uint64_t ring_bytes, uint64_t demand_bytes,
+                       uint64_t budget, const std::string& engine, bool direct, int depth, const std::string& fault,
+                       LoadProgress* progress) {
              return std::make_unique<StoreTest>(path, placements, stream_order, ring_bytes, demand_bytes, budget,
                                                 store_options(engine, direct, depth, fault, progress));
            }),
@@ -224,7 +239,8 @@ void bind(py::module_& module) {
            py::arg("progress") = nullptr)
       .def("acquire", &StoreTest::acquire, py::arg("weight"), py::arg("rows") = std::vector<int32_t>(),
            "Bytes of the weight, or of one tile per row; the lease is dropped at once.")
-      .def("hold", &StoreTest::hold, py::arg("weight"), py::arg("rows") = std::vector<int32_t>(), py::keep_alive<0, 1>())
+      .def("hold", &StoreTest::hold, py::arg("weight"), py::arg("rows") = std::vector<int32_t>(),
+           py::keep_alive<0, 1>())
       .def("bytes", &StoreTest::bytes, py::arg("lease"), py::arg("n_rows") = 0)
       .def("prefetch", &StoreTest::prefetch, py::arg("weight"), py::arg("rows") = std::vector<int32_t>())
       .def("rewind", &StoreTest::rewind)

@@ -47,6 +47,7 @@ Result<std::unique_ptr<Engine>> Engine::open(EngineOptions options) {
   EDGE_ASSIGN(engine->decoder_, Decoder::create(settings.decoder, {settings.max_rows, settings.context},
                                                 engine->directory_, *engine->store_, *engine->kernels_, engine->pool_,
                                                 engine->budget_));
+  engine->options_.store.progress = nullptr;  // the caller's, and only for the load
   Engine* self = engine.get();
   self->decoder_->interrupted = [self] {
     return self->cancelled_.load(std::memory_order_relaxed) || (self->interrupted && self->interrupted());

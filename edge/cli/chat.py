@@ -15,9 +15,13 @@ _LOAD = ("memory", "context", "threads", "device", "weights", "io")
 
 @click.command("chat")
 @click.argument("model")
-@click.option("-n", "--max-tokens", type=int, help="Tokens per answer at most. Default: until the context is full.")
+@click.option(
+    "-n", "--max-tokens", type=int, help="Tokens per answer at most. Default: until the context is full."
+)
 @click.option("--system", help="System message.")
-@click.option("--template", type=click.File("r"), help="A chat template (Jinja) to use instead of the model's.")
+@click.option(
+    "--template", type=click.File("r"), help="A chat template (Jinja) to use instead of the model's."
+)
 @load_options
 @sampling_options
 @json_option

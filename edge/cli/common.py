@@ -6,9 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from edge.engine import Engine
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -19,8 +22,12 @@ def load_options(function: _F) -> _F:
     """Options of every command that loads a model."""
     for option in reversed(
         [
-            click.option("--memory", help="Ceiling for the whole process, such as 2GiB. Default: most of what is free."),
-            click.option("--context", type=int, help="Tokens of context. Default: the model's, at most 4096."),
+            click.option(
+                "--memory", help="Ceiling for the whole process, such as 2GiB. Default: most of what is free."
+            ),
+            click.option(
+                "--context", type=int, help="Tokens of context. Default: the model's, at most 4096."
+            ),
             click.option("--threads", type=int, help="Compute threads. Default: all cores."),
             click.option("--device", default="auto", show_default=True, help="auto or cpu."),
             click.option(
@@ -49,8 +56,12 @@ def sampling_options(function: _F) -> _F:
             click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
             click.option("--presence-penalty", type=float, default=0.0, show_default=True),
             click.option("--frequency-penalty", type=float, default=0.0, show_default=True),
-            click.option("--seed", type=int, help="The same seed gives the same text. Default: drawn, and printed."),
-            click.option("--stop", multiple=True, help="End the text at this string; may be given several times."),
+            click.option(
+                "--seed", type=int, help="The same seed gives the same text. Default: drawn, and printed."
+            ),
+            click.option(
+                "--stop", multiple=True, help="End the text at this string; may be given several times."
+            ),
             click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token."),
             click.option(
                 "--overflow",
@@ -59,7 +70,9 @@ def sampling_options(function: _F) -> _F:
                 type=click.Choice(["error", "shift"]),
                 help="When the context is full: fail, or drop the oldest text.",
             ),
-            click.option("--speculation", default="auto", show_default=True, type=click.Choice(["auto", "off"])),
+            click.option(
+                "--speculation", default="auto", show_default=True, type=click.Choice(["auto", "off"])
+            ),
         ]
     ):
         function = option(function)
@@ -78,7 +91,14 @@ def progress_bar(title: str, quiet: bool, unit_bytes: bool = True) -> Iterator[C
         yield lambda done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     count = DownloadColumn(binary_units=True) if unit_bytes else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
@@ -94,12 +114,12 @@ def progress_bar(title: str, quiet: bool, unit_bytes: bool = True) -> Iterator[C
         yield update
 
 
-def load_engine(model: str, quiet: bool, options: dict[str, Any]) -> Any:
+def load_engine(model: str, quiet: bool, options: dict[str, Any]) -> Engine:
     """Loads a model for a command: the budget bounds the whole process, packing shows a bar."""
     from edge.loading import load
 
-    with progress_bar("packing", quiet) as on_pack:
-        return load(model, whole_process=True, on_pack=on_pack, **options)
+    with progress_bar("packing", quiet) as on_pack, progress_bar("loading", quiet) as on_load:
+        return load(model, whole_process=True, on_pack=on_pack, on_load=on_load, **options)
 
 
 def conversion_line(conversion: dict[str, Any]) -> str:
@@ -108,4 +128,5 @@ def conversion_line(conversion: dict[str, Any]) -> str:
 
     before, after = format_bytes(conversion["bytes_before"]), format_bytes(conversion["bytes_after"])
     names = ", ".join(conversion["names"][:3]) + (" ..." if conversion["weights"] > 3 else "")
-    return f"converted {conversion['from']} -> {conversion['to']}: {conversion['weights']} weights, {before} -> {after} ({names})"
+    kinds = f"{conversion['from']} -> {conversion['to']}"
+    return f"converted {kinds}: {conversion['weights']} weights, {before} -> {after} ({names})"

@@ -26,6 +26,8 @@ def command(as_json: bool) -> None:
         print_json({"models": rows})
         return
     for row in rows:
-        click.echo(f"{row['name']:40} {row['kind']:8} {format_bytes(float(str(row['bytes']))):>12}  {row['path']}")
+        click.echo(
+            f"{row['name']:40} {row['kind']:8} {format_bytes(float(str(row['bytes']))):>12}  {row['path']}"
+        )
     if not rows:
         click.echo("no models yet")

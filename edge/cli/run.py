@@ -17,13 +17,19 @@ _LOAD = ("memory", "context", "threads", "device", "weights", "io")
 @click.command("run")
 @click.argument("model")
 @click.argument("prompt", required=False, default="")
-@click.option("-n", "--max-tokens", type=int, help="Tokens to generate. Default: 256, less if the context ends before.")
-@click.option("--file", "prompt_file", type=click.File("r"), help="Read the prompt from a file (- for stdin).")
+@click.option(
+    "-n", "--max-tokens", type=int, help="Tokens to generate. Default: 256, less if the context ends before."
+)
+@click.option(
+    "--file", "prompt_file", type=click.File("r"), help="Read the prompt from a file (- for stdin)."
+)
 @load_options
 @sampling_options
 @click.option("--logprobs", type=int, help="Report each token's log-probability and this many alternatives.")
 @json_option
-def command(model: str, prompt: str, prompt_file: Any, max_tokens: int | None, as_json: bool, **options: Any) -> None:
+def command(
+    model: str, prompt: str, prompt_file: Any, max_tokens: int | None, as_json: bool, **options: Any
+) -> None:
     """Continue PROMPT with MODEL (a pack, a GGUF file, a Hugging Face folder, or a shipped model's name)."""
     if prompt_file is not None:
         prompt = prompt_file.read()

@@ -27,8 +27,18 @@ def command(model: str, list_weights: bool, show_template: bool, as_json: bool) 
     template = pack.vocab().config.get("chat_template")
     config = pack.config.to_json()
     if as_json:
-        rows = [{"name": e.name, "format": e.format.name.lower(), "rows": e.rows, "cols": e.cols} for e in entries]
-        print_json({"path": str(pack.path), **pack.metadata, "bytes": by_format, "template": template, "entries": rows})
+        rows = [
+            {"name": e.name, "format": e.format.name.lower(), "rows": e.rows, "cols": e.cols} for e in entries
+        ]
+        print_json(
+            {
+                "path": str(pack.path),
+                **pack.metadata,
+                "bytes": by_format,
+                "template": template,
+                "entries": rows,
+            }
+        )
         return
     if show_template:
         click.echo(template or "this model has no chat template")
@@ -38,7 +48,9 @@ def command(model: str, list_weights: bool, show_template: bool, as_json: bool) 
         if isinstance(value, list) and len(value) > 4:
             value = f"[{value[0]}, {value[1]}, ... {len(value)} values]"
         click.echo(f"  {key}: {value}")
-    click.echo("  bytes: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in by_format.most_common()))
+    click.echo(
+        "  bytes: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in by_format.most_common())
+    )
     click.echo(f"  chat template: {'yes (--template prints it)' if template else 'none'}")
     for conversion in pack.metadata.get("conversions", []):
         click.echo(f"  {conversion_line(conversion)}")

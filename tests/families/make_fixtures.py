@@ -23,7 +23,9 @@ def main() -> None:
         with torch.no_grad():
             logits = model(torch.from_numpy(tokens)[None]).logits[0].numpy()
         np.savez_compressed(path / EXPECTED, tokens=tokens, logits=logits.astype(np.float32))
-        print(f"{case}: {sum(p.numel() for p in model.parameters())} parameters, |logit| <= {np.abs(logits).max():.2f}")
+        print(
+            f"{case}: {sum(p.numel() for p in model.parameters())} parameters, |logit| <= {np.abs(logits).max():.2f}"
+        )
 
 
 if __name__ == "__main__":
