@@ -222,7 +222,7 @@ def _failure(done: Finished, events: list[dict[str, Any]]) -> str:
         elif event["event"] == "token":
             stage = f"after {event['n']} tokens"
         elif event["event"] == "error":
-            return str(event["message"])
+            return str(event["message"]).partition("\n")[0]
     if isinstance(done, CgroupResult) and done.killed:
         return f"killed for memory {stage}"
     if done.timed_out:
