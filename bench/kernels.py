@@ -9,6 +9,7 @@ shared machine it leaves out what the scheduler gave to others, but not what oth
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="per format and M")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--json", action="store_true", help="print the document instead of a table")
-    parser.add_argument("--save", action="store_true", help=f"also write it into {RESULTS}")
+    parser.add_argument("--save", action="store_true", help="also write JSON and table into bench/results")
     parser.add_argument(
         "--check", action="store_true", help="exit 1 when a share at M = 1 is below its target"
     )
@@ -148,7 +149,10 @@ def main(argv: list[str] | None = None) -> int:
     else:
         show(document)
     if args.save:
-        print(f"saved {report.save('kernels', document, RESULTS)}", file=sys.stderr)
+        path = report.save("kernels", document, RESULTS)
+        with path.with_suffix(".txt").open("w") as text, contextlib.redirect_stdout(text):
+            show(document)
+        print(f"saved {path} and .txt", file=sys.stderr)
     return 1 if args.check and worst_share(document) < 1 else 0
 
 

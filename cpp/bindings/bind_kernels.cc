@@ -260,7 +260,7 @@ void bind_kernels(py::module_& module) {
   module.def("bench_gemv", &py_bench_gemv, py::arg("isa"), py::arg("format"), py::arg("rows"), py::arg("k"),
              py::arg("m"), py::arg("n_matrices"), py::arg("n_threads"), py::arg("seconds"),
              "Passes over n_matrices random matrices, in turn with plain read passes over the same memory: a dict of "
-             "gemv_bytes, read_bytes per pass, and lists with one value per pass: gemv_seconds, read_seconds (wall) and "
+             "gemv_bytes, read_bytes per pass, and lists with one value per pass: gemv_seconds, read_seconds (wall), "
              "gemv_cpu_seconds, read_cpu_seconds (sum of all threads).");
   module.def("read_bandwidth", &py_read_bandwidth, py::arg("n_threads"), py::arg("n_bytes"), py::arg("seconds"),
              py::arg("isa") = "", "GB/s of the fastest plain read pass over n_bytes of memory.");

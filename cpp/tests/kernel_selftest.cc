@@ -116,8 +116,8 @@ std::vector<std::byte> pack_activations(const Kernels& kernels, ActKind kind, co
 
 int compare(const Kernels& ref, const Kernels& isa, WeightFormat format, Random& random) {
   const FormatTraits& traits_of = traits(format);
-  const int64_t k = traits_of.block_values == 1 ? 1 + random.below(300)
-                                                : traits_of.block_values * (1 + random.below(256 / traits_of.block_values + 2));
+  const int64_t block = traits_of.block_values;
+  const int64_t k = block == 1 ? 1 + random.below(300) : block * (1 + random.below(256 / block + 2));
   const int64_t rows = 1 + random.below(70);
   const int64_t m = random.below(4) == 0 ? 1 + random.below(70) : 1 + random.below(9);
   const ActKind kind = act_kind(format);
