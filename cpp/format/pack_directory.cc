@@ -60,12 +60,14 @@ Status expected_bytes(const PackEntry& entry, uint64_t* bytes) {
     }
     const auto stride = static_cast<uint64_t>(tile_stride_bytes(entry.format, entry.cols));
     if (__builtin_mul_overflow(static_cast<uint64_t>(tile_count(entry.rows)), stride, bytes)) {
-      return error(Code::kBadFile, "pack entry %s: the shape %llu x %llu does not fit in 64 bits", name, ull(rows), ull(cols));
+      return error(Code::kBadFile, "pack entry %s: the shape %llu x %llu does not fit in 64 bits", name, ull(rows),
+                   ull(cols));
     }
     return {};
   }
   if (entry.format != WeightFormat::kF32Vector && entry.format != WeightFormat::kBytes) {
-    return error(Code::kUnsupported, "pack entry %s: unknown weight format %u", name, static_cast<uint32_t>(entry.format));
+    return error(Code::kUnsupported, "pack entry %s: unknown weight format %u", name,
+                 static_cast<uint32_t>(entry.format));
   }
   if (rows != 1) return error(Code::kBadFile, "pack entry %s: expected 1 row, found %llu", name, ull(rows));
   *bytes = entry.format == WeightFormat::kF32Vector ? cols * sizeof(float) : cols;
@@ -78,7 +80,8 @@ struct Cursor {
   uint64_t chunk = 0;
 };
 
-Result<PackEntry> parse_entry(const std::byte* at, uint32_t index, uint64_t n_chunks, uint64_t directory_offset, Cursor* cursor) {
+Result<PackEntry> parse_entry(const std::byte* at, uint32_t index, uint64_t n_chunks, uint64_t directory_offset,
+                              Cursor* cursor) {
   PackEntry entry;
   entry.name = parse_name(at);
   if (entry.name.empty()) {
@@ -100,19 +103,19 @@ Result<PackEntry> parse_entry(const std::byte* at, uint32_t index, uint64_t n_ch
   entry.rows = static_cast<int64_t>(rows);
   entry.cols = static_cast<int64_t>(cols);
   if (entry.layer < -1 || entry.layer > kMaxIndex || entry.expert < -1 || entry.expert > kMaxIndex) {
-    return error(Code::kBadFile, "pack entry %s: layer %d or expert %d is outside -1 to %d", name, entry.layer, entry.expert,
-                 kMaxIndex);
+    return error(Code::kBadFile, "pack entry %s: layer %d or expert %d is outside -1 to %d", name, entry.layer,
+                 entry.expert, kMaxIndex);
   }
   if (read<uint64_t>(at + 120) != 0) return error(Code::kBadFile, "pack entry %s: reserved bytes are not zero", name);
   uint64_t expected = 0;
   EDGE_TRY(expected_bytes(entry, &expected));
   if (entry.bytes != expected) {
-    return error(Code::kBadFile, "pack entry %s: expected %llu bytes for its format and shape, found %llu", name, ull(expected),
-                 ull(entry.bytes));
+    return error(Code::kBadFile, "pack entry %s: expected %llu bytes for its format and shape, found %llu", name,
+                 ull(expected), ull(entry.bytes));
   }
   if (entry.offset != cursor->offset) {
-    return error(Code::kBadFile, "pack entry %s: expected its data at offset %llu, found %llu", name, ull(cursor->offset),
-                 ull(entry.offset));
+    return error(Code::kBadFile, "pack entry %s: expected its data at offset %llu, found %llu", name,
+                 ull(cursor->offset), ull(entry.offset));
   }
   if (entry.bytes > directory_offset - entry.offset) {
     return error(Code::kBadFile, "pack entry %s: %llu bytes at offset %llu reach past the data's end at %llu", name,
@@ -122,13 +125,13 @@ Result<PackEntry> parse_entry(const std::byte* at, uint32_t index, uint64_t n_ch
   entry.stored_bytes = round_up(entry.bytes, kAlign);
   const uint64_t chunk = entry.chunk_bytes;
   if (chunk < kAlign || chunk > PackDirectory::kMaxChunkBytes || (chunk & (chunk - 1)) != 0) {
-    return error(Code::kBadFile, "pack entry %s: expected chunks of a power of two from 4096 to %llu bytes, found %llu", name,
-                 ull(PackDirectory::kMaxChunkBytes), ull(chunk));
+    return error(Code::kBadFile, "pack entry %s: expected chunks of a power of two from 4096 to %llu bytes, found %llu",
+                 name, ull(PackDirectory::kMaxChunkBytes), ull(chunk));
   }
   const uint64_t n_own = (entry.bytes + chunk - 1) / chunk;
   if (entry.first_chunk != cursor->chunk || n_own > n_chunks - cursor->chunk) {
-    return error(Code::kBadFile, "pack entry %s: expected %llu chunks from %llu on, found first chunk %llu of %llu", name,
-                 ull(n_own), ull(cursor->chunk), ull(entry.first_chunk), ull(n_chunks));
+    return error(Code::kBadFile, "pack entry %s: expected %llu chunks from %llu on, found first chunk %llu of %llu",
+                 name, ull(n_own), ull(cursor->chunk), ull(entry.first_chunk), ull(n_chunks));
   }
   cursor->offset += entry.stored_bytes;
   cursor->chunk += n_own;
@@ -144,7 +147,8 @@ Status PackDirectory::check_header(std::span<const std::byte> header, uint64_t f
                  ull(std::min<uint64_t>(header.size(), file_bytes)));
   }
   const std::byte* at = header.data();
-  if (std::memcmp(at, kMagic, sizeof kMagic) != 0) return error(Code::kBadFile, "pack header: this is not an edge pack");
+  if (std::memcmp(at, kMagic, sizeof kMagic) != 0)
+    return error(Code::kBadFile, "pack header: this is not an edge pack");
   const auto version = read<uint32_t>(at + 8);
   if (version != kVersion) {
     return error(Code::kUnsupported, "pack header: expected version %u, found %u", kVersion, version);
@@ -162,14 +166,16 @@ Status PackDirectory::check_header(std::span<const std::byte> header, uint64_t f
   }
   const auto named_bytes = read<uint64_t>(at + 16), offset = read<uint64_t>(at + 24), bytes = read<uint64_t>(at + 32);
   if (named_bytes != file_bytes) {
-    return error(Code::kBadFile, "pack header: expected a file of %llu bytes, found %llu", ull(named_bytes), ull(file_bytes));
+    return error(Code::kBadFile, "pack header: expected a file of %llu bytes, found %llu", ull(named_bytes),
+                 ull(file_bytes));
   }
   if (bytes < kAlign || bytes > kMaxDirectoryBytes || bytes % kAlign != 0) {
     return error(Code::kBadFile, "pack header: expected a directory of 4096 to %llu bytes, found %llu",
                  ull(kMaxDirectoryBytes), ull(bytes));
   }
   if (offset < kHeaderBytes || offset % kAlign != 0 || offset > file_bytes || bytes != file_bytes - offset) {
-    return error(Code::kBadFile, "pack header: expected a directory that ends the file of %llu bytes, found %llu bytes at %llu",
+    return error(Code::kBadFile,
+                 "pack header: expected a directory that ends the file of %llu bytes, found %llu bytes at %llu",
                  ull(file_bytes), ull(bytes), ull(offset));
   }
   *directory_offset = offset;
@@ -187,7 +193,8 @@ Result<PackDirectory> PackDirectory::parse(std::span<const std::byte> directory,
   const auto n_entries = read<uint32_t>(directory.data());
   const auto n_chunks = read<uint64_t>(directory.data() + 8);
   if (n_entries > kMaxEntries || read<uint32_t>(directory.data() + 4) != 0 || n_chunks > kMaxDirectoryBytes / 8) {
-    return error(Code::kBadFile, "pack directory: %u entries and %llu chunks are out of range", n_entries, ull(n_chunks));
+    return error(Code::kBadFile, "pack directory: %u entries and %llu chunks are out of range", n_entries,
+                 ull(n_chunks));
   }
   const uint64_t used = kDirectoryHeadBytes + n_entries * kEntryBytes + n_chunks * 8;
   if (round_up(used, kAlign) != directory.size()) {
@@ -200,8 +207,8 @@ Result<PackDirectory> PackDirectory::parse(std::span<const std::byte> directory,
   pack.by_name_.reserve(n_entries);
   Cursor cursor;
   for (uint32_t index = 0; index < n_entries; ++index) {
-    EDGE_ASSIGN(PackEntry entry, parse_entry(directory.data() + kDirectoryHeadBytes + index * kEntryBytes, index, n_chunks,
-                                             directory_offset, &cursor));
+    EDGE_ASSIGN(PackEntry entry, parse_entry(directory.data() + kDirectoryHeadBytes + index * kEntryBytes, index,
+                                             n_chunks, directory_offset, &cursor));
     if (!pack.by_name_.emplace(entry.name, static_cast<WeightId>(index)).second) {
       return error(Code::kBadFile, "pack entry %u: the name %s occurs twice", index, entry.name.c_str());
     }
@@ -227,7 +234,8 @@ Result<PackDirectory> PackDirectory::open(const std::string& path) {
     return Status(status.code(), status.code() == Code::kDiskError ? status.message() : path + ": " + status.message());
   };
   if (reader->file_bytes() < kHeaderBytes) {
-    return error(Code::kBadFile, "%s: expected a pack, found a file of %llu bytes", path.c_str(), ull(reader->file_bytes()));
+    return error(Code::kBadFile, "%s: expected a pack, found a file of %llu bytes", path.c_str(),
+                 ull(reader->file_bytes()));
   }
   struct Aligned {
     void operator()(std::byte* at) const { ::operator delete[](at, std::align_val_t(kReadAlign)); }
@@ -253,7 +261,8 @@ Result<PackDirectory> PackDirectory::open(const std::string& path) {
   if (const Status status = reader->read_all({&read_directory, 1}); !status.ok()) return in_file(status);
   const uint64_t found = xxh3({directory.get(), bytes});
   if (found != hash) {
-    return in_file(error(Code::kCorrupt, "pack directory: expected hash %016llx, found %016llx", ull(hash), ull(found)));
+    return in_file(
+        error(Code::kCorrupt, "pack directory: expected hash %016llx, found %016llx", ull(hash), ull(found)));
   }
   Result<PackDirectory> pack = parse({directory.get(), bytes}, offset);
   if (!pack.ok()) return in_file(pack.status());
@@ -275,7 +284,8 @@ Status PackDirectory::check(const PackEntry& entry, uint64_t begin, std::span<co
   const uint64_t chunk_bytes = entry.chunk_bytes;
   const uint64_t end = begin + data.size();
   if (begin % chunk_bytes != 0 || end > entry.stored_bytes || (end % chunk_bytes != 0 && end != entry.stored_bytes)) {
-    return error(Code::kBadArgument, "%s: bytes %llu to %llu are not whole chunks", entry.name.c_str(), ull(begin), ull(end));
+    return error(Code::kBadArgument, "%s: bytes %llu to %llu are not whole chunks", entry.name.c_str(), ull(begin),
+                 ull(end));
   }
   for (uint64_t at = begin; at < end; at += chunk_bytes) {
     const uint64_t chunk = at / chunk_bytes;

@@ -23,9 +23,9 @@ struct PackEntry {
   int32_t expert = -1;
   int64_t rows = 0;
   int64_t cols = 0;
-  uint64_t offset = 0;         // multiple of 4096
-  uint64_t bytes = 0;          // payload
-  uint64_t stored_bytes = 0;   // payload rounded up to 4096
+  uint64_t offset = 0;        // multiple of 4096
+  uint64_t bytes = 0;         // payload
+  uint64_t stored_bytes = 0;  // payload rounded up to 4096
   uint64_t chunk_bytes = 0;
   uint64_t first_chunk = 0;
 };

@@ -64,18 +64,12 @@ int64_t FaultPlan::apply(uint64_t read_index, int64_t result, std::byte* data) c
   for (const Fault& fault : faults_) {
     if (read_index != fault.at && !(fault.forever && read_index > fault.at)) continue;
     switch (fault.kind) {
-      case Kind::kEio:
-        result = -EIO;
-        break;
-      case Kind::kAgain:
-        result = -EAGAIN;
-        break;
+      case Kind::kEio: result = -EIO; break;
+      case Kind::kAgain: result = -EAGAIN; break;
       case Kind::kShort:
         if (result > 0) result = result >= 2 * kPage ? result / 2 / kPage * kPage : result / 2;
         break;
-      case Kind::kZero:
-        result = 0;
-        break;
+      case Kind::kZero: result = 0; break;
       case Kind::kFlip:
         if (result > 0) {
           const uint64_t bit = fault.argument % (static_cast<uint64_t>(result) * 8);

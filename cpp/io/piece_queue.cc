@@ -15,7 +15,8 @@ unsigned long long ull(uint64_t value) { return value; }
 Status PieceQueue::check(const ReadRequest& request) {
   if (request.offset % kReadAlign != 0 || request.bytes % kReadAlign != 0 ||
       reinterpret_cast<uintptr_t>(request.into) % kReadAlign != 0 || request.into == nullptr) {
-    return error(Code::kBadArgument, "read of %llu bytes at offset %llu: offset, size and buffer must be multiples of %llu",
+    return error(Code::kBadArgument,
+                 "read of %llu bytes at offset %llu: offset, size and buffer must be multiples of %llu",
                  ull(request.bytes), ull(request.offset), ull(kReadAlign));
   }
   if (request.bytes == 0 || request.bytes > kMaxRequestBytes || request.offset > uint64_t{1} << 62) {

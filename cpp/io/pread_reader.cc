@@ -13,7 +13,7 @@
 namespace edge {
 namespace {
 
-// Eight 1 MiB reads keep a flash drive busy; cached pages are copied by the cores, so more threads than those only queue.
+// Eight 1 MiB reads keep a flash drive busy. Cached pages are copied by the cores: more threads than cores only queue.
 constexpr int kMaxThreads = 8;
 
 class PreadReader final : public BlockReader {
@@ -21,7 +21,8 @@ class PreadReader final : public BlockReader {
   PreadReader(ReadFile file, FaultPlan faults, int depth)
       : file_(std::move(file)), faults_(std::move(faults)), queue_(&file_), depth_(depth) {
     int n_threads = std::min(depth, kMaxThreads);
-    if (file_.keep_cache()) n_threads = std::clamp<int>(static_cast<int>(std::thread::hardware_concurrency()), 1, n_threads);
+    const int n_cores = static_cast<int>(std::thread::hardware_concurrency());
+    if (file_.keep_cache()) n_threads = std::clamp(n_cores, 1, n_threads);
     for (int i = 0; i < n_threads; ++i) threads_.emplace_back([this] { work(); });
   }
 

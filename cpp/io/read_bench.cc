@@ -33,7 +33,8 @@ Result<ReadBenchResult> bench_read(const std::string& path, const ReadBenchOptio
   const uint64_t bytes = options.bytes_per_request;
   if (bytes == 0 || bytes % kReadAlign != 0 || bytes > uint64_t{1} << 30 || options.reader.depth < 1 ||
       options.reader.depth > 1024 || !(options.seconds > 0 && options.seconds <= 600)) {
-    return error(Code::kBadArgument, "read bench: expected requests of a multiple of 4096 bytes, depth 1 to 1024, up to 600 s");
+    return error(Code::kBadArgument,
+                 "read bench: expected requests of a multiple of 4096 bytes, depth 1 to 1024, up to 600 s");
   }
   const auto depth = static_cast<size_t>(options.reader.depth);
   Budget budget(bytes * depth);
@@ -56,7 +57,8 @@ Result<ReadBenchResult> bench_read(const std::string& path, const ReadBenchOptio
   const Clock::time_point start = Clock::now();
   const auto since = [](Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); };
   const auto send = [&](uint64_t slot) {
-    const uint64_t offset = options.sequential ? place++ % n_places * bytes : next_random(&random) % n_places * kReadAlign;
+    const uint64_t offset =
+        options.sequential ? place++ % n_places * bytes : next_random(&random) % n_places * kReadAlign;
     sent[slot] = Clock::now();
     ++n_sent;
     return reader->submit({offset, bytes, buffers.data() + slot * bytes, slot});

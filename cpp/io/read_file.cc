@@ -61,7 +61,8 @@ Result<ReadFile> ReadFile::open(const std::string& path, bool direct, bool keep_
   if (file.fd_ < 0) file.fd_ = ::open(path.c_str(), flags);
   if (file.fd_ < 0) {
     const bool machine = errno == EIO || errno == EMFILE || errno == ENFILE || errno == ENOMEM;
-    return error(machine ? Code::kDiskError : Code::kBadFile, "%s: cannot be opened: %s", path.c_str(), strerror(errno));
+    return error(machine ? Code::kDiskError : Code::kBadFile, "%s: cannot be opened: %s", path.c_str(),
+                 strerror(errno));
   }
   struct stat info;
   if (fstat(file.fd_, &info) != 0) {

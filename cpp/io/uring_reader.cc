@@ -10,7 +10,10 @@ namespace {
 class UringReader final : public BlockReader {
  public:
   UringReader(ReadFile file, FaultPlan faults, int depth, std::unique_ptr<UringRing> ring)
-      : file_(std::move(file)), faults_(std::move(faults)), queue_(&file_), ring_(std::move(ring)),
+      : file_(std::move(file)),
+        faults_(std::move(faults)),
+        queue_(&file_),
+        ring_(std::move(ring)),
         pieces_(static_cast<size_t>(depth)) {
     for (size_t slot = 0; slot < pieces_.size(); ++slot) free_.push_back(slot);
   }
@@ -94,8 +97,7 @@ Status uring_available() {
 
 Result<std::unique_ptr<BlockReader>> open_uring_reader(ReadFile file, FaultPlan faults, int depth) {
   EDGE_ASSIGN(std::unique_ptr<UringRing> ring, UringRing::create(static_cast<uint32_t>(depth)));
-  return std::unique_ptr<BlockReader>(
-      new UringReader(std::move(file), std::move(faults), depth, std::move(ring)));
+  return std::unique_ptr<BlockReader>(new UringReader(std::move(file), std::move(faults), depth, std::move(ring)));
 }
 
 }  // namespace edge

@@ -90,9 +90,8 @@ Result<std::unique_ptr<UringRing>> UringRing::create(uint32_t entries) {
   std::unique_ptr<UringRing> ring(new UringRing());
   ring->fd_ = static_cast<int>(fd);
   Probe probe{};
-  if ((parameters.features & kFeatureSingleMmap) == 0 ||
-      syscall(kRegister, fd, kRegisterProbe, &probe, 64) < 0 || probe.n_ops <= kOpRead ||
-      (probe.ops[kOpRead].flags & kOpSupported) == 0) {
+  if ((parameters.features & kFeatureSingleMmap) == 0 || syscall(kRegister, fd, kRegisterProbe, &probe, 64) < 0 ||
+      probe.n_ops <= kOpRead || (probe.ops[kOpRead].flags & kOpSupported) == 0) {
     return error(Code::kUnsupported, "io_uring: the kernel's is too old (Linux 5.6 or newer needed)");
   }
   const size_t sq_bytes = parameters.sq.array + parameters.sq_entries * sizeof(uint32_t);

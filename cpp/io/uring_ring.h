@@ -45,7 +45,7 @@ class UringRing {
   uint32_t* cq_tail_ = nullptr;
   uint32_t cq_mask_ = 0;
   const std::byte* cqes_ = nullptr;
-  uint32_t n_queued_ = 0;  // pushed, not yet taken by the kernel
+  uint32_t n_queued_ = 0;   // pushed, not yet taken by the kernel
   uint32_t n_refused_ = 0;  // in a row
 };
 

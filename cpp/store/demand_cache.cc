@@ -15,9 +15,7 @@ unsigned long long ull(uint64_t value) { return value; }
 class WaitTimer {
  public:
   explicit WaitTimer(std::atomic<uint64_t>* total_ns) : total_ns_(total_ns) {}
-  ~WaitTimer() {
-    *total_ns_ += static_cast<uint64_t>(std::chrono::nanoseconds(Clock::now() - start_).count());
-  }
+  ~WaitTimer() { *total_ns_ += static_cast<uint64_t>(std::chrono::nanoseconds(Clock::now() - start_).count()); }
 
  private:
   std::atomic<uint64_t>* total_ns_;
@@ -46,7 +44,8 @@ std::vector<ChunkSpan> row_spans(const PackEntry& entry, WeightId weight, RowSet
 }  // namespace
 
 Result<std::unique_ptr<DemandCache>> DemandCache::open(const std::string& path, const PackDirectory& directory,
-                                                       uint64_t demand_bytes, const StoreOptions& options, Budget& budget) {
+                                                       uint64_t demand_bytes, const StoreOptions& options,
+                                                       Budget& budget) {
   demand_bytes = round_up(std::max<uint64_t>(demand_bytes, 1), kReadAlign);
   std::unique_ptr<DemandCache> store(new DemandCache(directory, demand_bytes));
   EDGE_ASSIGN(store->memory_, budget.reserve(demand_bytes, "demand cache"));
@@ -125,7 +124,8 @@ Result<uint64_t> DemandCache::make_room(uint64_t bytes, const PackEntry& entry, 
     } else if (demanded && free_flights_.size() < flights_.size()) {
       EDGE_TRY(step());  // what is being fetched ahead can be dropped once it has landed
     } else {
-      return error(Code::kOverBudget, "%s: needs %llu bytes in a row, the demand cache has %llu and leases hold the rest",
+      return error(Code::kOverBudget,
+                   "%s: needs %llu bytes in a row, the demand cache has %llu and leases hold the rest",
                    entry.name.c_str(), ull(bytes), ull(memory_.bytes()));
     }
   }

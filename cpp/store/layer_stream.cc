@@ -21,13 +21,17 @@ Result<Block> LayerStream::reserve_ring(const PackDirectory& directory, const St
 }
 
 LayerStream::LayerStream(const PackDirectory& directory, std::vector<WeightId> order, Block ring)
-    : directory_(directory), order_(std::move(order)), index_(directory.entries().size(), -1), ring_(std::move(ring)),
+    : directory_(directory),
+      order_(std::move(order)),
+      index_(directory.entries().size(), -1),
+      ring_(std::move(ring)),
       ring_bytes_(ring_.bytes()) {
   for (size_t i = 0; i < order_.size(); ++i) index_[static_cast<size_t>(order_[i])] = static_cast<int64_t>(i);
 }
 
 Result<std::unique_ptr<LayerStream>> LayerStream::open(const std::string& path, const PackDirectory& directory,
-                                                       std::vector<WeightId> order, Block ring, const StoreOptions& options) {
+                                                       std::vector<WeightId> order, Block ring,
+                                                       const StoreOptions& options) {
   std::unique_ptr<LayerStream> store(new LayerStream(directory, std::move(order), std::move(ring)));
   EDGE_ASSIGN(store->reader_, open_reader(path, reader_options(options)));
   store->stats_.staging_bytes = store->ring_bytes_;

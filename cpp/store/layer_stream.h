@@ -1,5 +1,5 @@
-// Weights in the order a pass needs them, through a ring: a thread reads ahead of the consumer, past the end of one pass
-// into the next, so that the drive never waits for the computation.
+// Weights in the order a pass needs them, through a ring: a thread reads ahead of the consumer, past the end of one
+// pass into the next, so that the drive never waits for the computation.
 #pragma once
 
 #include <condition_variable>
@@ -22,7 +22,8 @@ class LayerStream final : public WeightStore {
   static Result<Block> reserve_ring(const PackDirectory& directory, const StorePlan& plan, Budget& budget);
   // Starts reading at once. `order`: every streamed weight, once. The directory must outlive the store.
   static Result<std::unique_ptr<LayerStream>> open(const std::string& path, const PackDirectory& directory,
-                                                   std::vector<WeightId> order, Block ring, const StoreOptions& options);
+                                                   std::vector<WeightId> order, Block ring,
+                                                   const StoreOptions& options);
   ~LayerStream() override;
 
   void prefetch(WeightId, RowSet) override {}
@@ -41,7 +42,7 @@ class LayerStream final : public WeightStore {
     WeightId weight = kNoWeight;
     uint64_t begin = 0, end = 0;  // ring offsets
     uint64_t issued_bytes = 0;
-    uint64_t landed_bytes = 0;    // read and checked
+    uint64_t landed_bytes = 0;  // read and checked
     int n_flying = 0;
     int n_leases = 0;
     bool passed = false;  // the consumer will not ask for it any more
@@ -80,8 +81,8 @@ class LayerStream final : public WeightStore {
   std::unique_ptr<BlockReader> reader_;  // the thread's
 
   mutable std::mutex mutex_;
-  std::condition_variable space_;  // ring space was freed, the position moved, or stop
-  std::condition_variable ready_;  // a slot became ready, the thread starved or broke down
+  std::condition_variable space_;            // ring space was freed, the position moved, or stop
+  std::condition_variable ready_;            // a slot became ready, the thread starved or broke down
   std::deque<std::unique_ptr<Slot>> slots_;  // in ring order
   uint64_t head_ = 0;                        // ring offset of the next slot
   uint64_t next_position_ = 0;               // the consumer's

@@ -99,10 +99,10 @@ Status check_plan(const PackDirectory& directory, const StorePlan& plan) {
   std::vector<bool> ordered(plan.placement.size());
   for (const WeightId weight : plan.stream_order) {
     const bool known = weight >= 0 && static_cast<size_t>(weight) < ordered.size();
-    if (!known || plan.placement[static_cast<size_t>(weight)] != Placement::kStream || ordered[static_cast<size_t>(weight)] ||
-        directory.entry(weight).format == WeightFormat::kBytes) {
-      return error(Code::kBadArgument, "store plan: weight %d in the stream order is unknown, not streamed, or there twice",
-                   weight);
+    if (!known || plan.placement[static_cast<size_t>(weight)] != Placement::kStream ||
+        ordered[static_cast<size_t>(weight)] || directory.entry(weight).format == WeightFormat::kBytes) {
+      return error(Code::kBadArgument,
+                   "store plan: weight %d in the stream order is unknown, not streamed, or there twice", weight);
     }
     ordered[static_cast<size_t>(weight)] = true;
   }
@@ -122,8 +122,8 @@ Status check_plan(const PackDirectory& directory, const StorePlan& plan) {
 
 }  // namespace
 
-Result<std::unique_ptr<WeightStore>> open_store(const std::string& path, const PackDirectory& directory, const StorePlan& plan,
-                                                const StoreOptions& options, Budget& budget) {
+Result<std::unique_ptr<WeightStore>> open_store(const std::string& path, const PackDirectory& directory,
+                                                const StorePlan& plan, const StoreOptions& options, Budget& budget) {
   EDGE_TRY(check_plan(directory, plan));
   auto store = std::make_unique<PlacedStore>(directory, plan.placement);
   EDGE_TRY(store->open(path, plan, options, budget));

@@ -12,7 +12,7 @@ namespace edge {
 // Checks the plan against the directory, reads the resident weights, starts the stream.
 // kBadArgument when the plan does not fit the pack, kOverBudget, kDiskError, kCorrupt, kCancelled.
 // The directory and the budget must outlive the store.
-Result<std::unique_ptr<WeightStore>> open_store(const std::string& path, const PackDirectory& directory, const StorePlan& plan,
-                                                const StoreOptions& options, Budget& budget);
+Result<std::unique_ptr<WeightStore>> open_store(const std::string& path, const PackDirectory& directory,
+                                                const StorePlan& plan, const StoreOptions& options, Budget& budget);
 
 }  // namespace edge

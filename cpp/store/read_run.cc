@@ -6,8 +6,8 @@
 
 namespace edge {
 
-bool extend_run(ReadRun* run, const PackDirectory& directory, WeightId weight, std::byte* weight_memory, uint64_t* begin,
-                uint64_t room_bytes) {
+bool extend_run(ReadRun* run, const PackDirectory& directory, WeightId weight, std::byte* weight_memory,
+                uint64_t* begin, uint64_t room_bytes) {
   const PackEntry& entry = directory.entry(weight);
   const uint64_t left = entry.stored_bytes - *begin;
   if (left == 0) return true;
@@ -33,7 +33,8 @@ bool extend_run(ReadRun* run, const PackDirectory& directory, WeightId weight, s
 Status check_span(const ReadRun& run, size_t n, const PackDirectory& directory) {
   const ChunkSpan& span = run.spans[n];
   const PackEntry& entry = directory.entry(span.weight);
-  return directory.check(entry, span.begin, {run.into + (entry.offset + span.begin - run.offset), span.end - span.begin});
+  return directory.check(entry, span.begin,
+                         {run.into + (entry.offset + span.begin - run.offset), span.end - span.begin});
 }
 
 Status check_run(const ReadRun& run, const PackDirectory& directory) {

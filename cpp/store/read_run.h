@@ -33,8 +33,8 @@ struct ReadRun {
 // Adds the chunks of `weight` from `*begin` on, which land in `weight_memory + *begin`, and advances `*begin`.
 // Takes at most `room_bytes`; a run is at most kRunBytes long, or one chunk where that is longer.
 // False when the weight has chunks left: the run is full, there is no room, or they do not continue the run.
-bool extend_run(ReadRun* run, const PackDirectory& directory, WeightId weight, std::byte* weight_memory, uint64_t* begin,
-                uint64_t room_bytes = UINT64_MAX);
+bool extend_run(ReadRun* run, const PackDirectory& directory, WeightId weight, std::byte* weight_memory,
+                uint64_t* begin, uint64_t room_bytes = UINT64_MAX);
 
 // The hash of every chunk of a run that has landed: of the whole run, or of its n-th span alone, so that damage in one
 // weight is not told of its neighbours.

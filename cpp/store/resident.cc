@@ -24,7 +24,8 @@ bool warm(const std::string& path, const PackDirectory& directory, const std::ve
 }  // namespace
 
 Result<std::unique_ptr<Resident>> Resident::load(const std::string& path, const PackDirectory& directory,
-                                                 std::vector<WeightId> weights, const StoreOptions& options, Budget& budget) {
+                                                 std::vector<WeightId> weights, const StoreOptions& options,
+                                                 Budget& budget) {
   std::sort(weights.begin(), weights.end());  // the directory is in file order
   std::unique_ptr<Resident> store(new Resident(directory, budget));
   store->data_.resize(directory.entries().size());
@@ -58,8 +59,8 @@ Status Resident::read(const std::string& path, const std::vector<WeightId>& weig
   std::vector<ReadRun> flying(static_cast<size_t>(reader->depth()));
   std::vector<size_t> free_slots;
   for (size_t slot = 0; slot < flying.size(); ++slot) free_slots.push_back(slot);
-  size_t next = 0;      // into weights
-  uint64_t begin = 0;   // of that weight
+  size_t next = 0;     // into weights
+  uint64_t begin = 0;  // of that weight
   Status first;
   while (true) {
     if (first.ok() && options.progress != nullptr && options.progress->cancel) {

@@ -16,7 +16,8 @@ class Resident final : public WeightStore {
   // Reads and checks all `weights`; on any error, or when cancelled, nothing is kept.
   // The directory and the budget must outlive the store.
   static Result<std::unique_ptr<Resident>> load(const std::string& path, const PackDirectory& directory,
-                                                std::vector<WeightId> weights, const StoreOptions& options, Budget& budget);
+                                                std::vector<WeightId> weights, const StoreOptions& options,
+                                                Budget& budget);
 
   void prefetch(WeightId, RowSet) override {}
   // Whole weights and single rows are views; several rows are gathered into a block of their own.
@@ -31,7 +32,7 @@ class Resident final : public WeightStore {
   Budget& budget_;
   Block memory_;
   std::vector<std::byte*> data_;  // per weight of the directory; null = not held here
-  StoreStats stats_;  // fixed once loaded
+  StoreStats stats_;              // fixed once loaded
   std::atomic<uint64_t> hits_{0};
 };
 
