@@ -18,8 +18,9 @@ _VECTOR, _BLOB = 100, 101
 _PAGE_BYTES = 4096
 #: Growth of the interpreter, thread stacks, I/O rings and the page tables of what is loaded.
 _MARGIN_BYTES = 12 << 20
-#: Weights the ring holds: two leased together (gate and up), and a gap where the next does not fit before the end.
-_RING_LEAST = 3
+#: Layer weights the ring holds at least: two leased together (gate and up), and a gap where the next does not fit
+#: before the end; and how many let the drive run ahead.
+_RING_LEAST, _RING_AHEAD = 3, 4
 #: Rounding of blocks, and what a sampler keeps.
 _SLACK_BYTES = 256 << 10
 _MAX_ROWS = (128, 64, 32, 16, 8)
@@ -109,6 +110,24 @@ class _Model:
             self.tables = [w for w in self.tables if w.name != "embed.weight"]
         known = {w.id for w in self.fixed + self.experts + self.tables + self.head}
         self.layers = [w for w in matrices if w.id not in known]
+        self.largest_bytes = max((w.stored_bytes for w in self.layers), default=0)
+
+    @property
+    def ring_with_head_bytes(self) -> int:
+        """The head is leased alone: room for it, and for the first weight of the next pass."""
+        return max(_RING_LEAST * self.largest_bytes, _bytes(self.head) + self.largest_bytes)
+
+    @property
+    def demand_bytes(self) -> int:
+        """The least a demand cache works with: a row's chunks of each table, and one expert's three weights twice."""
+        rows = sum(-(-16 * w.stored_bytes // max(w.rows, 16)) + 3 * w.chunk_bytes for w in self.tables)
+        expert = 3 * max((w.stored_bytes for w in self.experts), default=0)
+        return _round_up(rows) + 2 * expert
+
+    @property
+    def least_bytes(self) -> int:
+        """Weights, ring and caches when everything that can stream does."""
+        return _bytes(self.fixed) + self.ring_with_head_bytes + self.demand_bytes + _SLACK_BYTES
 
 
 def _bytes(weights: Sequence[Weight]) -> int:
@@ -169,92 +188,83 @@ def make_plan(
 
     model = _Model(weights, decoder["tied_head"])
     host_bytes += _MARGIN_BYTES
-    largest = max((w.stored_bytes for w in model.layers + model.head), default=0)
-    demand_floor = _demand_bytes(model)
-
-    def fixed(max_rows: int) -> tuple[int, int]:
-        kv, activations, logits = _edge.fixed_bytes(decoder, context, max_rows, threads)
-        return _round_up(kv), _round_up(activations) + _round_up(logits)
-
-    def floor(max_rows: int) -> int:
-        kv, activations = fixed(max_rows)
-        ring = _ring_bytes(largest, _RING_LEAST)
-        return host_bytes + kv + activations + _bytes(model.fixed) + ring + demand_floor + _SLACK_BYTES
-
-    everything = _bytes([w for w in weights if w.format != _BLOB])
+    everything = _bytes([w for w in weights if w.format != _BLOB]) + _SLACK_BYTES
     for max_rows in _MAX_ROWS:
-        kv, activations = fixed(max_rows)
+        kv, activations, logits = (
+            _round_up(n) for n in _edge.fixed_bytes(decoder, context, max_rows, threads)
+        )
+        activations += logits
         room = memory_bytes - host_bytes - kv - activations
-        # Fewer rows per pass only when more would crowd the weights out.
-        if (
-            everything + _SLACK_BYTES <= room
-            or activations <= memory_bytes // 12
-            or max_rows == _MAX_ROWS[-1]
-        ):
+        if everything <= room:
+            placed = _Placed("resident", everything, [], 0, 0)
             break
-    floor_bytes = floor(_MAX_ROWS[-1])
-    common = {
-        "memory_bytes": memory_bytes,
-        "context": context,
-        "threads": threads,
-        "max_rows": max_rows,
-        "host_bytes": host_bytes,
-        "kv_bytes": kv,
-        "activation_bytes": activations,
-    }
-    placements = [RESIDENT] * len(weights)
-    slack = _SLACK_BYTES
-    if everything + slack <= room:
-        return Plan(
-            placement="resident", resident_bytes=everything + slack, stream_bytes=0, ring_bytes=0, demand_bytes=0,
-            floor_bytes=min(floor_bytes, memory_bytes), placements=placements, stream_order=[], **common,
-        )  # fmt: skip
-    if room < 0 or memory_bytes < floor_bytes:
+        streaming = _stream(model, room)
+        # Fewer rows per pass only when more would crowd the weights out.
+        if streaming is not None and (activations <= memory_bytes // 12 or max_rows == _MAX_ROWS[-1]):
+            placed = streaming
+            break
+    floor_bytes = host_bytes + sum(fixed(_MAX_ROWS[-1])) + min(everything, model.least_bytes)
+    if everything > room and streaming is None:
         raise _too_small(memory_bytes, floor_bytes, context, kv)
 
-    for weight in model.tables + model.experts:
-        placements[weight.id] = DEMAND
-    room -= slack + _bytes(model.fixed) + demand_floor
-    if model.experts:
-        # Everything but the experts is read for every token; what is left goes to the expert cache.
-        always = _bytes(model.layers) + _bytes(model.head)
-        ring = 0 if always <= room else _ring_bytes(largest, _RING_LEAST)
-        streamed = [] if ring == 0 else _spread(model.layers + model.head, room - ring)
-    else:
-        ring = _ring_bytes(largest, _RING_LEAST + (memory_bytes > floor_bytes + largest))
-        # The head stays if it can: a prompt chunk that needs no logits would stream it for nothing.
-        pinned_head = _bytes(model.head) if _bytes(model.head) <= room - ring else 0
-        streamed = _spread(model.layers, room - ring - pinned_head)
-        if not pinned_head:
-            streamed += model.head
-    for weight in streamed:
+    placements = [RESIDENT] * len(weights)
+    if placed.demand_bytes:
+        for weight in model.tables + model.experts:
+            placements[weight.id] = DEMAND
+    for weight in placed.streamed:
         placements[weight.id] = STREAM
-    resident = [w for w in weights if w.format != _BLOB and placements[w.id] == RESIDENT]
-    demand = demand_floor
-    if model.experts:
-        demand += max(0, room - ring - (_bytes(model.layers + model.head) - _bytes(streamed)))
     return Plan(
-        placement="stream" if streamed else "experts" if model.experts else "resident",
-        resident_bytes=_bytes(resident) + slack,
-        stream_bytes=_bytes(streamed),
-        ring_bytes=ring,
-        demand_bytes=demand,
-        floor_bytes=floor_bytes,
+        memory_bytes=memory_bytes,
+        context=context,
+        threads=threads,
+        max_rows=max_rows,
+        placement=placed.name,
+        host_bytes=host_bytes,
+        resident_bytes=placed.resident_bytes,
+        stream_bytes=_bytes(placed.streamed),
+        ring_bytes=placed.ring_bytes,
+        demand_bytes=placed.demand_bytes,
+        kv_bytes=kv,
+        activation_bytes=activations,
+        floor_bytes=min(floor_bytes, memory_bytes),
         placements=placements,
-        stream_order=[w.id for w in streamed],
-        **common,
+        stream_order=[w.id for w in placed.streamed],
     )
 
 
-def _ring_bytes(largest_bytes: int, n_weights: int) -> int:
-    return _round_up(n_weights * largest_bytes)
+@dataclass(frozen=True)
+class _Placed:
+    """One way to fit the weights into some room."""
+
+    name: str
+    resident_bytes: int
+    streamed: list[Weight]
+    ring_bytes: int
+    demand_bytes: int
 
 
-def _demand_bytes(model: _Model) -> int:
-    """The least a demand cache works with: one row's chunks of each table, and one expert's three weights twice."""
-    rows = sum(-(-16 * w.stored_bytes // max(w.rows, 16)) + 3 * w.chunk_bytes for w in model.tables)
-    expert = 3 * max((w.stored_bytes for w in model.experts), default=0)
-    return _round_up(rows) + 2 * expert
+def _stream(model: _Model, room_bytes: int) -> _Placed | None:
+    """What stays and what streams when not everything fits; None when nothing helps."""
+    always = _bytes(model.layers) + _bytes(model.head)
+    room_bytes -= _SLACK_BYTES + _bytes(model.fixed) + model.demand_bytes
+    held = _bytes(model.fixed) + _SLACK_BYTES
+    if model.experts and always <= room_bytes:
+        # Everything but the experts is read for every token; what is left goes to the expert cache.
+        demand_bytes = model.demand_bytes + (room_bytes - always) // _PAGE_BYTES * _PAGE_BYTES
+        return _Placed("experts", held + always, [], 0, demand_bytes)
+    # The head stays if it can: a prompt chunk that needs no logits would stream it for nothing.
+    for streamable, ring_bytes in (
+        (model.layers, _RING_AHEAD * model.largest_bytes),
+        (model.layers, _RING_LEAST * model.largest_bytes),
+        (model.layers + model.head, model.ring_with_head_bytes),
+    ):
+        pinned = always - _bytes(streamable)
+        if pinned + ring_bytes <= room_bytes:
+            streamed = _spread(streamable, room_bytes - pinned - ring_bytes)
+            resident = held + always - _bytes(streamed)
+            name = "stream" if streamed else "resident"
+            return _Placed(name, resident, streamed, ring_bytes if streamed else 0, model.demand_bytes)
+    return None
 
 
 def _too_small(memory_bytes: int, floor_bytes: int, context: int, kv_bytes: int) -> BudgetError:
