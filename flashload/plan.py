@@ -189,11 +189,13 @@ def make_plan(
     model = _Model(weights, decoder["tied_head"])
     host_bytes += _MARGIN_BYTES
     everything = _bytes([w for w in weights if w.format != _BLOB]) + _SLACK_BYTES
+
+    def fixed(max_rows: int) -> tuple[int, int]:
+        kv, activations, logits = _edge.fixed_bytes(decoder, context, max_rows, threads)
+        return _round_up(kv), _round_up(activations) + _round_up(logits)
+
     for max_rows in _MAX_ROWS:
-        kv, activations, logits = (
-            _round_up(n) for n in _edge.fixed_bytes(decoder, context, max_rows, threads)
-        )
-        activations += logits
+        kv, activations = fixed(max_rows)
         room = memory_bytes - host_bytes - kv - activations
         if everything <= room:
             placed = _Placed("resident", everything, [], 0, 0)
