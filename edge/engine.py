@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -14,6 +15,7 @@ import _edge
 
 from edge.completion import Chunk, Completion, StopScanner, TokenLogprob
 from edge.config import GenerationConfig
+from edge.stream import Stream, Turns
 from edge.tokenizer import StreamDecoder, Tokenizer
 from flashload.errors import ArgumentError, CancelledError, ContextOverflowError, EdgeError
 from flashload.machine import peak_rss_bytes
@@ -47,7 +49,7 @@ class Engine:
         self.load_seconds = load_seconds
         self._core: _edge.Engine | None = core
         self._sequence: _edge.Sequence | None = _edge.Sequence(core)
-        self._lock = threading.Lock()
+        self._turns = Turns()
         self._cancelled = threading.Event()
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ class Engine:
 
     def stream(
         self, prompt: str | Sequence[int], *, on_progress: Progress | None = None, **settings: Any
-    ) -> Iterator[Chunk]:
+    ) -> Stream:
         """As :meth:`generate`, one :class:`edge.Chunk` per token; the last one carries finish_reason and stats."""
         config = _config(settings)
         tokens = self._prompt_tokens(prompt)
@@ -87,7 +89,7 @@ class Engine:
     @overload
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **settings: Any
-    ) -> Iterator[Chunk]: ...
+    ) -> Stream: ...
 
     def chat(
         self,
@@ -97,7 +99,7 @@ class Engine:
         template: str | None = None,
         on_progress: Progress | None = None,
         **settings: Any,
-    ) -> Completion | Iterator[Chunk]:
+    ) -> Completion | Stream:
         """Answers a conversation of ``{"role": ..., "content": ...}`` messages through the model's chat template.
 
         Text inside messages never yields special tokens. Turns already computed are not computed again.
@@ -129,8 +131,9 @@ class Engine:
     def cancel(self) -> None:
         """Ends the running request within one layer: its finish_reason is "cancelled". Safe from any thread."""
         self._cancelled.set()
-        if self._core is not None:
-            self._core.cancel()
+        core = self._core  # close() may take it away meanwhile
+        if core is not None:
+            core.cancel()
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -139,10 +142,16 @@ class Engine:
         return dict(self._open_core().stats())
 
     def close(self) -> None:
-        """Returns all memory. Waits for a running request; call :meth:`cancel` first to cut it short."""
-        with self._lock:
+        """Returns all memory. Waits for a running request; call :meth:`cancel` first to cut it short.
+
+        An unfinished stream of this thread, or a cancelled one that nobody reads, ends with it.
+        """
+        self._turns.take_last(self._cancelled.is_set)
+        try:
             self._sequence = None
             self._core = None
+        finally:
+            self._turns.give_back()
 
     def __enter__(self) -> Engine:
         return self
@@ -159,8 +168,21 @@ class Engine:
             raise EdgeError("engine: closed; load the model again")
         return self._core
 
-    def _serving(self) -> _Serving:
-        return _Serving(self)
+    def _begin(self) -> _edge.Sequence:
+        """What the request whose turn it is works with; a cancel that came before it is forgotten."""
+        core = self._open_core()
+        self._cancelled.clear()
+        core.resume()
+        assert self._sequence is not None
+        return self._sequence
+
+    @contextmanager
+    def _serving(self) -> Iterator[_edge.Sequence]:
+        self._turns.take()
+        try:
+            yield self._begin()
+        finally:
+            self._turns.give_back()
 
     def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -199,7 +221,7 @@ class Engine:
 
     def _run(
         self, tokens: list[int], config: GenerationConfig, on_progress: Progress | None, continues: bool
-    ) -> Iterator[Chunk]:
+    ) -> Stream:
         if config.overflow == "error":
             self._check_context(len(tokens), config.max_tokens or 0)
         elif len(tokens) >= self.plan.context:
@@ -208,20 +230,20 @@ class Engine:
         if limit is None:
             limit = max(0, self.plan.context - len(tokens))
         seed = config.seed if config.seed is not None else secrets.randbits(63)
-        with self._serving() as sequence:
-            decoder = StreamDecoder(self.tokenizer, continues=continues)
-            yield from self._generate(sequence, tokens, limit, seed, config, decoder, on_progress)
+        decoder = StreamDecoder(self.tokenizer, continues=continues)
+        chunks = self._generate(tokens, limit, seed, config, decoder, on_progress)
+        return Stream(self._turns, chunks)
 
     def _generate(
         self,
-        sequence: _edge.Sequence,
         tokens: list[int],
         limit: int,
         seed: int,
         config: GenerationConfig,
         decoder: StreamDecoder,
         on_progress: Progress | None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
+        sequence = self._begin()
         meter = _Meter(self, seed)
         sampler = _edge.Sampler(config.sampling(seed), self.vocab_size)
         scanner = StopScanner(config.stop)
@@ -258,28 +280,6 @@ class Engine:
             reason = "cancelled"
         text = "" if scanner.stopped else scanner.push(decoder.finish()) + scanner.finish()
         yield Chunk(text, finish_reason=reason, stats=meter.stats())
-
-
-class _Serving:
-    """Holds the engine for one request; a cancel that came before it is forgotten."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> _edge.Sequence:
-        self._engine._lock.acquire()
-        try:
-            core = self._engine._open_core()
-            self._engine._cancelled.clear()
-            core.resume()
-            assert self._engine._sequence is not None
-            return self._engine._sequence
-        except BaseException:
-            self._engine._lock.release()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._engine._lock.release()
 
 
 class _Meter:
