@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,3 +19,26 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs the shared test data (EDGE_SHARED), not found at {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def limited() -> None:
+    """Skips where no memory cgroup can be made."""
+    from bench import cgroup
+
+    if refusal := cgroup.cgroup_refusal():
+        pytest.skip(refusal)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a tiny model of random weights; returns its path."""
+    pytest.importorskip("gguf", reason="the benchmarks write GGUF files with the gguf package")
+    from bench import shapes, synth
+
+    def make(name: str = "tiny", mix: str = "q4_0", **options: Any) -> Path:
+        path = tmp_path / f"{name}-{mix}.gguf"
+        synth.write_model(path, shapes.SHAPES[name], mix, **options)
+        return path
+
+    return make
