@@ -27,8 +27,8 @@ $(VENV)/.dev: $(VENV)/.installed
 	  $(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
-run: $(VENV)/.installed ## write a story with the model that ships, inside 128 MiB
-	$(BIN)/edge run story "Once upon a time" --memory 128MiB --context 512 -n 200
+run: $(VENV)/.installed ## write a story with the model that ships, inside 96 MiB
+	$(BIN)/edge run story "Once upon a time" --memory 96MiB --context 512 -n 200
 
 test: $(VENV)/.dev ## the quick tests
 	$(BIN)/python -m pytest -n $(JOBS)
