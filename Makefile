@@ -37,7 +37,7 @@ test-all: $(VENV)/.dev ## the slow tests too
 	$(BIN)/python -m pytest -m "not nightly"
 
 nightly: $(VENV)/.dev ## random and long tests
-	$(BIN)/python -m pytest -m "nightly or slow" --timeout 3600
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -m "nightly or slow" --timeout 3600
 
 lint: $(VENV)/.dev ## style
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,8 @@ def test_plain_text_yields_no_special_id(make, text: str) -> None:
     tokenizer = make()
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert not tokenizer.special_ids.intersection(ids)
-    assert tokenizer.decode(ids) == text
+    # The byte-level vocabulary here normalises to NFC, as Qwen2's does.
+    assert tokenizer.decode(ids) in (text, unicodedata.normalize("NFC", text))
 
 
 @given(parts=st.lists(st.tuples(tricky, st.booleans()), max_size=6))
