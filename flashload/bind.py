@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from flashload.arch import DecoderConfig, Family, Keys, family_of_gguf, family_of_hf
-from flashload.checkpoint import Checkpoint, TensorInfo
 from flashload.errors import ModelFileError, UnsupportedModelError
 from flashload.ggml import BLOCK_TYPES
 from flashload.pack_layout import MAX_ENTRIES
+from flashload.tensors import Checkpoint, TensorInfo
 from flashload.tiles import decode_blocks
 
 _MAX_TABLE_BYTES = 1 << 20

@@ -7,10 +7,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from flashload.checkpoint import Checkpoint, TensorInfo, check_overlap, tensor_bytes
 from flashload.errors import ModelFileError, UnsupportedModelError
 from flashload.ggml import BLOCK_TYPES
 from flashload.rawfile import RawFile
+from flashload.tensors import Checkpoint, TensorInfo, check_overlap, tensor_bytes
 
 _MAX_TENSORS = 200_000
 _MAX_KEYS = 20_000

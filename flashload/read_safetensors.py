@@ -6,7 +6,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from flashload.checkpoint import (
+from flashload.errors import ModelFileError, UnsupportedModelError
+from flashload.ggml import BF16, F16, F32
+from flashload.rawfile import RawFile
+from flashload.tensors import (
     PICKLE_REFUSED,
     Checkpoint,
     TensorInfo,
@@ -15,9 +18,6 @@ from flashload.checkpoint import (
     read_json,
     tensor_bytes,
 )
-from flashload.errors import ModelFileError, UnsupportedModelError
-from flashload.ggml import BF16, F16, F32
-from flashload.rawfile import RawFile
 
 _MAX_HEADER_BYTES = 32 << 20
 _MAX_DIMENSIONS = 8
