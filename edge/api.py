@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge.loading import open_pack, plan_pack, resolve_model
+from edge.loading import plan_host, prepare, resolve_model
 from flashload.plan import Plan
 
 if TYPE_CHECKING:
@@ -20,19 +20,22 @@ def plan(
     memory: int | str | None = None,
     context: int | None = None,
     threads: int | None = None,
+    weights: str = "keep",
+    whole_process: bool = False,
+    on_pack: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """Where the weights would live inside a budget, and the bytes of every part, without loading anything.
+    """Where the weights would live inside a budget, and the bytes of every part, without loading them.
+
+    Args: as for :func:`edge.load`.
 
     Raises:
         BudgetError: the budget is below ``floor_bytes``, which the error carries.
     """
-    pack_file = open_pack(model)
+    host = prepare(model, weights=weights, whole_process=whole_process, on_pack=on_pack)
     try:
-        # The parsed tokenizer takes several times its file; the interpreter is the caller's.
-        host_bytes = 6 * sum(e.bytes for e in pack_file.entries.values() if e.name.startswith("tokenizer"))
-        return plan_pack(pack_file, memory=memory, context=context, threads=threads, host_bytes=host_bytes)
+        return plan_host(host, memory=memory, context=context, threads=threads)
     finally:
-        pack_file.close()
+        host.pack.close()
 
 
 def pack(

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,26 @@ import _edge
 
 from flashload.errors import ArgumentError, BudgetError
 from flashload.format import PackFile
-from flashload.machine import available_bytes, cgroup_limit_bytes, cpu_count, parse_bytes, rss_bytes
+from flashload.machine import (
+    available_bytes,
+    cgroup_limit_bytes,
+    cpu_count,
+    parse_bytes,
+    peak_rss_bytes,
+    rss_bytes,
+    trim_memory,
+)
 from flashload.plan import Plan, make_plan, weights_of
 
 if TYPE_CHECKING:
     from edge.engine import Engine
+    from edge.tokenizer import Tokenizer
 
 _BUILTIN = Path(__file__).parent / "builtin"
 _DEFAULT_CONTEXT = 4096
 _SMALLEST_DEFAULT_CONTEXT = 512
+#: What the same process holds at the same point differs by this much from run to run.
+_JITTER_BYTES = 1 << 20
 _DEVICES = ("auto", "cpu")
 
 Progress = Callable[[int, int], None]
@@ -93,15 +105,57 @@ def _open_core(options: dict[str, Any], on_load: Progress | None) -> _edge.Engin
     return opened[0]
 
 
-def plan_pack(
-    pack: PackFile,
+@dataclass(frozen=True)
+class Host:
+    """A pack open for loading, its tokenizer, and the memory this process holds for them.
+
+    Attributes:
+        host_bytes: held now: by the whole process, or only what opening added.
+        peak_bytes: the most held until now, counted likewise.
+    """
+
+    pack: PackFile
+    tokenizer: Tokenizer
+    host_bytes: int
+    peak_bytes: int
+    pack_seconds: float
+
+
+def prepare(
+    model: str | os.PathLike[str],
     *,
-    memory: int | str | None = None,
-    context: int | None = None,
-    threads: int | None = None,
-    host_bytes: int = 0,
+    weights: str = "keep",
+    whole_process: bool = False,
+    on_pack: Progress | None = None,
+) -> Host:
+    """Everything that comes before the weights: packing when it is needed, the tokenizer, the modules of an engine."""
+    before_bytes, peak_before_bytes = rss_bytes(), peak_rss_bytes()
+    start = time.perf_counter()
+    pack = open_pack(model, weights=weights, on_pack=on_pack)
+    pack_seconds = time.perf_counter() - start
+    try:
+        import edge.engine  # noqa: F401  its modules belong to what the process holds
+        from edge.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer(pack.vocab())
+    except BaseException:
+        pack.close()
+        raise
+    # Building a tokenizer takes several times what it holds in the end.
+    trim_memory()
+    host_bytes, peak_bytes = rss_bytes(), peak_rss_bytes()
+    if not whole_process:
+        host_bytes = max(0, host_bytes - before_bytes)
+        # An older peak of the process is not edge's.
+        peak_bytes = peak_bytes - before_bytes if peak_bytes > peak_before_bytes else 0
+    return Host(pack, tokenizer, host_bytes, peak_bytes, pack_seconds)
+
+
+def plan_host(
+    host: Host, *, memory: int | str | None = None, context: int | None = None, threads: int | None = None
 ) -> Plan:
-    """Places a pack's weights; see :func:`edge.plan`."""
+    """Places the weights; see :func:`edge.plan`."""
+    pack = host.pack
     decoder = pack.config.to_json()
     memory_bytes = default_memory_bytes() if memory is None else parse_bytes(memory)
     n_threads = cpu_count() if threads is None else threads
@@ -109,7 +163,7 @@ def plan_pack(
         raise ArgumentError(f"threads: expected 1..1024, found {threads!r}")
     weights = weights_of(pack)
 
-    def plan(n_context: int) -> Plan:
+    def place(n_context: int, host_bytes: int) -> Plan:
         return make_plan(
             weights,
             decoder,
@@ -117,7 +171,18 @@ def plan_pack(
             context=n_context,
             threads=n_threads,
             host_bytes=host_bytes,
+            host_peak_bytes=host.peak_bytes,
         )
+
+    def plan(n_context: int) -> Plan:
+        try:
+            return place(n_context, host.host_bytes)
+        except BudgetError as refusal:
+            missing_bytes = refusal.floor_bytes - memory_bytes
+            if missing_bytes > _JITTER_BYTES or missing_bytes > host.host_bytes:
+                raise
+            # The floor that one run names is enough for the next; the plan's margin covers the difference.
+            return place(n_context, host.host_bytes - missing_bytes)
 
     longest = decoder["max_positions"]
     if context is not None:
@@ -179,16 +244,28 @@ def load(
     """
     if device not in _DEVICES:
         raise ArgumentError(f"device: expected one of {', '.join(_DEVICES)}, found {device!r}")
-    before_bytes = 0 if whole_process else rss_bytes()
     start = time.perf_counter()
-    pack = open_pack(model, weights=weights, on_pack=on_pack)
-    pack_seconds = time.perf_counter() - start
-    from edge.engine import Engine
-    from edge.tokenizer import Tokenizer
+    host = prepare(model, weights=weights, whole_process=whole_process, on_pack=on_pack)
+    try:
+        return _load(host, start, memory, context, threads, isa, io, on_load)
+    finally:
+        host.pack.close()
 
-    tokenizer = Tokenizer(pack.vocab())
-    host_bytes = max(0, rss_bytes() - before_bytes)
-    plan = plan_pack(pack, memory=memory, context=context, threads=threads, host_bytes=host_bytes)
+
+def _load(
+    host: Host,
+    start: float,
+    memory: int | str | None,
+    context: int | None,
+    threads: int | None,
+    isa: str,
+    io: str,
+    on_load: Progress | None,
+) -> Engine:
+    from edge.engine import Engine
+
+    pack = host.pack
+    plan = plan_host(host, memory=memory, context=context, threads=threads)
     options = {
         "pack_path": str(pack.path),
         "decoder": pack.config.to_json(),
@@ -204,6 +281,5 @@ def load(
         "budget_bytes": plan.core_bytes,
     }
     core = _open_core(options, on_load)
-    metadata = pack.metadata
-    pack.close()
-    return Engine(core, plan, tokenizer, metadata, time.perf_counter() - start - pack_seconds)
+    load_seconds = time.perf_counter() - start - host.pack_seconds
+    return Engine(core, plan, host.tokenizer, pack.metadata, load_seconds)

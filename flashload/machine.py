@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -70,6 +71,15 @@ def rss_bytes() -> int:
 def peak_rss_bytes() -> int:
     """The most memory this process ever held."""
     return _status_bytes("VmHWM")
+
+
+def trim_memory() -> None:
+    """Gives what the C library keeps of freed memory back to the system; does nothing where it cannot."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+    trim(0)
 
 
 def available_bytes() -> int:

@@ -105,8 +105,11 @@ class _Model:
         #: Only a few rows per token are needed of these; a tied embedding is also the head, read whole.
         self.tables = [w for w in matrices if w.name in ("embed.weight", "embed.position")]
         self.head = [w for w in matrices if w.name == "head.weight"]
+        #: Rows are looked up in these while they stream as the head.
+        self.tied: list[Weight] = []
         if tied_head:
             self.head = [w for w in self.tables if w.name == "embed.weight"]
+            self.tied = self.head
             self.tables = [w for w in self.tables if w.name != "embed.weight"]
         known = {w.id for w in self.fixed + self.experts + self.tables + self.head}
         self.layers = [w for w in matrices if w.id not in known]
@@ -120,18 +123,23 @@ class _Model:
     @property
     def demand_bytes(self) -> int:
         """The least a demand cache works with: a row's chunks of each table, and one expert's three weights twice."""
-        rows = sum(-(-16 * w.stored_bytes // max(w.rows, 16)) + 3 * w.chunk_bytes for w in self.tables)
         expert = 3 * max((w.stored_bytes for w in self.experts), default=0)
-        return _round_up(rows) + 2 * expert
+        return _row_bytes(self.tables) + 2 * expert
 
     @property
     def least_bytes(self) -> int:
         """Weights, ring and caches when everything that can stream does."""
-        return _bytes(self.fixed) + self.ring_with_head_bytes + self.demand_bytes + _SLACK_BYTES
+        demand_bytes = self.demand_bytes + _row_bytes(self.tied)
+        return _bytes(self.fixed) + self.ring_with_head_bytes + demand_bytes + _SLACK_BYTES
 
 
 def _bytes(weights: Sequence[Weight]) -> int:
     return sum(w.stored_bytes for w in weights)
+
+
+def _row_bytes(tables: Sequence[Weight]) -> int:
+    """Room to look up one row of each table."""
+    return _round_up(sum(-(-16 * w.stored_bytes // max(w.rows, 16)) + 3 * w.chunk_bytes for w in tables))
 
 
 def _spread(weights: Sequence[Weight], room_bytes: int) -> list[Weight]:
@@ -170,6 +178,7 @@ def make_plan(
     context: int,
     threads: int,
     host_bytes: int,
+    host_peak_bytes: int = 0,
 ) -> Plan:
     """Places every weight for one budget.
 
@@ -180,6 +189,7 @@ def make_plan(
         context: tokens of KV cache.
         threads: compute threads.
         host_bytes: memory already held when loading starts (interpreter, tokenizer).
+        host_peak_bytes: the most that was held until then (while the tokenizer was built, or a checkpoint packed).
 
     Raises:
         BudgetError: the budget is below the floor; the message names the floor and what would lower it.
@@ -206,7 +216,8 @@ def make_plan(
             placed = streaming
             break
     floor_bytes = host_bytes + sum(fixed(_MAX_ROWS[-1])) + min(everything, model.least_bytes)
-    if everything > room and streaming is None:
+    floor_bytes = max(floor_bytes, host_peak_bytes)
+    if memory_bytes < host_peak_bytes or (everything > room and streaming is None):
         raise _too_small(memory_bytes, floor_bytes, context, kv)
 
     placements = [RESIDENT] * len(weights)
@@ -255,17 +266,18 @@ def _stream(model: _Model, room_bytes: int) -> _Placed | None:
         demand_bytes = model.demand_bytes + (room_bytes - always) // _PAGE_BYTES * _PAGE_BYTES
         return _Placed("experts", held + always, [], 0, demand_bytes)
     # The head stays if it can: a prompt chunk that needs no logits would stream it for nothing.
-    for streamable, ring_bytes in (
-        (model.layers, _RING_AHEAD * model.largest_bytes),
-        (model.layers, _RING_LEAST * model.largest_bytes),
-        (model.layers + model.head, model.ring_with_head_bytes),
+    for streamable, ring_bytes, row_bytes in (
+        (model.layers, _RING_AHEAD * model.largest_bytes, 0),
+        (model.layers, _RING_LEAST * model.largest_bytes, 0),
+        (model.layers + model.head, model.ring_with_head_bytes, _row_bytes(model.tied)),
     ):
         pinned = always - _bytes(streamable)
-        if pinned + ring_bytes <= room_bytes:
-            streamed = _spread(streamable, room_bytes - pinned - ring_bytes)
+        if pinned + ring_bytes + row_bytes <= room_bytes:
+            streamed = _spread(streamable, room_bytes - pinned - ring_bytes - row_bytes)
             resident = held + always - _bytes(streamed)
             name = "stream" if streamed else "resident"
-            return _Placed(name, resident, streamed, ring_bytes if streamed else 0, model.demand_bytes)
+            demand_bytes = model.demand_bytes + row_bytes
+            return _Placed(name, resident, streamed, ring_bytes if streamed else 0, demand_bytes)
     return None
 
 

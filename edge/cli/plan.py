@@ -8,7 +8,7 @@ from edge.cli.common import json_option, print_json
 from flashload.machine import format_bytes
 
 _PARTS = (
-    ("host_bytes", "interpreter growth, tokenizer, margin"),
+    ("host_bytes", "interpreter, tokenizer, margin"),
     ("resident_bytes", "weights held"),
     ("ring_bytes", "staging of streamed layers"),
     ("demand_bytes", "cache of embedding rows and experts"),
@@ -27,7 +27,7 @@ def command(model: str, memory: str | None, context: int | None, threads: int | 
     """Show where MODEL's weights would live inside a budget, without loading it."""
     from edge.api import plan
 
-    chosen = plan(model, memory=memory, context=context, threads=threads)
+    chosen = plan(model, memory=memory, context=context, threads=threads, whole_process=True)
     if as_json:
         print_json(chosen.to_dict())
         return

@@ -45,6 +45,7 @@ class Setup:
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process holds depends on the tests that ran before; budgets must not."""
     monkeypatch.setattr(loading, "rss_bytes", lambda: 0)
+    monkeypatch.setattr(loading, "peak_rss_bytes", lambda: 0)
 
 
 @pytest.fixture(scope="session")
