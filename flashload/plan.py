@@ -16,8 +16,10 @@ RESIDENT, STREAM, DEMAND = 0, 1, 2
 #: Formats of plain vectors and blobs (see flashload.format).
 _VECTOR, _BLOB = 100, 101
 _PAGE_BYTES = 4096
-#: Growth of the interpreter, thread stacks, I/O rings and the page tables of what is loaded.
-_MARGIN_BYTES = 12 << 20
+#: Growth of the interpreter while it generates, thread stacks, I/O rings.
+_MARGIN_BYTES = 8 << 20
+#: The kernel charges a page table of 4 KiB for every 2 MiB.
+_PAGE_TABLE_SHARE = 512
 #: Layer weights the ring holds at least: two leased together (gate and up), and a gap where the next does not fit
 #: before the end; and how many let the drive run ahead.
 _RING_LEAST, _RING_AHEAD = 3, 4
@@ -197,8 +199,8 @@ def make_plan(
     import _edge
 
     model = _Model(weights, decoder["tied_head"])
-    host_bytes += _MARGIN_BYTES
     everything = _bytes([w for w in weights if w.format != _BLOB]) + _SLACK_BYTES
+    host_bytes += _MARGIN_BYTES + everything // _PAGE_TABLE_SHARE
 
     def fixed(max_rows: int) -> tuple[int, int]:
         kv, activations, logits = _edge.fixed_bytes(decoder, context, max_rows, threads)
