@@ -130,9 +130,10 @@ class _Model:
 
     @property
     def least_bytes(self) -> int:
-        """Weights, ring and caches when everything that can stream does."""
-        demand_bytes = self.demand_bytes + _row_bytes(self.tied)
-        return _bytes(self.fixed) + self.ring_with_head_bytes + demand_bytes + _SLACK_BYTES
+        """Weights, ring and caches at their smallest: the head streamed as well, or (a tiny one) held."""
+        streamed = self.ring_with_head_bytes + _row_bytes(self.tied)
+        held = _bytes(self.head) + _RING_LEAST * self.largest_bytes
+        return _bytes(self.fixed) + min(streamed, held) + self.demand_bytes + _SLACK_BYTES
 
 
 def _bytes(weights: Sequence[Weight]) -> int:
