@@ -75,7 +75,10 @@ class PackFile:
         return ModelFileError(f"{self.path}: pack {what}: expected {expected}, found {found}")
 
     def _corrupt(self, what: str, expected: int, found: int) -> CorruptError:
-        return CorruptError(f"{self.path}: pack {what}: expected xxh3 {expected:016x}, found {found:016x}")
+        return CorruptError(
+            f"{self.path}: pack {what}: expected xxh3 {expected:016x}, found {found:016x}; "
+            "delete the pack and make it again (edge verify checks all of it)"
+        )
 
     def _read_header(self) -> tuple[int, int, int]:
         """Directory offset, bytes and hash, all proven to lie in the file."""

@@ -266,6 +266,7 @@ Result<PackDirectory> PackDirectory::open(const std::string& path) {
   }
   Result<PackDirectory> pack = parse({directory.get(), bytes}, offset);
   if (!pack.ok()) return in_file(pack.status());
+  pack->where_.append(path).append(": ");
   return pack;
 }
 
@@ -292,8 +293,10 @@ Status PackDirectory::check(const PackEntry& entry, uint64_t begin, std::span<co
     const uint64_t expected = hashes_[entry.first_chunk + chunk];
     const uint64_t found = xxh3(data.subspan(at - begin, std::min(chunk_bytes, end - at)));
     if (found != expected) {
-      return error(Code::kCorrupt, "%s: chunk %llu at offset %llu is damaged: expected hash %016llx, found %016llx",
-                   entry.name.c_str(), ull(chunk), ull(entry.offset + at), ull(expected), ull(found));
+      return error(Code::kCorrupt,
+                   "%s%s: chunk %llu at offset %llu is damaged: expected hash %016llx, found %016llx; delete the pack "
+                   "and make it again (edge verify checks all of it)",
+                   where_.c_str(), entry.name.c_str(), ull(chunk), ull(entry.offset + at), ull(expected), ull(found));
     }
   }
   return {};

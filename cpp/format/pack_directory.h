@@ -53,10 +53,11 @@ class PackDirectory {
   uint64_t memory_bytes() const;
 
   // Checks the chunks of `entry` that cover [begin, end) of its stored bytes; both multiples of chunk_bytes or the end.
-  // `data` holds those bytes. kCorrupt names entry, chunk, expected and found hash.
+  // `data` holds those bytes. kCorrupt names file, entry, chunk, expected and found hash, and the repair.
   Status check(const PackEntry& entry, uint64_t begin, std::span<const std::byte> data) const;
 
  private:
+  std::string where_;  // "path: " in front of messages; empty for bytes from memory
   std::vector<PackEntry> entries_;
   std::vector<uint64_t> hashes_;
   std::unordered_map<std::string, WeightId> by_name_;

@@ -73,7 +73,7 @@ def test_never_killed_at_the_floor(model: Get) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cgroups")
-@pytest.mark.parametrize("name", ["q4_0", "f16", "moe", "opt"])
+@pytest.mark.parametrize("name", ["q4_0", "f16", "moe", "small"])
 def test_a_full_context_at_the_floor(name: str, model: Get) -> None:
     """Every page of keys and values is touched, in a group of the budget's size."""
     one, context = model(name), 512
