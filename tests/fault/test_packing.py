@@ -1,0 +1,214 @@
+"""Packing that is killed, interrupted, out of space or not alone: no half pack is ever used."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashload.format import PackFile
+from tests.tiny import tiny_llama_gguf
+
+PROGRAM = [sys.executable, "-c", "from edge.cli import main; main()"]
+#: As PROGRAM, with every piece of payload written slowly, so that a signal finds it packing.
+SLOW_PROGRAM = [
+    sys.executable,
+    "-c",
+    """
+import sys, time
+from flashload.pack_writer import PackWriter
+write = PackWriter._write
+def slow(self, data):
+    write(self, data)
+    time.sleep(0.02)
+PackWriter._write = slow
+from edge.cli import main
+main()
+""",
+]
+ARGUMENTS = ("the cat", "-n", "4", "--temperature", "0", "--ignore-eos", "--context", "64", "--json")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama_gguf(
+        tmp_path_factory.mktemp("packing") / "m.gguf",
+        type="f16",
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=6,
+    )
+
+
+def start(source: Path, cache: Path, program: list[str] = PROGRAM, **more: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*program, "run", str(source), *ARGUMENTS],
+        env=os.environ | {"EDGE_CACHE": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, json.loads(out.splitlines()[-1]) if out else {}, err
+
+
+def answer(source: Path, cache: Path) -> list[int]:
+    code, result, err = finish(start(source, cache))
+    assert code == 0, err
+    tokens: list[int] = result["tokens"]
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
+    return answer(source, tmp_path_factory.mktemp("expected"))
+
+
+def names(folder: Path, suffix: str) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if name.endswith(suffix)) if folder.exists() else []
+
+
+def wait_for_temporary(folder: Path, process: subprocess.Popen[str]) -> None:
+    while not names(folder, ".tmp"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def check_recovery(source: Path, cache: Path, expected: list[int]) -> None:
+    """After packing was cut short: nothing half-made is used, and the next run cleans up and works."""
+    assert names(cache, ".edge") == []
+    assert answer(source, cache) == expected
+    (packed,) = names(cache, ".edge")
+    assert names(cache, ".tmp") == []
+    with PackFile(cache / packed) as file:
+        file.verify()
+
+
+def kill_while_packing(source: Path, cache: Path, after_seconds: float) -> None:
+    process = start(source, cache, SLOW_PROGRAM)
+    wait_for_temporary(cache, process)
+    time.sleep(after_seconds)
+    process.kill()
+    process.communicate(timeout=60)
+
+
+def test_killed_while_packing(source: Path, expected: list[int], tmp_path: Path) -> None:
+    kill_while_packing(source, tmp_path, 0.3)
+    assert len(names(tmp_path, ".tmp")) == 1
+    check_recovery(source, tmp_path, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_any_moment(seed: int, source: Path, expected: list[int], tmp_path: Path) -> None:
+    kill_while_packing(source, tmp_path, random.Random(seed).uniform(0.0, 0.9))
+    check_recovery(source, tmp_path, expected)
+
+
+def test_ctrl_c_while_packing(source: Path, expected: list[int], tmp_path: Path) -> None:
+    process = start(source, tmp_path, SLOW_PROGRAM)
+    wait_for_temporary(tmp_path, process)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130 and err.strip() == "stopped"
+    assert names(tmp_path, ".tmp") == []
+    check_recovery(source, tmp_path, expected)
+
+
+def check_no_space(code: int, result: dict[str, Any], err: str, cache: Path) -> None:
+    assert code == 1 and result["error"] == "DiskError", (code, result, err)
+    assert err.startswith("edge: DiskError: ") and len(err.splitlines()) == 1
+    assert "needs" in err and "bytes" in err
+    assert names(cache, ".edge") == names(cache, ".tmp") == []
+
+
+def test_a_file_size_limit_is_like_a_full_drive(source: Path, expected: list[int], tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    check_no_space(*finish(start(source, tmp_path, preexec_fn=limit)), tmp_path)
+    check_recovery(source, tmp_path, expected)
+
+
+@pytest.fixture
+def small_drive(tmp_path: Path) -> Iterator[Path]:
+    """A drive of 2 MiB."""
+    folder = tmp_path / "drive"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a small drive")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_drive(source: Path, small_drive: Path) -> None:
+    check_no_space(*finish(start(source, small_drive)), small_drive)
+
+
+def test_a_drive_that_fills_while_packing(source: Path, small_drive: Path) -> None:
+    """The space was there when packing began."""
+    roomy = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)"
+    program = [*PROGRAM[:2], f"{roomy}\n{PROGRAM[2]}"]
+    check_no_space(*finish(start(source, small_drive, program)), small_drive)
+
+
+def test_a_read_only_cache(source: Path, small_drive: Path) -> None:
+    cache = small_drive / "cache"
+    cache.mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_drive)], check=True)
+    for folder in (cache, small_drive / "new"):
+        code, result, err = finish(start(source, folder))
+        assert code == 1 and result["error"] == "DiskError", (code, result, err)
+        assert str(folder) in err and "Read-only" in err and len(err.splitlines()) == 1
+
+
+def test_a_cached_pack_is_used_though_the_cache_became_read_only(
+    source: Path, expected: list[int], small_drive: Path
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_drive)], check=True)
+    assert answer(source, small_drive) == expected
+    subprocess.run(["mount", "-o", "remount,ro", str(small_drive)], check=True)
+    assert answer(source, small_drive) == expected
+
+
+def test_two_at_once_pack_once(source: Path, expected: list[int], tmp_path: Path) -> None:
+    both = [start(source, tmp_path, SLOW_PROGRAM) for _ in range(2)]
+    wait_for_temporary(tmp_path, both[0])
+    seen = set()
+    while any(process.poll() is None for process in both):
+        seen |= set(names(tmp_path, ".tmp"))
+        time.sleep(0.01)
+    for process in both:
+        code, result, err = finish(process)
+        assert code == 0, err
+        assert result["tokens"] == expected
+    assert len(seen) == 1 and len(names(tmp_path, ".edge")) == 1
+
+
+def test_the_second_packs_when_the_first_is_killed(source: Path, expected: list[int], tmp_path: Path) -> None:
+    first = start(source, tmp_path, SLOW_PROGRAM)
+    wait_for_temporary(tmp_path, first)
+    second = start(source, tmp_path)
+    time.sleep(0.5)
+    first.kill()
+    first.communicate(timeout=60)
+    code, result, err = finish(second)
+    assert code == 0, err
+    assert result["tokens"] == expected
+    assert names(tmp_path, ".tmp") == []
