@@ -122,9 +122,8 @@ LIST_METHODS: dict[str, Builtin] = {
 
 
 def _raise_exception(meter: Meter, message: Any = "") -> None:
-    raise TemplateError(
-        f"chat template {meter.name!r} refuses the conversation: {to_text(message, meter)[:500]}"
-    )
+    line = " ".join(str(to_text(message, meter)[:2000]).split())[:500]
+    raise TemplateError(f"chat template {meter.name!r} refuses the conversation: {line}")
 
 
 def _strftime_now(meter: Meter, form: str) -> str:

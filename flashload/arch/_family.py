@@ -167,6 +167,8 @@ def gguf_decoder(keys: Keys, tensors: Tensors, family: str, **overrides: Any) ->
     layers = keys.integer("block_count", high=4096)
     positions = keys.integer("context_length")
     rotary_dim = keys.integer("rope.dimension_count", high=head_dim, default=head_dim)
+    if rotary_dim % 2:
+        raise keys.bad("rope.dimension_count", "an even number", rotary_dim)
     factors = tensors.vector("rope_freqs.weight") if tensors.shape("rope_freqs.weight") else None
     rope = _rope.from_gguf(keys, rotary_dim, positions, factors)
     values: dict[str, Any] = {
