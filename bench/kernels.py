@@ -13,12 +13,10 @@ import contextlib
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from bench import machine, report
 
-RESULTS = Path(__file__).resolve().parent / "results"
 FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "q8_0": 3, "q4_0": 4, "q4_k": 5, "q6_k": 6}
 #: Share of the read rate at M = 1 that AVX-512-VNNI is held to.
 TARGETS = {"f32": 0.9, "f16": 0.9, "bf16": 0.9, "q8_0": 0.9, "q4_0": 0.9, "q4_k": 0.8, "q6_k": 0.75}
@@ -149,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         show(document)
     if args.save:
-        path = report.save("kernels", document, RESULTS)
+        path = report.save("kernels", document)
         with path.with_suffix(".txt").open("w") as text, contextlib.redirect_stdout(text):
             show(document)
         print(f"saved {path} and .txt", file=sys.stderr)
