@@ -82,23 +82,25 @@ def _open_core(options: dict[str, Any], on_load: Progress | None) -> _edge.Engin
     progress = _edge.LoadProgress()
     opened: list[_edge.Engine] = []
     failed: list[BaseException] = []
+    # An event, because an interrupted Thread.join() may take a running thread for a finished one (CPython 3.11).
+    done = threading.Event()
 
     def read() -> None:
         try:
             opened.append(_edge.Engine(options, progress))
         except BaseException as error:
             failed.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=read, name="edge-load")
-    thread.start()
+    threading.Thread(target=read, name="edge-load").start()
     try:
-        while thread.is_alive():
-            thread.join(0.05)
+        while not done.wait(0.05):
             if on_load is not None and progress.total_bytes:
                 on_load(progress.done_bytes, progress.total_bytes)
     except BaseException:
         progress.cancel()
-        thread.join()
+        done.wait()
         raise
     if failed:
         raise failed[0]
