@@ -159,7 +159,8 @@ def plan_host(
     """Places the weights; see :func:`edge.plan`."""
     pack = host.pack
     decoder = pack.config.to_json()
-    memory_bytes = default_memory_bytes() if memory is None else parse_bytes(memory)
+    # What is free now comes on top of what opening the model took already.
+    memory_bytes = default_memory_bytes() + host.host_bytes if memory is None else parse_bytes(memory)
     n_threads = cpu_count() if threads is None else threads
     if isinstance(n_threads, bool) or not isinstance(n_threads, int) or not 1 <= n_threads <= 1024:
         raise ArgumentError(f"threads: expected 1..1024, found {threads!r}")

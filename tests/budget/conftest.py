@@ -53,9 +53,11 @@ class Model:
     name: str
     pack: Path
 
-    def command(self, verb: str, memory: int | str, context: int, *more: object) -> list[str]:
+    def command(self, verb: str, memory: int | str | None, context: int, *more: object) -> list[str]:
         program = [sys.executable, "-c", "from edge.cli import main; main()", verb, str(self.pack), *more]
-        options = ["--memory", memory, "--context", context, "--threads", 2, "--json"]
+        options = ["--context", context, "--threads", 2, "--json"]
+        if memory is not None:
+            options += ["--memory", memory]
         return [str(word) for word in (*program, *options)]
 
     def run(
@@ -67,7 +69,7 @@ class Model:
         tokens: int = FEW_TOKENS,
         limit: int = 0,
     ) -> Run:
-        """Greedy; inside a memory cgroup of ``limit`` bytes when it is not 0."""
+        """Greedy; inside a memory cgroup of ``limit`` bytes when it is not 0; no ``memory`` is edge's own choice."""
         more = (prompt, "-n", tokens, "--temperature", 0, "--ignore-eos")
         command = self.command("run", memory, context, *more)
         if limit:

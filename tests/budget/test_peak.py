@@ -71,6 +71,15 @@ def test_never_killed_at_the_floor(model: Get) -> None:
     assert not run.killed and run.returncode == 0 and run.result["tokens"] == one.tokens
 
 
+@pytest.mark.usefixtures("cgroups")
+def test_without_a_budget_the_group_is_the_budget(model: Get) -> None:
+    one = model("small")
+    limit = one.run(1, 256).floor_bytes + (16 << 20)
+    run = one.run(None, 256, limit=limit)
+    assert not run.killed and run.returncode == 0, run
+    assert run.result["tokens"] == one.tokens and run.result["budget_bytes"] <= limit
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("cgroups")
 @pytest.mark.parametrize("name", ["q4_0", "f16", "moe", "small"])

@@ -29,7 +29,7 @@ def setup(request: pytest.FixtureRequest, packs: dict[str, Path]) -> Setup:
     return make_setup(request.param, packs)
 
 
-def slow_drive(monkeypatch: pytest.MonkeyPatch, milliseconds: int = 20) -> None:
+def slow_drive(monkeypatch: pytest.MonkeyPatch, milliseconds: int = 8) -> None:
     """Reads that take long enough for another thread to act in between."""
     monkeypatch.setenv("EDGE_IO_FAULT", f"delay@0+:{milliseconds}")
 
@@ -322,6 +322,7 @@ def test_a_reader_that_goes_away(pack: Path) -> None:
     child.stderr.close()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_model_loads(pack: Path) -> None:
     child = subprocess.Popen(
         [*PROGRAM, "run", str(pack), "x", "-n", "2", "--context", "64"],
