@@ -166,7 +166,7 @@ def plan_host(
         raise ArgumentError(f"threads: expected 1..1024, found {threads!r}")
     weights = weights_of(pack)
 
-    def place(n_context: int, host_bytes: int) -> Plan:
+    def place(n_context: int, host_bytes: int, host_peak_bytes: int) -> Plan:
         return make_plan(
             weights,
             decoder,
@@ -174,18 +174,18 @@ def plan_host(
             context=n_context,
             threads=n_threads,
             host_bytes=host_bytes,
-            host_peak_bytes=host.peak_bytes,
+            host_peak_bytes=host_peak_bytes,
         )
 
     def plan(n_context: int) -> Plan:
         try:
-            return place(n_context, host.host_bytes)
+            return place(n_context, host.host_bytes, host.peak_bytes + _JITTER_BYTES)
         except BudgetError as refusal:
             missing_bytes = refusal.floor_bytes - memory_bytes
-            if missing_bytes > _JITTER_BYTES or missing_bytes > host.host_bytes:
+            if missing_bytes > min(_JITTER_BYTES, host.host_bytes):
                 raise
             # The floor that one run names is enough for the next; the plan's margin covers the difference.
-            return place(n_context, host.host_bytes - missing_bytes)
+            return place(n_context, host.host_bytes - missing_bytes, host.peak_bytes)
 
     longest = decoder["max_positions"]
     if context is not None:

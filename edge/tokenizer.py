@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import tokenizers
 
 from flashload.errors import ArgumentError, TokenizerError
+from flashload.machine import trim_memory
 from flashload.vocab_build import SPACE, Vocab
 
 _T = TypeVar("_T")
@@ -103,6 +104,8 @@ class Tokenizer:
             TokenizerError: the serialisation or the config does not describe a usable vocabulary.
         """
         inner = _guarded("tokenizer.json", lambda: tokenizers.Tokenizer.from_str(vocab.tokenizer_json))
+        # Parsing leaves as much freed memory behind as the vocabulary takes; the listing below needs some again.
+        trim_memory()
         inner.no_truncation()
         inner.no_padding()
         ids = inner.get_vocab(with_added_tokens=True).values()
