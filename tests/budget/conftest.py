@@ -27,8 +27,13 @@ SHAPES = {
     "small": (Shape("small", "llama", 512, 256, 768, 6, 4, 2, 1024, 64), "q8_0"),
     "small_moe": (Shape("small_moe", "llama", 512, 256, 256, 4, 4, 2, 1024, 64, 8, 2), "q8_0"),
 }
+#: A vocabulary that weighs more than the weights.
+SHAPES["words"] = (
+    Shape("words", "qwen3moe", 151936, 256, 256, 2, 4, 2, 1024, 64, 8, 2, 1e-6, 1e6, "bpe"),
+    "q4_0",
+)
 FOLDERS = {"tied": "llama", "opt": "opt"}
-MODELS = (*SHAPES, *FOLDERS)
+MODELS = ("q4_0", "f16", "moe", "small", "small_moe", *FOLDERS)
 FEW_TOKENS = 4
 
 

@@ -10,8 +10,6 @@ from tests.budget.conftest import FEW_TOKENS, MODELS, Model
 
 #: Between the floor (0) and what a resident model needs (1).
 FRACTIONS = (0.0, 0.1, 0.5, 0.75, 1.0, 1.2)
-SMALL = ("small", "small_moe", "tied", "opt")
-LARGE = tuple(name for name in MODELS if name not in SMALL)
 CONTEXTS = (256, 1024)
 #: What the same command holds at the same point differs by this much from run to run (edge/loading.py).
 JITTER_BYTES = 1 << 20
@@ -110,6 +108,18 @@ def test_plan_predicts_what_run_holds(model: Get) -> None:
     assert abs(planned["predicted_peak_bytes"] - run["plan"]["predicted_peak_bytes"]) <= JITTER_BYTES
     assert run["peak_memory_bytes"] <= planned["predicted_peak_bytes"] + JITTER_BYTES
     assert planned["floor_bytes"] == pytest.approx(run["plan"]["floor_bytes"], abs=JITTER_BYTES)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cgroups")
+def test_a_large_vocabulary_at_its_floor(model: Get) -> None:
+    """Building the tokenizer takes more than the model that follows; the floor knows, from run to run."""
+    one = model("words")
+    floor = one.run(1, 256).floor_bytes
+    for _ in range(3):
+        run = one.run(floor, 256, limit=floor)
+        assert not run.killed and run.returncode == 0, run
+        assert run.result["peak_memory_bytes"] <= floor and run.result["tokens"] == one.tokens
 
 
 @pytest.mark.slow
