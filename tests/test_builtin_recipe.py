@@ -357,3 +357,20 @@ def test_command_reports_a_missing_corpus_in_one_line(recipe, tmp_path: Path, ca
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "tinystories.txt.xz" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_command_prints_the_held_out_bits(  # type: ignore[no-untyped-def]
+    recipe, corpora: Path, corpus, tmp_path: Path, capsys
+) -> None:
+    from edge.builtin import evaluate
+
+    trainer = recipe.Trainer(corpus, tiny_settings(recipe), tmp_path)
+    trainer.step()
+    trainer.export()
+    command = ["--model", str(tmp_path / "hf"), "--corpora"]
+    assert evaluate.main([*command, str(corpora), "--prompt", "One day"]) == 0
+    bits = evaluate.bits_per_byte(trainer.model, trainer.tokenizer, load_corpus(corpora).held_out)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"held-out bits per byte: {bits:.4f}\n") and "\nOne day" in printed
+    assert evaluate.main([*command, str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

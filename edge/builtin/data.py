@@ -152,6 +152,11 @@ def _book_passages(path: Path, digests: dict[str, str]) -> list[str]:
     return [passage for passage in passages if passage]
 
 
+def load_held_out(folder: Path) -> str:
+    """The held-out text alone; raises CorpusError when the cased file is missing or damaged."""
+    return split_cased(_text(folder / _CASED, {}))[1]
+
+
 def load_corpus(folder: Path, *, with_books: bool = True) -> Corpus:
     """Reads the corpora of a folder; the same files give the same stories in the same order.
 

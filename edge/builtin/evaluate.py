@@ -1,15 +1,23 @@
-"""Held-out bits per byte and sample texts of a trained built-in model."""
+"""Held-out bits per byte and sample texts of a trained built-in model.
+
+python -m edge.builtin.evaluate --model DIR --corpora DIR [--prompt TEXT ...]
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import sys
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 
-from edge.builtin.data import END_OF_TEXT
-from edge.builtin.model import Decoder
+from edge.builtin.data import END_OF_TEXT, load_held_out
+from edge.builtin.model import Decoder, load_hf
+from flashload.errors import EdgeError
 
 _ROWS = 16  # windows computed at once
 
@@ -76,17 +84,18 @@ def sample(
     tokens: int = 200,
     temperature: float = 0.8,
     seed: int = 0,
+    bos_id: int = 0,
 ) -> str:
-    """Continues the prompt until the end-of-text token or `tokens` more; the text includes the prompt."""
+    """Continues the prompt until the begin (end-of-text) token or `tokens` more; the text includes the prompt."""
     generator = torch.Generator().manual_seed(seed)
-    ids = [0, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    ids = [bos_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
     model.eval()
     for _ in range(tokens):
         with torch.no_grad():
             logits = model(torch.tensor([ids[-model.config.max_position_embeddings :]]))[0, -1]
         chances = torch.softmax(logits / temperature, -1)
         token = int(torch.multinomial(chances, 1, generator=generator))
-        if token == 0:
+        if token == bos_id:
             break
         ids.append(token)
     return tokenizer.decode(ids[1:])
@@ -106,3 +115,28 @@ def ffn_sparsity(model: Decoder, tokenizer: Tokenizer, text: str) -> list[float]
     for hook in hooks:
         hook.remove()
     return shares
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the held-out bits per byte of a Hugging Face Llama directory and one sample per prompt."""
+    parser = argparse.ArgumentParser(prog="python -m edge.builtin.evaluate", description=main.__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
+    parser.add_argument("--corpora", type=Path, required=True, help="folder of the corpora")
+    parser.add_argument("--prompt", action="append", default=[], help="sample n is drawn with seed n")
+    args = parser.parse_args(argv)
+    try:
+        held_out = load_held_out(args.corpora)
+    except EdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    model = load_hf(args.model)
+    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
+    bos_id = json.loads((args.model / "config.json").read_text())["bos_token_id"]
+    print(f"held-out bits per byte: {bits_per_byte(model, tokenizer, held_out, bos_id):.4f}")
+    for seed, prompt in enumerate(args.prompt):
+        print(f"--- {prompt!r}, seed {seed}\n{sample(model, tokenizer, prompt, seed=seed, bos_id=bos_id)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
