@@ -15,32 +15,12 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 
-from edge.builtin.data import END_OF_TEXT, load_held_out
+from edge.builtin.data import load_held_out
+from edge.builtin.held_out import held_out_stories, windows
 from edge.builtin.model import Decoder, load_hf
 from flashload.errors import EdgeError
 
 _ROWS = 16  # windows computed at once
-
-
-def held_out_stories(text: str) -> list[str]:
-    """The texts between end-of-text marks, stripped; a story cut off by the split counts as it is."""
-    return [story for piece in text.split(END_OF_TEXT) if (story := piece.strip())]
-
-
-def windows(ids: list[int], length: int) -> list[tuple[list[int], int]]:
-    """Cuts a sequence (first token given, the others predicted) into windows of at most length + 1 tokens.
-
-    Returns (window, first): positions from `first` on count, so that every token is predicted exactly once
-    and windows after the first see at least length / 2 tokens before.
-    """
-    cut = [(ids[: length + 1], 1)]
-    done = length + 1
-    while done < len(ids):
-        stop = min(done + length // 2, len(ids))
-        start = stop - length - 1
-        cut.append((ids[start:stop], done - start))
-        done = stop
-    return cut
 
 
 def bits_per_byte(
