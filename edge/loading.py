@@ -33,7 +33,7 @@ _BUILTIN = Path(__file__).parent / "builtin"
 _DEFAULT_CONTEXT = 4096
 _SMALLEST_DEFAULT_CONTEXT = 512
 #: What the same process holds at the same point differs by this much from run to run.
-_JITTER_BYTES = 1 << 20
+_JITTER_BYTES = 2 << 20
 _DEVICES = ("auto", "cpu")
 
 Progress = Callable[[int, int], None]
