@@ -90,11 +90,21 @@ def fma(a: Any, b: Any, c: Any) -> np.float32:
 
 
 def quantize(x: Array, block: int) -> tuple[Array, Array]:
-    """(d [n], q [n, block]) of one row."""
+    """(d [n], q [n, block]) of one row: cpp/kernels/act_scale.h in NumPy."""
     blocks = x.reshape(-1, block)
-    d = np.abs(blocks).max(axis=1) / F32(127)
-    safe = np.where(d == 0, F32(1), d)[:, None]
-    return d, np.where(d[:, None] == 0, 0, np.rint(np.clip(blocks / safe, -127, 127))).astype(np.int64)
+    largest = np.abs(blocks).max(axis=1)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = F32(127) / largest
+    zero = np.isinf(inverse)
+    inverse = np.where(zero, F32(1), inverse)
+    if block == 32:
+        d = largest / F32(127)
+        normal = (d >= F32(2.0**-14)) & (d <= F32(65504))
+        d = np.where(normal, np.where(normal, d, 1).astype(np.float16).astype(F32), d)
+    else:
+        d = F32(1) / inverse
+    q = np.rint(np.clip(blocks * inverse[:, None], -127, 127))
+    return np.where(zero, F32(0), d), np.where(zero[:, None], 0, q).astype(np.int64)
 
 
 def unit_tiles(weight_format: WeightFormat, tiles: bytes, d: float, dmin: float) -> bytes:

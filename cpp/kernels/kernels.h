@@ -54,7 +54,7 @@ inline int64_t act_row_bytes(ActKind kind, int64_t k) {
 using GemvFn = void (*)(const std::byte* tiles, int64_t k, const std::byte* acts, int64_t act_stride, int64_t n_rows,
                         float* y, int64_t y_stride, int64_t tile_begin, int64_t tile_end);
 
-// One query row's attention over one KV head for `group` query heads that share it. See ops.h for the definition.
+// One query row's attention over one KV head for `group` query heads that share it. Definition: ops_attention.h.
 struct AttentionArgs {
   const float* q;              // [group, head_dim]
   int64_t group;

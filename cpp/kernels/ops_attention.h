@@ -1,7 +1,9 @@
 // One query position's attention over one KV head, for the group of query heads that share it.
 //
-// scores[h, i] = scale * dot(q[h], k[i]): 16 lane sums over the dims in order, folded as sum_lanes does.
-// p = softmax(scores) over the visible keys; out[h, d] = sum of p[h, i] * v[i][d] in the order of i.
+// scores[h, i] = scale * dot(f16(q[h]), k[i]): 16 lane sums over the dims in order, folded as sum_lanes does.
+// p = f16(softmax(scores)) over the visible keys; out[h, d] = sum of p[h, i] * v[i][d] in the order of i.
+// Queries and weights are rounded to the f16 that keys and values have, as ggml does: the same tokens from the same file
+// are worth more than the error, which is no larger than that of the keys and values themselves.
 // Blocks of keys keep a piece of K or V in the first-level cache while all heads use it; no result depends on them.
 #pragma once
 
@@ -25,7 +27,7 @@ struct Attention {
   // Scores of kHeads heads over `n` <= kLanes keys.
   template <int kHeads>
   static void score(const AttentionArgs& a, int64_t head, int64_t key, int64_t n) {
-    const float* q = a.q + head * a.head_dim;
+    const float* q = a.out + head * a.head_dim;  // rounded, see run()
     const int64_t whole = a.head_dim / 16 * 16;
     const int64_t tail = a.head_dim - whole;
     Vec partial[kHeads][kLanes] = {};
@@ -112,6 +114,8 @@ struct Attention {
   }
 
   static void run(const AttentionArgs& a) {
+    // The output is written only after the scores are known; until then it holds the rounded queries.
+    Ops<Isa>::round_f16(a.q, a.group * a.head_dim, a.out);
     for (int64_t key = 0; key < a.n_visible; key += kLanes) {
       const int64_t n = a.n_visible - key < kLanes ? a.n_visible - key : kLanes;
       for (int64_t i = key + kPrefetchRows; i < key + kPrefetchRows + n && i < a.n_visible; ++i) {
@@ -120,6 +124,7 @@ struct Attention {
       score_heads<Isa::kScoreHeads>(a, 0, key, n);
     }
     for (int64_t h = 0; h < a.group; ++h) Ops<Isa>::softmax(a.scores + h * a.n_visible, a.n_visible);
+    Ops<Isa>::round_f16(a.scores, a.group * a.n_visible, a.scores);
     for (int64_t i = 0; i < a.group * a.head_dim; ++i) a.out[i] = 0;
     for (int64_t key = 0; key < a.n_visible; key += kValueBlock) {
       const int64_t end = key + kValueBlock < a.n_visible ? key + kValueBlock : a.n_visible;

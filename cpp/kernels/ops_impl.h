@@ -120,6 +120,20 @@ struct Ops {
     map(n, x, [&](const V& v) { return v / total; }, x);
   }
 
+  // out = x at f16 precision; in place allowed.
+  static void round_f16(const float* x, int64_t n, float* out) {
+    uint16_t halves[16] = {};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+      to_f16(x + i, 16, halves);
+      store(out + i, load_f16<Isa>(halves));
+    }
+    if (i < n) {
+      to_f16(x + i, n - i, halves);
+      store_tail(out + i, n - i, load_f16<Isa>(halves));
+    }
+  }
+
   static void to_f16(const float* x, int64_t n, uint16_t* out) {
     const auto convert = [](const V& v, uint16_t* halves) {
       for (int i = 0; i < V::kParts; ++i) Isa::to_f16(v.part[i], halves + i * Isa::kLanes);

@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "kernels/act_scale.h"
 #include "kernels/gemv_table.h"
 
 namespace edge {
@@ -21,8 +22,8 @@ inline uint32_t reduce_max(__m256i v) {
 }
 
 // vmaxps gives its second operand for a NaN: the bound, as the definition asks.
-inline __m256i quotient(const float* x, __m256 d, __m256i keep) {
-  __m256 value = _mm256_div_ps(_mm256_loadu_ps(x), d);
+inline __m256i quantized(const float* x, __m256 inverse, __m256i keep) {
+  __m256 value = _mm256_mul_ps(_mm256_loadu_ps(x), inverse);
   value = _mm256_min_ps(_mm256_max_ps(value, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f));
   return _mm256_and_si256(_mm256_cvtps_epi32(value), keep);
 }
@@ -35,19 +36,19 @@ inline float quantize_block(const float* x, int8_t* q, const Sum& sum) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
     max_bits = _mm256_max_epu32(max_bits, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
   }
-  const float d = __builtin_bit_cast(float, reduce_max(max_bits)) / 127.0f;
-  const __m256i keep = _mm256_set1_epi32(d == 0.0f ? 0 : -1);  // q is zero where d is
-  const __m256 divisor = _mm256_set1_ps(d);
+  const ActScale scale = act_scale(reduce_max(max_bits), n);
+  const __m256i keep = _mm256_set1_epi32(scale.zero ? 0 : -1);
+  const __m256 inverse = _mm256_set1_ps(scale.inverse);
   for (int g = 0; g < n / 16; ++g) {
-    const __m256i first = quotient(x + 16 * g, divisor, keep);
-    const __m256i second = quotient(x + 16 * g + 8, divisor, keep);
+    const __m256i first = quantized(x + 16 * g, inverse, keep);
+    const __m256i second = quantized(x + 16 * g + 8, inverse, keep);
     // packs works within 128-bit lanes; the permutation restores the order.
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xd8);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16 * g), bytes);
     sum(g, reduce_add(_mm256_add_epi32(first, second)));
   }
-  return d;
+  return scale.d;
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "kernels/act_scale.h"
 #include "kernels/gemv_table.h"
 
 namespace edge {
@@ -17,19 +18,18 @@ inline float quantize_block(const float* x, int8_t* q, const Sum& sum) {
     const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(x + 16 * g), _mm512_set1_epi32(0x7fffffff));
     max_bits = _mm512_max_epu32(max_bits, bits);
   }
-  const float d = __builtin_bit_cast(float, _mm512_reduce_max_epu32(max_bits)) / 127.0f;
-  // A mask of zeros makes q zero where d is: the quotient of such a block is not used.
-  const __mmask16 keep = d == 0.0f ? 0 : 0xffff;
-  const __m512 divisor = _mm512_set1_ps(d);
+  const ActScale scale = act_scale(_mm512_reduce_max_epu32(max_bits), n);
+  const __mmask16 keep = scale.zero ? 0 : 0xffff;
+  const __m512 inverse = _mm512_set1_ps(scale.inverse);
 #pragma GCC unroll 2
   for (int g = 0; g < n / 16; ++g) {
-    __m512 value = _mm512_div_ps(_mm512_loadu_ps(x + 16 * g), divisor);
+    __m512 value = _mm512_mul_ps(_mm512_loadu_ps(x + 16 * g), inverse);
     value = _mm512_min_ps(_mm512_max_ps(value, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
     const __m512i rounded = _mm512_maskz_cvtps_epi32(keep, value);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16 * g), _mm512_cvtepi32_epi8(rounded));
     sum(g, _mm512_reduce_add_epi32(rounded));
   }
-  return d;
+  return scale.d;
 }
 
 }  // namespace

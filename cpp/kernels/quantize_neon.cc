@@ -1,5 +1,6 @@
 #include <arm_neon.h>
 
+#include "kernels/act_scale.h"
 #include "kernels/gemv_table.h"
 
 namespace edge {
@@ -9,8 +10,8 @@ EDGE_DECLARE_GEMV_TABLE(neon);
 namespace {
 
 // The maxnm/minnm forms give the number when the other operand is a NaN: the bound, as the definition asks.
-inline int32x4_t quotient(const float* x, float32x4_t d, uint32x4_t keep) {
-  float32x4_t value = vdivq_f32(vld1q_f32(x), d);
+inline int32x4_t quantized(const float* x, float32x4_t inverse, uint32x4_t keep) {
+  float32x4_t value = vmulq_f32(vld1q_f32(x), inverse);
   value = vminnmq_f32(vmaxnmq_f32(value, vdupq_n_f32(-127.0f)), vdupq_n_f32(127.0f));
   return vandq_s32(vcvtnq_s32_f32(value), vreinterpretq_s32_u32(keep));
 }
@@ -22,19 +23,19 @@ inline float quantize_block(const float* x, int8_t* q, const Sum& sum) {
   for (int i = 0; i < n; i += 4) {
     max_bits = vmaxq_u32(max_bits, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + i)), vdupq_n_u32(0x7fffffffu)));
   }
-  const float d = __builtin_bit_cast(float, vmaxvq_u32(max_bits)) / 127.0f;
-  const uint32x4_t keep = vdupq_n_u32(d == 0.0f ? 0u : 0xffffffffu);  // q is zero where d is
-  const float32x4_t divisor = vdupq_n_f32(d);
+  const ActScale scale = act_scale(vmaxvq_u32(max_bits), n);
+  const uint32x4_t keep = vdupq_n_u32(scale.zero ? 0u : 0xffffffffu);
+  const float32x4_t inverse = vdupq_n_f32(scale.inverse);
   for (int g = 0; g < n / 16; ++g) {
     const float* values = x + 16 * g;
-    const int16x8_t first = vcombine_s16(vmovn_s32(quotient(values, divisor, keep)),
-                                         vmovn_s32(quotient(values + 4, divisor, keep)));
-    const int16x8_t second = vcombine_s16(vmovn_s32(quotient(values + 8, divisor, keep)),
-                                          vmovn_s32(quotient(values + 12, divisor, keep)));
+    const int16x8_t first = vcombine_s16(vmovn_s32(quantized(values, inverse, keep)),
+                                         vmovn_s32(quantized(values + 4, inverse, keep)));
+    const int16x8_t second = vcombine_s16(vmovn_s32(quantized(values + 8, inverse, keep)),
+                                          vmovn_s32(quantized(values + 12, inverse, keep)));
     vst1q_s8(q + 16 * g, vcombine_s8(vmovn_s16(first), vmovn_s16(second)));
     sum(g, static_cast<int32_t>(vaddvq_s16(vaddq_s16(first, second))));
   }
-  return d;
+  return scale.d;
 }
 
 }  // namespace

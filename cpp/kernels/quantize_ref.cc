@@ -1,33 +1,34 @@
-// The definition of activation quantisation: d = max|x| / 127, q = round to nearest even of x / d.
+// The definition of activation quantisation: q = round to nearest even of x * (127 / max|x|), d as act_scale.h has it.
 // The maximum is taken over the bit patterns without sign, where NaN > infinity > finite: a block that holds a
 // non-finite value gets a non-finite d, so it shows in the output instead of vanishing in q.
 #include <algorithm>
 #include <bit>
 #include <cmath>
 
+#include "kernels/act_scale.h"
 #include "kernels/gemv_table.h"
 #include "kernels/half.h"
 
 namespace edge {
 namespace {
 
-// Quantises n values; returns d. q is zero where d is (all zeros, or too small to divide by 127).
+// Quantises n values; returns d.
 float quantize_block(const float* x, int64_t n, int8_t* q) {
   uint32_t max_bits = 0;
   for (int64_t i = 0; i < n; ++i) max_bits = std::max(max_bits, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
-  const float d = std::bit_cast<float>(max_bits) / 127.0f;
+  const ActScale scale = act_scale(max_bits, static_cast<int>(n));
   for (int64_t i = 0; i < n; ++i) {
-    if (d == 0.0f) {
+    if (scale.zero) {
       q[i] = 0;
       continue;
     }
-    // A subnormal d is coarse, so the quotient may pass 127; a NaN compares false and becomes -127.
-    float value = x[i] / d;
+    // The product may pass 127 by a rounding; a NaN compares false and becomes -127.
+    float value = x[i] * scale.inverse;
     value = value > -127.0f ? value : -127.0f;
     value = value < 127.0f ? value : 127.0f;
     q[i] = static_cast<int8_t>(std::nearbyint(value));
   }
-  return d;
+  return scale.d;
 }
 
 int32_t sum_of(const int8_t* q, int64_t n) {
