@@ -258,7 +258,7 @@ class Engine:
                     on_progress(len(tokens) - sequence.n_pending, len(tokens))
             meter.prefilled(len(tokens))
             for _ in range(limit):
-                if len(sequence.tokens) >= self.plan.context:
+                if sequence.n_tokens >= self.plan.context:
                     keep = self.plan.context // 2
                     sequence.shift(1, keep)
                 token, logprob, top = sequence.next(sampler)

@@ -91,6 +91,7 @@ void bind(py::module_& module) {
       .def("set_tokens",
            [](Sequence& self, std::vector<int32_t> tokens) { return value(self.set_tokens(std::move(tokens))); })
       .def_property_readonly("tokens", &Sequence::tokens)
+      .def_property_readonly("n_tokens", [](const Sequence& self) { return self.tokens().size(); })
       .def_property_readonly("n_pending", &Sequence::n_pending)
       .def("advance", [](Sequence& self) { check(run([&] { return as_status(self.advance()); })); })
       .def("next",

@@ -28,18 +28,6 @@ constexpr int64_t kPiecesPerThread = 8;
 constexpr int64_t kReadPieceBytes = int64_t{1} << 20;
 constexpr int64_t kMaxBenchBytes = int64_t{1} << 36;
 
-py::list py_isas() {
-  py::list isas;
-  for (const IsaInfo& info : list_isas()) {
-    py::dict isa;
-    isa["name"] = info.name;
-    isa["available"] = info.available;
-    isa["reason"] = info.reason;
-    isas.append(isa);
-  }
-  return isas;
-}
-
 WeightFormat tile_format(uint32_t code) {
   const auto format = static_cast<WeightFormat>(code);
   if (!is_tile_format(format)) {
@@ -246,7 +234,7 @@ double py_read_bandwidth(int n_threads, int64_t n_bytes, double seconds, const s
 }
 
 void bind_kernels(py::module_& module) {
-  module.def("isas", &py_isas,
+  module.def("isas", [] { return availability(list_isas()); },
              "The ISAs of this build, best first: dicts with name, available, and the reason when it is not.");
   module.def("default_isa", [] { return std::string(value(default_kernels())->isa); },
              "The ISA a model would run with now: EDGE_ISA, else the best available. ArgumentError lists the names "

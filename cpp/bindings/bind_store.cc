@@ -94,18 +94,6 @@ py::dict bench(const std::string& path, const std::string& engine, bool direct, 
   return dict;
 }
 
-py::list engines() {
-  py::list list;
-  for (const IoEngine& engine : io_engines()) {
-    py::dict dict;
-    dict["name"] = engine.name;
-    dict["available"] = engine.available;
-    dict["reason"] = engine.reason;
-    list.append(dict);
-  }
-  return list;
-}
-
 // A store with everything it stands on, held the way a model holds it.
 class StoreTest {
  public:
@@ -184,7 +172,8 @@ void bind(py::module_& module) {
              py::arg("bytes_per_request") = 1 << 20, py::arg("depth") = 32, py::arg("seconds") = 1.0,
              py::arg("sequential") = false,
              "Reads with `depth` requests in flight; rates in bytes per second, times in us.");
-  module.def("io_engines", &engines, "name, available, reason of every I/O engine, in the order `auto` tries them.");
+  module.def("io_engines", [] { return availability(io_engines()); },
+             "name, available, reason of every I/O engine, in the order `auto` tries them.");
   module.def("page_cached", &page_cached, py::arg("path"), py::arg("offset"), py::arg("bytes"),
              "Whether the page cache holds all of a range; False where the kernel cannot tell.");
 

@@ -28,4 +28,18 @@ T value(Result<T> result) {
   return result.take();
 }
 
+// [{"name", "available", "reason"}] of anything that has these.
+template <typename T>
+pybind11::list availability(const std::vector<T>& items) {
+  pybind11::list list;
+  for (const T& item : items) {
+    pybind11::dict dict;
+    dict["name"] = item.name;
+    dict["available"] = item.available;
+    dict["reason"] = item.reason;
+    list.append(dict);
+  }
+  return list;
+}
+
 }  // namespace edge

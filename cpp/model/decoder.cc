@@ -144,7 +144,10 @@ Status Decoder::norm(WeightId weight_id, WeightId bias_id, const float* x, int64
 }
 
 Status Decoder::logits(std::span<const int32_t> rows, const Visit& visit) {
+  if (rows.empty()) return {};
   const int64_t hidden = config_.hidden_size, stride = pad16(hidden), vocab = pad16(config_.vocab_size);
+  // Held over all groups of rows: a streamed head that has passed comes again only after a whole pass.
+  EDGE_ASSIGN(const Lease head_lease, store_.acquire(weights_.head, {}));
   for (size_t begin = 0; begin < rows.size(); begin += Scratch::kLogitRows) {
     const auto piece = rows.subspan(begin, std::min<size_t>(Scratch::kLogitRows, rows.size() - begin));
     const int64_t n = static_cast<int64_t>(piece.size());

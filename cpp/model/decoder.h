@@ -64,7 +64,7 @@ class Decoder {
   Status mixture(const LayerWeights& layer, const float* x);
   Status norm(WeightId weight, WeightId bias, const float* x, int64_t x_stride, int64_t n_rows, float* out);
   Status rotate_and_store(int64_t layer, KvCache& kv);
-  Status activate(const float* gate, const float* up, int64_t n_rows, int64_t n, float* out);
+  void activate(const float* gate, const float* up, int64_t n_rows, int64_t n, float* out);
 
   DecoderConfig config_;
   DecoderOptions options_;

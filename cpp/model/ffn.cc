@@ -5,7 +5,7 @@
 
 namespace edge {
 
-Status Decoder::activate(const float* gate, const float* up, int64_t n_rows, int64_t n, float* out) {
+void Decoder::activate(const float* gate, const float* up, int64_t n_rows, int64_t n, float* out) {
   const int64_t stride = pad16(n);
   pool_.parallel(n_rows, 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
@@ -20,7 +20,6 @@ Status Decoder::activate(const float* gate, const float* up, int64_t n_rows, int
       }
     }
   });
-  return {};
 }
 
 // out[n_rows][pad16(hidden)] = down(act(gate(x)) * up(x)), or down(act(up(x))) when the FFN has no gate.
@@ -33,7 +32,7 @@ Status Decoder::ffn(const LayerWeights& layer, const float* x, int64_t n_rows, f
                             {layer.up, scratch_.up, pad16(inner), layer.up_bias}};
   EDGE_TRY(linear_.run(*acts_, std::span(inputs).subspan(config_.gated ? 0 : 1)));
   const float* gate = config_.gated ? scratch_.gate : scratch_.up;
-  EDGE_TRY(activate(gate, config_.gated ? scratch_.up : nullptr, n_rows, inner, scratch_.gate));
+  activate(gate, config_.gated ? scratch_.up : nullptr, n_rows, inner, scratch_.gate);
   acts_->set(scratch_.gate, pad16(inner), n_rows, inner);
   const Product down{layer.down, out, pad16(hidden), layer.down_bias};
   return linear_.run(*acts_, {&down, 1});

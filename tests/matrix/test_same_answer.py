@@ -121,3 +121,20 @@ def test_the_matrix_has_at_least_200_cells() -> None:
 
 def test_answers_differ_between_models(packs: dict[str, Path]) -> None:
     assert len({reference(path)[0] for path in packs.values()}) > 1
+
+
+def test_scoring_reads_no_more_than_one_prompt_chunk(packs: dict[str, Path]) -> None:
+    decoder, plan = plan_for(packs["q8_0"], "floor", 1)
+    tokens = list(range(1, plan.context + 1))
+    read_bytes = []
+    for scored in (False, True):
+        engine = _edge.Engine(options(packs["q8_0"], decoder, plan, "ref", plan.context))
+        sequence = _edge.Sequence(engine)
+        if scored:
+            sequence.score(tokens)
+        else:
+            sequence.set_tokens(tokens)
+            sequence.advance()
+        read_bytes.append(engine.stats()["flash_bytes"])
+    # Either may have read ahead by what the ring holds.
+    assert abs(read_bytes[1] - read_bytes[0]) <= plan.ring_bytes
