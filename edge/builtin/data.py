@@ -12,7 +12,7 @@ import io
 import lzma
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,15 @@ _BOOK_TITLES = (
     "The Marvelous Land of Oz",
     "The Story of Doctor Dolittle",
     "Through the Looking-Glass",
+)
+HELD_OUT_BOOKS = (
+    "Anne of Green Gables",
+    "Beauty and the Beast",
+    "Little Men",
+    "Swiss Family Robinson",
+    "The Call of the Wild",
+    "Treasure Island",
+    "White Fang",
 )
 # UTF-8 read as Windows-1252 and then lower-cased, as the lower-cased file holds it.
 _MOJIBAKE = (
@@ -133,14 +142,14 @@ def drop_overlap(stories: list[str], known: str) -> list[str]:
     ]
 
 
-def _book_passages(path: Path, digests: dict[str, str]) -> list[str]:
-    """Plain prose of the chosen books: Markdown marks, headings and table-like lines removed."""
+def _book_passages(path: Path, digests: dict[str, str], titles: Sequence[str] = _BOOK_TITLES) -> list[str]:
+    """Plain prose of the books of those titles: Markdown marks, headings and table-like lines removed."""
     passages: list[str] = []
     data = _read(path, digests)
     try:
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             for member in archive:
-                if not member.isfile() or Path(member.name).stem not in _BOOK_TITLES:
+                if not member.isfile() or Path(member.name).stem not in titles:
                     continue
                 source = archive.extractfile(member)
                 text = source.read().decode("utf-8", "replace") if source else ""
@@ -155,6 +164,11 @@ def _book_passages(path: Path, digests: dict[str, str]) -> list[str]:
 def load_held_out(folder: Path) -> str:
     """The held-out text alone; raises CorpusError when the cased file is missing or damaged."""
     return split_cased(_text(folder / _CASED, {}))[1]
+
+
+def load_held_out_books(folder: Path) -> list[str]:
+    """The prose of the seven held-out books; raises CorpusError when the archive is missing or damaged."""
+    return _book_passages(folder / _BOOKS, {}, HELD_OUT_BOOKS)
 
 
 def load_corpus(folder: Path, *, with_books: bool = True) -> Corpus:

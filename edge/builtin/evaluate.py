@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from edge.builtin.data import load_held_out
 from edge.builtin.held_out import held_out_stories, windows
-from edge.builtin.model import Decoder, load_hf
+from edge.builtin.hf import load_hf
+from edge.builtin.model import Decoder
 from flashload.errors import EdgeError
 
 _ROWS = 16  # windows computed at once
@@ -30,7 +31,7 @@ def bits_per_byte(
 
     The end-of-text marks are neither predicted nor counted as bytes.
     """
-    training = model.training
+    training, device = model.training, next(model.parameters()).device
     model.eval()
     stories = held_out_stories(text)
     length = model.config.max_position_embeddings
@@ -49,8 +50,8 @@ def bits_per_byte(
         for r, (ids, first) in enumerate(rows):
             tokens[r, : len(ids)] = torch.tensor(ids)
             targets[r, first : len(ids)] = tokens[r, first : len(ids)]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits = model(tokens[:, :-1]).float()
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            logits = model(tokens[:, :-1].to(device)).float().cpu()
         nats += F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), reduction="sum").item()
     model.train(training)
     return nats / math.log(2) / sum(len(story.encode()) for story in stories)

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024) for the matrices, AdamW for embeddings and norms, in one optimiser."""
+"""Muon (Jordan et al. 2024) for the matrices, AdamW for embeddings, norms and routers, in one optimiser."""
 
 # mypy: allow-subclassing-any, no-warn-return-any
 from __future__ import annotations
@@ -13,16 +13,16 @@ _NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic iteration of Jordan's po
 
 
 def orthogonalise(update: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix by Newton-Schulz; singular values land in about [0.7, 1.2]."""
+    """Nearest semi-orthogonal matrix of each [rows, columns] in a stack, by Newton-Schulz (singular values 0.7-1.2)."""
     a, b, c = _NS_COEFFICIENTS
     x = update.bfloat16()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).float()
+    return (x.mT if tall else x).float()
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -34,7 +34,7 @@ class MuonAdamW(torch.optim.Optimizer):
         matrices: list[Tensor] = []
         rest: list[Tensor] = []
         for name, p in named:
-            (matrices if p.ndim == 2 and "embed" not in name else rest).append(p)
+            (matrices if p.ndim >= 2 and "embed" not in name and "moe.gate" not in name else rest).append(p)
         groups: list[dict[str, Any]] = [
             {"params": matrices, "muon": True, "base_lr": muon_lr, "weight_decay": weight_decay},
             {"params": rest, "muon": False, "base_lr": adam_lr, "weight_decay": 0.0},
@@ -58,7 +58,7 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum.lerp_(p.grad, 1 - beta)
         update = orthogonalise(p.grad.lerp(momentum, beta))  # Nesterov
         p.mul_(1 - lr * weight_decay)
-        p.add_(update, alpha=-lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+        p.add_(update, alpha=-lr * max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5)
 
     def _adam(
         self, p: Tensor, lr: float, weight_decay: float, beta1: float = 0.9, beta2: float = 0.98

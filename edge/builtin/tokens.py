@@ -81,13 +81,15 @@ class RowSource:
 
 
 def mixed_batch(
-    stories: RowSource, books: RowSource | None, used: dict[str, int], rows: int, share: float
+    sources: dict[str, RowSource], used: dict[str, int], rows: int, shares: dict[str, float]
 ) -> Ids:
-    """[rows, length + 1], `share` of them from the books; `used` counts the rows taken and is advanced."""
-    from_books = round(rows * share) if books else 0
-    batch = [stories.row(used["stories"] + i) for i in range(rows - from_books)]
-    if books:
-        batch += [books.row(used["books"] + i) for i in range(from_books)]
-    used["stories"] += rows - from_books
-    used["books"] += from_books
+    """[rows, length + 1]: of each source its share of the rows, of "stories" what remains.
+
+    A share of a source that is not there falls to the stories. `used` counts the rows taken and is advanced.
+    """
+    taken = {kind: round(rows * share) for kind, share in shares.items() if kind in sources}
+    taken["stories"] = rows - sum(taken.values())
+    batch = [sources[kind].row(used[kind] + i) for kind, n in taken.items() for i in range(n)]
+    for kind, n in taken.items():
+        used[kind] += n
     return np.stack(batch)
