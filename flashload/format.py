@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from flashload.pack_writer import PackWriter
 from flashload.rawfile import RawFile
 from flashload.vocab import Vocab
 from quant.formats import WeightFormat
+from quant.formats.neuron import NEURON_FORMATS, row_bytes
 
 __all__ = ["METADATA", "TOKENIZER", "TOKENIZER_CONFIG", "Entry", "PackFile", "PackWriter", "is_pack"]
 
@@ -30,7 +31,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 _NAME = re.compile(rb"[A-Za-z0-9._-]{1,64}\Z")
 _FORMATS = {int(code): code for code in WeightFormat}
-# verify() holds at most one chunk at a time, read() one entry; blobs are parsed, so they are bounded.
+# verify() holds one read at a time, read() one entry; blobs are parsed, so they are bounded.
+_READ_BYTES = 256 << 10
 _MAX_BLOB_BYTES = 64 << 20
 
 
@@ -147,8 +149,12 @@ class PackFile:
             raise self._bad(f"{where} format", f"one of {sorted(_FORMATS)}", code)
         if layer < -1 or expert < -1 or (expert >= 0 and layer < 0) or zero:
             raise self._bad(where, "layer and expert of -1 or more", f"layer {layer}, expert {expert}")
+        neurons = _FORMATS[code] in NEURON_FORMATS
         try:
-            payload = layout.payload_bytes(_FORMATS[code], rows, cols)
+            parts, rest = divmod(chunk_bytes, row_bytes(_FORMATS[code], cols)) if neurons and cols else (1, 0)
+            if rest:
+                raise ValueError(f"expected records (chunks) of whole rows, found {chunk_bytes} bytes")
+            payload = layout.payload_bytes(_FORMATS[code], rows, cols, parts)
         except ValueError as error:
             raise ModelFileError(f"{self.path}: pack {where} shape: {error}") from None
         if n_bytes != payload:
@@ -156,7 +162,7 @@ class PackFile:
         if offset != at:
             raise self._bad(f"{where} offset", f"{at} (the end of the one before)", offset)
         power = chunk_bytes & (chunk_bytes - 1) == 0
-        if not power or not layout.MIN_CHUNK_BYTES <= chunk_bytes <= layout.MAX_CHUNK_BYTES:
+        if not neurons and not (power and layout.MIN_CHUNK_BYTES <= chunk_bytes <= layout.MAX_CHUNK_BYTES):
             raise self._bad(f"{where} chunk_bytes", "a power of two in 4096..16 MiB", chunk_bytes)
         if first_chunk != chunk:
             raise self._bad(f"{where} first chunk", chunk, first_chunk)
@@ -164,15 +170,20 @@ class PackFile:
             raise self._bad(f"{where} end", f"at most {self._file.size}", at + n_bytes)
         return Entry(name, _FORMATS[code], rows, cols, offset, n_bytes, chunk_bytes, chunk, layer, expert)
 
-    def _chunk(self, entry: Entry, index: int) -> bytes:
-        begin = index * entry.chunk_bytes
-        n_bytes = min(entry.chunk_bytes, entry.stored_bytes - begin)
-        data = self._file.read(entry.offset + begin, n_bytes, f"entry {entry.name}", drop=True)
-        expected = int(self._hashes[entry.first_chunk + index])
-        if layout.xxh3(data) != expected:
-            where = f"entry {entry.name} chunk {index} (offset {entry.offset + begin})"
-            raise self._corrupt(where, expected, layout.xxh3(data))
-        return data
+    def _chunks(self, entry: Entry) -> Iterator[bytes]:
+        """The hashed bytes of an entry, checked; several small chunks come from one read."""
+        step = max(_READ_BYTES // entry.chunk_bytes, 1) * entry.chunk_bytes
+        for begin in range(0, entry.hashed_bytes, step):
+            n_bytes = min(step, entry.hashed_bytes - begin)
+            data = self._file.read(entry.offset + begin, n_bytes, f"entry {entry.name}", drop=True)
+            for at in range(0, n_bytes, entry.chunk_bytes):
+                chunk = memoryview(data)[at : at + entry.chunk_bytes]
+                index = (begin + at) // entry.chunk_bytes
+                expected = int(self._hashes[entry.first_chunk + index])
+                if (found := layout.xxh3(chunk)) != expected:
+                    where = f"entry {entry.name} chunk {index} (offset {entry.offset + begin + at})"
+                    raise self._corrupt(where, expected, found)
+            yield data
 
     def read(self, name: str) -> bytes:
         """The payload of one entry, every chunk checked.
@@ -185,10 +196,11 @@ class PackFile:
         entry = self.entries.get(name)
         if entry is None:
             raise self._bad("entries", f"one named {name}", f"{len(self.entries)} others")
-        out = bytearray(entry.stored_bytes)
-        for index in range(entry.n_chunks):
-            data = self._chunk(entry, index)
-            out[index * entry.chunk_bytes : index * entry.chunk_bytes + len(data)] = data
+        out = bytearray(entry.hashed_bytes)
+        at = 0
+        for data in self._chunks(entry):
+            out[at : at + len(data)] = data
+            at += len(data)
         return bytes(memoryview(out)[: entry.bytes])
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -198,11 +210,11 @@ class PackFile:
             CorruptError: the first chunk that does not match its hash.
             DiskError: the drive fails.
         """
-        total = sum(entry.stored_bytes for entry in self.entries.values())
+        total = sum(entry.hashed_bytes for entry in self.entries.values())
         done = 0
         for entry in self.entries.values():
-            for index in range(entry.n_chunks):
-                done += len(self._chunk(entry, index))
+            for data in self._chunks(entry):
+                done += len(data)
                 if progress is not None:
                     progress(done, total)
 

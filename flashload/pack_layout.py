@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from quant.formats import TILE_FORMATS, WeightFormat, tile_bytes
+from quant.formats.neuron import MAX_PARTS, NEURON_FORMATS, row_bytes
 
 MAGIC = b"EDGEPACK"
 VERSION = 1
@@ -55,9 +56,11 @@ class Entry:
     """One tensor or blob of a pack.
 
     Attributes:
-        rows, cols: a matrix is [rows=out, cols=in]; a vector or a blob has one row.
+        rows, cols: a matrix is [rows=out, cols=in]; a vector or a blob has one row; records are
+            [neurons, hidden size].
         offset: where it begins in the file, a multiple of 4096.
         bytes: its payload; in the file it takes the next multiple of 4096.
+        chunk_bytes: bytes under one hash; of a neuron format one record, else a power of two from 4096 on.
         first_chunk: index of its first hash in the directory.
         layer, expert: -1 when it belongs to no layer or no expert.
     """
@@ -83,6 +86,16 @@ class Entry:
         """Number of hashes it owns."""
         return -(-self.bytes // self.chunk_bytes)
 
+    @property
+    def hashed_bytes(self) -> int:
+        """Bytes its hashes cover: the padding belongs to the last chunk, but to no record."""
+        return self.bytes if self.format in NEURON_FORMATS else self.stored_bytes
+
+    @property
+    def neuron_parts(self) -> int:
+        """Rows in one record: 1 gates, 2 up and down, 3 gate, up and down; 0 of an entry without records."""
+        return self.chunk_bytes // row_bytes(self.format, self.cols) if self.format in NEURON_FORMATS else 0
+
 
 def round_up(n_bytes: int, to: int = PAGE_BYTES) -> int:
     """``n_bytes`` rounded up to a multiple of ``to``."""
@@ -94,8 +107,8 @@ def xxh3(data: bytes | bytearray | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-def payload_bytes(weight_format: WeightFormat, rows: int, cols: int) -> int:
-    """Payload of an entry of this shape.
+def payload_bytes(weight_format: WeightFormat, rows: int, cols: int, parts: int = 1) -> int:
+    """Payload of an entry of this shape; ``parts`` rows make a record of a neuron format.
 
     Raises:
         ValueError: a shape the format cannot hold.
@@ -104,9 +117,26 @@ def payload_bytes(weight_format: WeightFormat, rows: int, cols: int) -> int:
         raise ValueError(f"expected rows and cols in 1..{MAX_DIMENSION}, found {rows} x {cols}")
     if weight_format in TILE_FORMATS:
         return tile_bytes(weight_format, rows, cols)
+    if weight_format in NEURON_FORMATS:
+        return rows * record_bytes(weight_format, cols, parts)
     if rows != 1:
         raise ValueError(f"expected 1 row in a {weight_format.name} entry, found {rows}")
     return cols * 4 if weight_format is WeightFormat.F32_VECTOR else cols
+
+
+def record_bytes(weight_format: WeightFormat, cols: int, parts: int) -> int:
+    """Bytes of one neuron's record of ``parts`` rows of ``cols`` values.
+
+    Raises:
+        ValueError: parts outside 1 to 3, or a record above the limit of a chunk.
+    """
+    n_bytes = parts * row_bytes(weight_format, cols)
+    if not 1 <= parts <= MAX_PARTS or n_bytes > MAX_CHUNK_BYTES:
+        raise ValueError(
+            f"expected records of 1 to {MAX_PARTS} rows and at most {MAX_CHUNK_BYTES} bytes, found {parts} "
+            f"rows of {row_bytes(weight_format, cols)}"
+        )
+    return n_bytes
 
 
 def chunk_bytes_for(name: str, n_bytes: int) -> int:

@@ -18,6 +18,7 @@ from flashload import pack_layout as layout
 from flashload.errors import ArgumentError, DiskError
 from flashload.pack_layout import Entry
 from quant.formats import WeightFormat
+from quant.formats.neuron import NEURON_FORMATS
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -89,8 +90,11 @@ class PackWriter:
         parts: Iterable[bytes],
         layer: int = -1,
         expert: int = -1,
+        neuron_parts: int = 1,
     ) -> None:
         """Appends one entry; ``parts`` are written as they come and must add up to the payload.
+
+        ``neuron_parts`` rows make one record of a neuron format.
 
         Raises:
             ArgumentError: a bad or repeated name, a shape the format cannot hold, or parts of another length.
@@ -99,10 +103,11 @@ class PackWriter:
         if not _NAME.match(name) or name in self._names:
             raise ArgumentError(f"pack entry {name!r}: expected an unused name of 1 to 64 of [A-Za-z0-9._-]")
         try:
-            n_bytes = layout.payload_bytes(weight_format, rows, cols)
+            n_bytes = layout.payload_bytes(weight_format, rows, cols, neuron_parts)
         except ValueError as error:
             raise ArgumentError(f"pack entry {name}: {error}") from None
-        chunk = layout.chunk_bytes_for(name, n_bytes)
+        neurons = weight_format in NEURON_FORMATS
+        chunk = n_bytes // rows if neurons else layout.chunk_bytes_for(name, n_bytes)
         entry = Entry(
             name, weight_format, rows, cols, self._end, n_bytes, chunk, len(self._hashes), layer, expert
         )
@@ -135,9 +140,10 @@ class PackWriter:
             put(memoryview(part))
         if written != entry.bytes:
             raise ArgumentError(f"pack entry {entry.name}: expected {entry.bytes} bytes, found {written}")
-        put(memoryview(bytes(entry.stored_bytes - entry.bytes)))
+        put(memoryview(bytes(entry.hashed_bytes - entry.bytes)))
         if in_chunk:
             self._hashes.append(hasher.intdigest())
+        self._write(bytes(entry.stored_bytes - entry.hashed_bytes))
 
     def _write(self, data: memoryview | bytes) -> None:
         try:

@@ -65,6 +65,19 @@ Status expected_bytes(const PackEntry& entry, uint64_t* bytes) {
     }
     return {};
   }
+  if (is_neuron_format(entry.format)) {
+    const auto row = static_cast<uint64_t>(neuron_row_bytes(entry.format, entry.cols));
+    const uint64_t record = entry.chunk_bytes;
+    if (record % row != 0 || record / row < 1 || record / row > kMaxNeuronParts ||
+        record > PackDirectory::kMaxChunkBytes) {
+      return error(Code::kBadFile,
+                   "pack entry %s: expected records (chunks) of 1 to %lld rows of %llu bytes, at most %llu, found %llu",
+                   name, static_cast<long long>(kMaxNeuronParts), ull(row), ull(PackDirectory::kMaxChunkBytes),
+                   ull(record));
+    }
+    *bytes = rows * record;  // below 2^31 * 2^24
+    return {};
+  }
   if (entry.format != WeightFormat::kF32Vector && entry.format != WeightFormat::kBytes) {
     return error(Code::kUnsupported, "pack entry %s: unknown weight format %u", name,
                  static_cast<uint32_t>(entry.format));
@@ -124,7 +137,8 @@ Result<PackEntry> parse_entry(const std::byte* at, uint32_t index, uint64_t n_ch
   // Both ends are multiples of 4096, so the padded size fits as well.
   entry.stored_bytes = round_up(entry.bytes, kAlign);
   const uint64_t chunk = entry.chunk_bytes;
-  if (chunk < kAlign || chunk > PackDirectory::kMaxChunkBytes || (chunk & (chunk - 1)) != 0) {
+  if (!is_neuron_format(entry.format) &&
+      (chunk < kAlign || chunk > PackDirectory::kMaxChunkBytes || (chunk & (chunk - 1)) != 0)) {
     return error(Code::kBadFile, "pack entry %s: expected chunks of a power of two from 4096 to %llu bytes, found %llu",
                  name, ull(PackDirectory::kMaxChunkBytes), ull(chunk));
   }
@@ -283,11 +297,12 @@ uint64_t PackDirectory::memory_bytes() const {
 
 Status PackDirectory::check(const PackEntry& entry, uint64_t begin, std::span<const std::byte> data) const {
   const uint64_t chunk_bytes = entry.chunk_bytes;
-  const uint64_t end = begin + data.size();
+  uint64_t end = begin + data.size();
   if (begin % chunk_bytes != 0 || end > entry.stored_bytes || (end % chunk_bytes != 0 && end != entry.stored_bytes)) {
     return error(Code::kBadArgument, "%s: bytes %llu to %llu are not whole chunks", entry.name.c_str(), ull(begin),
                  ull(end));
   }
+  end = std::min(end, entry.hashed_bytes());
   for (uint64_t at = begin; at < end; at += chunk_bytes) {
     const uint64_t chunk = at / chunk_bytes;
     const uint64_t expected = hashes_[entry.first_chunk + chunk];

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 #include <span>
 #include <string>
 #include <string_view>
@@ -26,8 +27,16 @@ struct PackEntry {
   uint64_t offset = 0;        // multiple of 4096
   uint64_t bytes = 0;         // payload
   uint64_t stored_bytes = 0;  // payload rounded up to 4096
+  // Bytes under one hash. Of a neuron format it is one record (rows neurons of cols = hidden values), whatever that
+  // measures; of any other a power of two of whole pages, and the last chunk includes the padding.
   uint64_t chunk_bytes = 0;
   uint64_t first_chunk = 0;
+
+  // Only of a neuron format: rows in one record, 1 to 3, and hashed bytes (the padding behind the records is not).
+  int64_t neuron_parts() const { return static_cast<int64_t>(chunk_bytes) / neuron_row_bytes(format, cols); }
+  uint64_t hashed_bytes() const { return is_neuron_format(format) ? bytes : stored_bytes; }
+  // The shortest run that begins and ends both at a chunk and at a page: what O_DIRECT can read and check() can check.
+  uint64_t read_unit_bytes() const { return std::lcm(chunk_bytes, uint64_t{4096}); }
 };
 
 class PackDirectory {
@@ -52,7 +61,8 @@ class PackDirectory {
   // Bytes this object itself keeps in memory, for the plan's account.
   uint64_t memory_bytes() const;
 
-  // Checks the chunks of `entry` that cover [begin, end) of its stored bytes; both multiples of chunk_bytes or the end.
+  // Checks the chunks of `entry` that cover [begin, end) of its stored bytes; both multiples of chunk_bytes or the end
+  // (of a neuron format: the end of the last record or of the padding).
   // `data` holds those bytes. kCorrupt names file, entry, chunk, expected and found hash, and the repair.
   Status check(const PackEntry& entry, uint64_t begin, std::span<const std::byte> data) const;
 

@@ -32,6 +32,8 @@ constexpr Shape kShapes[] = {
     {"layers.0.attn_norm.weight", WeightFormat::kF32Vector, 0, -1, 1, 64, 4096},
     {"layers.0.q.weight", WeightFormat::kQ4_K, 0, -1, 33, 256, 8192},
     {"layers.0.experts.3.up.weight", WeightFormat::kF16, 0, 3, 17, 300, 16384},
+    {"layers.0.neurons.gates", WeightFormat::kNeuronQ4, 0, -1, 50, 100, 144},
+    {"layers.0.neurons.records", WeightFormat::kNeuronQ8, 0, -1, 21, 300, 3 * 544},
 };
 
 // A directory that parses, and where its data ends.
@@ -45,6 +47,7 @@ std::vector<std::byte> valid_directory(uint64_t* directory_offset) {
     const auto rows = static_cast<int64_t>(shape.rows), cols = static_cast<int64_t>(shape.cols);
     uint64_t size = shape.cols;
     if (shape.format == WeightFormat::kF32Vector) size *= 4;
+    if (is_neuron_format(shape.format)) size = shape.rows * shape.chunk_bytes;
     if (is_tile_format(shape.format)) size = static_cast<uint64_t>(tile_bytes(shape.format, rows, cols));
     std::memcpy(bytes.data() + at, shape.name, std::strlen(shape.name));
     put(bytes, at + 64, static_cast<uint32_t>(shape.format));
@@ -84,7 +87,16 @@ void check_entries(const PackDirectory& pack, uint64_t directory_offset) {
     FUZZ_REQUIRE(entry.offset % kPage == 0 && entry.offset >= end && entry.offset - end < kPage);
     FUZZ_REQUIRE(entry.bytes > 0 && entry.stored_bytes == pages(entry.bytes));
     FUZZ_REQUIRE(entry.stored_bytes <= directory_offset && entry.offset <= directory_offset - entry.stored_bytes);
-    FUZZ_REQUIRE(entry.chunk_bytes >= kPage && entry.chunk_bytes <= PackDirectory::kMaxChunkBytes);
+    FUZZ_REQUIRE(entry.chunk_bytes > 0 && entry.chunk_bytes <= PackDirectory::kMaxChunkBytes);
+    if (is_neuron_format(entry.format)) {
+      FUZZ_REQUIRE(entry.neuron_parts() >= 1 && entry.neuron_parts() <= kMaxNeuronParts);
+      FUZZ_REQUIRE(static_cast<int64_t>(entry.chunk_bytes) ==
+                   entry.neuron_parts() * neuron_row_bytes(entry.format, entry.cols));
+      FUZZ_REQUIRE(entry.bytes == static_cast<uint64_t>(entry.rows) * entry.chunk_bytes);
+      FUZZ_REQUIRE(entry.hashed_bytes() == entry.bytes && entry.read_unit_bytes() % kPage == 0);
+    } else {
+      FUZZ_REQUIRE(entry.chunk_bytes >= kPage && entry.hashed_bytes() == entry.stored_bytes);
+    }
     FUZZ_REQUIRE(entry.rows >= 1 && entry.cols >= 1);
     if (is_tile_format(entry.format))
       FUZZ_REQUIRE(entry.bytes == static_cast<uint64_t>(tile_bytes(entry.format, entry.rows, entry.cols)));

@@ -9,6 +9,7 @@
 
 #include "core/status.h"
 #include "kernels/format.h"
+#include "kernels/neuron.h"
 
 namespace edge {
 
@@ -70,6 +71,7 @@ struct AttentionArgs {
 struct Kernels {
   const char* isa;
   GemvFn gemv[kTileFormats];
+  NeuronKernels neuron;
   void (*quantize_q8x32)(const float* x, int64_t k, ActQ8x32* out);
   void (*quantize_q8x256)(const float* x, int64_t k, ActQ8x256* out);
   // out = x / rms(x) * weight ; out = (x - mean) / std * weight + bias (bias may be null). In place allowed.

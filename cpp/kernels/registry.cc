@@ -3,12 +3,14 @@
 #include "core/cpu.h"
 #include "kernels/gemv_table.h"
 #include "kernels/kernels.h"
+#include "kernels/neuron_table.h"
 #include "kernels/ops_table.h"
 #include "kernels/registry.h"
 
 namespace edge {
 
 EDGE_DECLARE_GEMV_TABLE(ref);
+EDGE_DECLARE_NEURON_TABLE(ref);
 #if defined(__x86_64__)
 EDGE_DECLARE_GEMV_TABLE(avx2);
 EDGE_DECLARE_GEMV_TABLE(avx512vnni);
@@ -26,10 +28,11 @@ struct Isa {
   const Kernels& (*kernels)();
 };
 
-Kernels join(const char* isa, const GemvTable& gemv, const OpsTable& ops) {
+Kernels join(const char* isa, const GemvTable& gemv, const NeuronKernels& neuron, const OpsTable& ops) {
   Kernels kernels = {};
   kernels.isa = isa;
   for (int i = 0; i < kTileFormats; ++i) kernels.gemv[i] = gemv.gemv[i];
+  kernels.neuron = neuron;
   kernels.quantize_q8x32 = gemv.quantize_q8x32;
   kernels.quantize_q8x256 = gemv.quantize_q8x256;
   kernels.rms_norm = ops.rms_norm;
@@ -50,7 +53,7 @@ Kernels join(const char* isa, const GemvTable& gemv, const OpsTable& ops) {
 #define EDGE_ISA(level, isa)                                                          \
   Isa {                                                                               \
     #isa, CpuLevel::level, &kGemvTable_##isa, []() -> const Kernels& {                \
-      static const Kernels kernels = join(#isa, kGemvTable_##isa, ops_table_##isa()); \
+      static const Kernels kernels = join(#isa, kGemvTable_##isa, kNeuronTable_ref, ops_table_##isa()); \
       return kernels;                                                                 \
     }                                                                                 \
   }

@@ -1,7 +1,7 @@
 """The weight formats of the pack, each with a numpy oracle: what every kernel and packer must agree with.
 
 A format adds one file here (its layout, ``from_blocks``, ``decode``, and ``encode`` where rounding to nearest
-is enough to make it) and one line in :data:`TILE_FORMATS`.
+is enough to make it) and one line in :data:`TILE_FORMATS`. Records of neurons are not tiles: ``neuron``.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class WeightFormat(IntEnum):
     Q4_0 = 4
     Q4_K = 5
     Q6_K = 6
+    NEURON_F16 = 20
+    NEURON_Q8 = 21
+    NEURON_Q4 = 22
     F32_VECTOR = 100
     BYTES = 101
 
