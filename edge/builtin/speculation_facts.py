@@ -1,0 +1,349 @@
+"""How often the guesses of the draft model and of the Medusa heads are what a built-in model goes on to say.
+
+    python -m edge.builtin.speculation_facts --family DIR --corpora DIR [--json]
+
+The model continues held-out stories and held-out books, greedily and at a temperature; the guesses are then read
+along that text, which any exact verification leaves as it is. Per guess:
+
+- match: the guess is the model's token (greedy), or is when both draw with the same Gumbel noise (at a temperature).
+- expected: sum over tokens of min(p, q), the chance that rejection sampling accepts a token of the draft q (Leviathan
+  et al. 2023, arXiv 2211.17192, section 3.2).
+- accepted: mean number of guesses accepted of a chain of 4 that ends at its first wrong one; a pass of the model
+  then yields one token more than that.
+"""
+
+# mypy: allow-untyped-decorators
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from edge.builtin.batch_sampler import continue_batch, gumbel_noise
+from edge.builtin.data import load_held_out, load_held_out_books
+from edge.builtin.held_out import held_out_stories
+from edge.builtin.hf import load_hf
+from edge.builtin.medusa import MEDUSA_FILE, MedusaHeads, load_medusa
+from edge.builtin.model import Decoder
+from edge.builtin.own_text import BOS_ID, model_sha256
+from edge.builtin.tokens import Ids, encode_all
+from flashload.errors import ArgumentError, EdgeError
+
+_ROWS = 32  # texts at once
+_BOOK_TEXTS = 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is generated, and the chain whose accepted length is told."""
+
+    prompt_tokens: int = 24
+    new_tokens: int = 128
+    temperature: float = 0.8
+    chain: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Texts of one batch: rows [B, T] of begin token, prompt, the model's tokens, filled up with the end token.
+
+    Tokens first..lengths[r] - 1 of row r are the model's (the end token among them), drawn at the temperature with
+    `gumbel_noise(seed, B, position - first, V)`.
+    """
+
+    rows: Tensor
+    first: int
+    lengths: list[int]
+    temperature: float
+    seed: int
+
+    def noise(self, vocab_size: int) -> Tensor:
+        """[B, T - first, V]: the noise of each of the model's tokens."""
+        b, t = self.rows.shape
+        steps = [gumbel_noise(self.seed, b, step, vocab_size) for step in range(t - self.first)]
+        return torch.stack(steps, dim=1)
+
+
+def walk(model: Decoder, prompts: Sequence[Ids], temperature: float, settings: Settings) -> list[Paths]:
+    """The model's own continuations of the prompts (ids without begin token, all of one length)."""
+    first = settings.prompt_tokens + 1
+    paths: list[Paths] = []
+    for begin in range(0, len(prompts), _ROWS):
+        batch = np.stack([np.concatenate(([BOS_ID], p)) for p in prompts[begin : begin + _ROWS]])
+        seed = (settings.seed << 20) + begin
+        found = continue_batch(model, batch, settings.new_tokens, temperature, seed, BOS_ID)
+        rows = torch.full((len(batch), first + settings.new_tokens), BOS_ID)
+        rows[:, :first] = torch.from_numpy(batch)
+        for r, text in enumerate(found):
+            rows[r, first : first + len(text.ids)] = torch.from_numpy(text.ids)
+        lengths = [first + len(text.ids) + text.ended for text in found]
+        paths.append(Paths(rows[:, : max(lengths)], first, lengths, temperature, seed))
+    return paths
+
+
+def mean_accepted(rows: Sequence[NDArray[np.bool_]], chain: int) -> float:
+    """Mean accepted guesses per chain.
+
+    rows[r][i, k] says that guess k of a chain that starts at token i of the text is right. After a chain with n
+    right guesses the next starts n + 1 tokens on. Chains that the end of a text would cut are left out.
+    """
+    accepted: list[int] = []
+    for right in rows:
+        i = 0
+        while i < len(right):
+            wrong = np.flatnonzero(~right[i, :chain])
+            n = int(wrong[0]) if len(wrong) else min(chain, right.shape[1])
+            accepted.append(n)
+            i += n + 1
+    return float(np.mean(accepted)) if accepted else 0.0
+
+
+def _as_chains(flags: NDArray[np.bool_], chain: int) -> NDArray[np.bool_]:
+    """Flags per token [n] -> [n - chain + 1, chain]: a draft that was right so far goes on from the text itself."""
+    if len(flags) < chain:
+        return np.zeros((0, chain), np.bool_)
+    return np.lib.stride_tricks.sliding_window_view(flags, chain)
+
+
+def _mean(parts: Sequence[NDArray[Any]]) -> float:
+    return round(float(np.concatenate(parts).mean()), 4)
+
+
+@torch.no_grad()
+def draft_facts(target: Decoder, draft: Decoder, paths: Sequence[Paths], chain: int) -> dict[str, Any]:
+    """`match` and its `accepted`; at a temperature also `expected` and `accepted_rejection`."""
+    match: list[NDArray[np.bool_]] = []
+    kept: list[NDArray[np.bool_]] = []
+    expected: list[NDArray[np.float32]] = []
+    for batch in paths:
+        wanted = batch.rows[:, batch.first :]
+        q = draft(batch.rows[:, :-1])[:, -wanted.shape[1] :].float()
+        if batch.temperature > 0:
+            t = batch.temperature
+            p = target(batch.rows[:, :-1])[:, -wanted.shape[1] :].float()
+            noise = batch.noise(q.shape[-1])
+            guesses = (q / t + noise).argmax(dim=-1)
+            p, q = torch.softmax(p / t, dim=-1), torch.softmax(q / t, dim=-1)
+            overlap = torch.minimum(p, q).sum(dim=-1).numpy()
+            # Rejection sampling that emitted token x had accepted it with chance min(1, q(x) / p(x)).
+            of_token = (q.gather(-1, wanted[..., None]) / p.gather(-1, wanted[..., None]))[..., 0]
+            generator = torch.Generator().manual_seed(batch.seed)
+            lucky = (torch.rand(of_token.shape, generator=generator) < of_token).numpy()
+        else:
+            guesses = q.argmax(dim=-1)
+        same = (guesses == wanted).numpy()
+        for r, length in enumerate(batch.lengths):
+            n = length - batch.first
+            match.append(same[r, :n])
+            if batch.temperature > 0:
+                expected.append(overlap[r, :n])
+                kept.append(lucky[r, :n])
+    facts: dict[str, Any] = {
+        "tokens": sum(map(len, match)),
+        "match": _mean(match),
+        "accepted": round(mean_accepted([_as_chains(m, chain) for m in match], chain), 3),
+    }
+    if expected:
+        facts["expected"] = _mean(expected)
+        facts["accepted_rejection"] = round(mean_accepted([_as_chains(k, chain) for k in kept], chain), 3)
+    return facts
+
+
+@torch.no_grad()
+def medusa_facts(target: Decoder, heads: MedusaHeads, paths: Sequence[Paths], chain: int) -> dict[str, Any]:
+    """Per head `top1` and `top5`, at a temperature also `match`; `accepted` of the chain of all heads' guesses."""
+    count = len(heads.weight)
+    tops: dict[int, list[list[NDArray[np.bool_]]]] = {
+        1: [[] for _ in range(count)],
+        5: [[] for _ in range(count)],
+    }
+    match: list[list[NDArray[np.bool_]]] = [[] for _ in range(count)]
+    chains: list[NDArray[np.bool_]] = []
+    for batch in paths:
+        hidden = target.hidden(batch.rows[:, :-1])[:, batch.first - 1 :]
+        moved = heads(hidden)  # [B, states, K, D]
+        width = hidden.shape[1]
+        noise = batch.noise(target.config.vocab_size) if batch.temperature > 0 else None
+        per_row: list[list[NDArray[np.bool_]]] = [[] for _ in batch.lengths]
+        for k in range(min(count, width - 1)):
+            # State n (of the token before the model's n-th) guesses the model's token n + 1 + k, counted from 0.
+            wanted = batch.rows[:, batch.first + 1 + k :]
+            logits = target.head(moved[:, : width - 1 - k, k]).float()
+            best = logits.topk(5, dim=-1).indices
+            same = {top: (best[..., :top] == wanted[..., None]).any(dim=-1).numpy() for top in tops}
+            coupled = same[1]
+            if noise is not None:
+                coupled = ((logits / batch.temperature + noise[:, 1 + k :]).argmax(dim=-1) == wanted).numpy()
+            for r, length in enumerate(batch.lengths):
+                n = max(0, length - batch.first - 1 - k)
+                for top in tops:
+                    tops[top][k].append(same[top][r, :n])
+                match[k].append(coupled[r, :n])
+                per_row[r].append(coupled[r, :n])
+        for flags in per_row:
+            whole = min(map(len, flags)) if len(flags) == count else 0
+            chains.append(
+                np.stack([f[:whole] for f in flags], axis=1) if whole else np.zeros((0, count), np.bool_)
+            )
+    facts: dict[str, Any] = {
+        "tokens": sum(map(len, tops[1][0])),
+        "top1": [_mean(parts) for parts in tops[1]],
+        "top5": [_mean(parts) for parts in tops[5]],
+        "accepted": round(mean_accepted(chains, chain), 3),
+    }
+    if any(batch.temperature > 0 for batch in paths):
+        facts["match"] = [_mean(parts) for parts in match]
+    return facts
+
+
+def measure(
+    target: Decoder,
+    draft: Decoder | None,
+    heads: MedusaHeads | None,
+    prompts: Sequence[Ids],
+    settings: Settings,
+) -> dict[str, Any]:
+    """Facts of the draft and the heads, whichever there are, by temperature ("0" and the one of the settings)."""
+    facts: dict[str, Any] = {}
+    for temperature in (0.0, settings.temperature):
+        paths = walk(target, prompts, temperature, settings)
+        key = f"{temperature:g}"
+        if draft is not None:
+            facts.setdefault("draft", {})[key] = draft_facts(target, draft, paths, settings.chain)
+        if heads is not None:
+            facts.setdefault("medusa", {})[key] = medusa_facts(target, heads, paths, settings.chain)
+    return facts
+
+
+def story_prompts(tokenizer: Tokenizer, text: str, tokens: int) -> list[Ids]:
+    """The first tokens of every held-out story that has as many."""
+    return [ids[:tokens] for ids in encode_all(tokenizer, held_out_stories(text)) if len(ids) >= tokens]
+
+
+def book_prompts(tokenizer: Tokenizer, books: Sequence[str], tokens: int, texts: int) -> list[Ids]:
+    """The first tokens of paragraphs spread evenly over the books, so many in all."""
+    prompts: list[Ids] = []
+    for n, book in enumerate(books):
+        paragraphs = [ids for ids in encode_all(tokenizer, book.split("\n")) if len(ids) >= tokens]
+        wanted = (n + 1) * texts // len(books) - n * texts // len(books)
+        places = [(i + 1) * len(paragraphs) // (wanted + 1) for i in range(wanted)] if paragraphs else []
+        prompts += [paragraphs[place][:tokens] for place in places]
+    return prompts
+
+
+def _print(facts: dict[str, Any], chain: int) -> None:
+    def shares(values: float | list[float]) -> str:
+        return " ".join(f"{v:.3f}" for v in (values if isinstance(values, list) else [values]))
+
+    table = Table("text", "guesses of", "temperature", "measure", "value (Medusa: per head)")
+    names = {
+        "match": "match with the model's token",
+        "expected": "expected acceptance, rejection sampling",
+        "accepted": f"accepted of a chain of {chain}",
+        "accepted_rejection": f"accepted of a chain of {chain}, rejection sampling",
+        "top1": "first guess right",
+        "top5": "among the first five",
+    }
+    for text, guessers in facts.items():
+        for guesser, by_temperature in guessers.items():
+            for temperature, values in by_temperature.items():
+                for key, name in names.items():
+                    if key in values:
+                        table.add_row(text, guesser, temperature, name, shares(values[key]))
+                table.add_section()
+    Console(width=max(100, Console().width)).print(table)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m edge.builtin.speculation_facts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--family", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--corpora", type=Path, required=True, help="folder of the corpora")
+    parser.add_argument("--model", default="story", help="the run in the family whose text is guessed")
+    parser.add_argument("--draft", default="draft", help="the run in the family that guesses")
+    parser.add_argument("--stories", type=int, default=0, help="at most so many held-out stories; 0: all")
+    parser.add_argument("--books", action="store_true", help=f"also {_BOOK_TEXTS} texts of held-out books")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    return parser.parse_args(argv)
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    hf, draft_hf = args.family / args.model / "hf", args.family / args.draft / "hf"
+    sha256 = model_sha256(hf)
+    target, settings = load_hf(hf), Settings(seed=args.seed)
+    positions = settings.prompt_tokens + settings.new_tokens + 1
+    draft = heads = None
+    if draft_hf.exists():
+        draft_sha256 = model_sha256(draft_hf)
+        draft = load_hf(draft_hf)
+        if draft.config.vocab_size != target.config.vocab_size:
+            raise ArgumentError(
+                f"{draft_hf}: expected a draft of {target.config.vocab_size} tokens,"
+                f" found {draft.config.vocab_size}"
+            )
+        if draft.config.max_position_embeddings < positions:
+            raise ArgumentError(
+                f"{draft_hf}: expected a draft of {positions} positions or more,"
+                f" found {draft.config.max_position_embeddings}"
+            )
+    if (hf / MEDUSA_FILE).exists():
+        heads = load_medusa(hf, target.config.hidden_size)
+    if draft is None and heads is None:
+        raise ArgumentError(f"expected {draft_hf} or {hf / MEDUSA_FILE}, found neither; train one of them")
+    tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
+    prompts = {"stories": story_prompts(tokenizer, load_held_out(args.corpora), settings.prompt_tokens)}
+    if args.stories:
+        prompts["stories"] = prompts["stories"][: args.stories]
+    if args.books:
+        books = load_held_out_books(args.corpora)
+        prompts["books"] = book_prompts(tokenizer, books, settings.prompt_tokens, _BOOK_TEXTS)
+    facts: dict[str, Any] = {}
+    with Console(stderr=True).status("") as status:
+        for text, mine in prompts.items():
+            status.update(f"measuring on {len(mine)} texts of the held-out {text}")
+            facts[text] = measure(target, draft, heads, mine, settings)
+    return {
+        "settings": asdict(settings),
+        "target_sha256": sha256,
+        "draft_sha256": draft_sha256 if draft is not None else None,
+        "texts": {text: len(mine) for text, mine in prompts.items()},
+        "facts": facts,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        report = _run(args)
+    except EdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        _print(report["facts"], report["settings"]["chain"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
