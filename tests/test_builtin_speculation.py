@@ -16,7 +16,7 @@ from flashload.errors import ArgumentError, ContextOverflowError, CorruptError, 
 torch = pytest.importorskip("torch", reason="the recipe needs torch (pip install edge[train])")
 pytest.importorskip("safetensors", reason="the recipe needs safetensors (pip install edge[train])")
 
-from edge.builtin import medusa, own_text, speculation_facts  # noqa: E402
+from edge.builtin import guesses, medusa, medusa_heads, own_text, speculation_facts  # noqa: E402
 from edge.builtin.batch_sampler import continue_batch, gumbel_noise  # noqa: E402
 from edge.builtin.hf import save_hf  # noqa: E402
 from edge.builtin.model import Decoder, ModelConfig  # noqa: E402
@@ -217,14 +217,14 @@ def test_missing_or_damaged_own_text_is_one_typed_line(tmp_path: Path) -> None:
 
 
 def test_medusa_heads_begin_as_the_models_own_guess() -> None:
-    heads = medusa.MedusaHeads(3, 8)
+    heads = medusa_heads.MedusaHeads(3, 8)
     h = torch.randn(2, 5, 8)
     assert torch.equal(heads(h), h.unsqueeze(-2).expand(2, 5, 3, 8))
 
 
 def test_medusa_head_is_the_papers_formula() -> None:
     torch.manual_seed(1)
-    heads = medusa.MedusaHeads(2, 8)
+    heads = medusa_heads.MedusaHeads(2, 8)
     torch.nn.init.normal_(heads.weight)
     torch.nn.init.normal_(heads.bias)
     h = torch.randn(4, 8)
@@ -237,7 +237,7 @@ def test_medusa_head_is_the_papers_formula() -> None:
 def test_states_and_targets_stand_in_line() -> None:
     model = decoder()
     rows = [np.array([0, 5, 6, 7, 8, 0]), np.array([0, 9, 10]), np.array([0, 11])]
-    data = medusa.read_states(model, rows, heads=3)
+    data = medusa_heads.read_states(model, rows, heads=3)
     # Row 1 gives one state, row 0 four; row 2 has no token after the next one.
     none = -100
     assert data.targets.tolist() == [[10, none, none], [6, 7, 8], [7, 8, 0], [8, 0, none], [0, none, none]]
@@ -256,16 +256,16 @@ def test_heads_learn_what_the_states_tell() -> None:
     model = decoder()
     with torch.no_grad():
         model.embed_tokens.weight.mul_(25.0)
-    empty = medusa.States(torch.zeros(0, 32).half(), torch.zeros(0, 2, dtype=torch.int64))
-    own = medusa.read_states(model, cycle_rows(20, 20, 10), heads=2)
+    empty = medusa_heads.States(torch.zeros(0, 32).half(), torch.zeros(0, 2, dtype=torch.int64))
+    own = medusa_heads.read_states(model, cycle_rows(20, 20, 10), heads=2)
     settings = medusa.MedusaSettings(heads=2, steps=60, states=64, lr=5e-2)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     losses: list[float] = []
     heads = medusa.train_heads(model, own, empty, settings, lambda _step, loss: losses.append(loss))
     assert len(losses) == 60 and losses[-1] < losses[0] / 2
-    unseen = medusa.read_states(model, cycle_rows(6, 20, 10, seed=1), heads=2)
-    untrained = medusa.accuracies(model, medusa.MedusaHeads(2, 32), unseen)
-    found = medusa.accuracies(model, heads, unseen)
+    unseen = medusa_heads.read_states(model, cycle_rows(6, 20, 10, seed=1), heads=2)
+    untrained = medusa_heads.accuracies(model, medusa_heads.MedusaHeads(2, 32), unseen)
+    found = medusa_heads.accuracies(model, heads, unseen)
     for k in range(2):
         assert found["top1"][k] > 0.8 > 0.5 > untrained["top1"][k]
         assert found["top5"][k] >= found["top1"][k]
@@ -275,8 +275,8 @@ def test_heads_learn_what_the_states_tell() -> None:
 
 def test_story_states_take_part_and_training_is_seeded() -> None:
     model = decoder()
-    own = medusa.read_states(model, cycle_rows(10, 12, 10), heads=2)
-    texts = medusa.read_states(model, cycle_rows(10, 12, 200, seed=3), heads=2)
+    own = medusa_heads.read_states(model, cycle_rows(10, 12, 10), heads=2)
+    texts = medusa_heads.read_states(model, cycle_rows(10, 12, 200, seed=3), heads=2)
     settings = medusa.MedusaSettings(heads=2, steps=5, states=32)
     first, again = (medusa.train_heads(model, own, texts, settings).tensors() for _ in range(2))
     alone = medusa.train_heads(model, own, own, settings).tensors()
@@ -286,13 +286,13 @@ def test_story_states_take_part_and_training_is_seeded() -> None:
 
 def test_accuracies_count_only_known_targets() -> None:
     model = decoder()
-    heads = medusa.MedusaHeads(2, 32)
+    heads = medusa_heads.MedusaHeads(2, 32)
     states = torch.randn(7, 32).half()
     with torch.no_grad():
         best = model.head(states.float()).topk(2, dim=-1).indices
     targets = torch.stack([best[:, 0], best[:, 1]], dim=1)
     targets[3:, 1] = -100
-    assert medusa.accuracies(model, heads, medusa.States(states, targets)) == {
+    assert medusa_heads.accuracies(model, heads, medusa_heads.States(states, targets)) == {
         "top1": [1.0, 0.0],
         "top5": [1.0, 1.0],
     }
@@ -301,20 +301,20 @@ def test_accuracies_count_only_known_targets() -> None:
 def test_accepted_chains_are_walked_as_a_decoder_walks_them() -> None:
     right = np.array([[1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 1, 1]], bool)
     # Starts at token 0 (2 right), token 3 (none), token 4 (1 right); then the text is over.
-    assert speculation_facts.mean_accepted([right], 4) == 1.0
-    assert speculation_facts.mean_accepted([np.ones((10, 4), bool)], 4) == 4.0
-    assert speculation_facts.mean_accepted([np.ones((10, 4), bool)], 3) == 3.0
-    assert speculation_facts.mean_accepted([], 4) == 0.0
+    assert guesses.mean_accepted([right], 4) == 1.0
+    assert guesses.mean_accepted([np.ones((10, 4), bool)], 4) == 4.0
+    assert guesses.mean_accepted([np.ones((10, 4), bool)], 3) == 3.0
+    assert guesses.mean_accepted([], 4) == 0.0
 
 
-SETTINGS = speculation_facts.Settings(prompt_tokens=6, new_tokens=20)
+SETTINGS = guesses.Settings(prompt_tokens=6, new_tokens=20)
 
 
 def test_a_model_is_its_own_perfect_draft() -> None:
     model = decoder(5)
     for temperature in (0.0, 0.8):
-        paths = speculation_facts.walk(model, prompts(5, 6), temperature, SETTINGS)
-        facts = speculation_facts.draft_facts(model, model, paths, 4)
+        paths = guesses.walk(model, prompts(5, 6), temperature, SETTINGS)
+        facts = guesses.draft_facts(model, model, paths, 4)
         assert facts["match"] == 1.0 and facts["accepted"] == 4.0
         if temperature:
             assert facts["expected"] == 1.0 and facts["accepted_rejection"] == 4.0
@@ -324,8 +324,8 @@ def test_draft_facts_equal_the_definitions() -> None:
     """Against a loop over single tokens, and sum of min(p, q) against the rule of rejection sampling."""
     target, draft = decoder(5), decoder(6, hidden_size=16)
     rows = prompts(40, 6)
-    paths = speculation_facts.walk(target, rows, 0.8, SETTINGS)
-    facts = speculation_facts.draft_facts(target, draft, paths, 4)
+    paths = guesses.walk(target, rows, 0.8, SETTINGS)
+    facts = guesses.draft_facts(target, draft, paths, 4)
     matches, overlaps = [], []
     for begin, batch in zip((0, 32), paths, strict=True):
         noise = batch.noise(VOCAB)
@@ -348,20 +348,20 @@ def test_draft_facts_equal_the_definitions() -> None:
 def test_medusa_facts_equal_the_definitions() -> None:
     model = decoder(5)
     torch.manual_seed(2)
-    heads = medusa.MedusaHeads(3, 32)
+    heads = medusa_heads.MedusaHeads(3, 32)
     torch.nn.init.normal_(heads.weight, std=0.3)
     for temperature in (0.0, 0.8):
-        paths = speculation_facts.walk(model, prompts(5, 6), temperature, SETTINGS)
-        facts = speculation_facts.medusa_facts(model, heads.eval(), paths, 4)
+        paths = guesses.walk(model, prompts(5, 6), temperature, SETTINGS)
+        facts = guesses.medusa_facts(model, heads.eval(), paths, 4)
         (batch,) = paths
         hits: list[list[bool]] = [[] for _ in range(3)]
         for r, length in enumerate(batch.lengths):
             with torch.no_grad():
-                guesses = model.head(heads(model.hidden(batch.rows[r : r + 1])[0])).topk(5, dim=-1).indices
+                best = model.head(heads(model.hidden(batch.rows[r : r + 1])[0])).topk(5, dim=-1).indices
             for state in range(6, length):
                 for k in range(3):
                     if state + 2 + k < length:
-                        hits[k].append(int(batch.rows[r, state + 2 + k]) in guesses[state, k].tolist())
+                        hits[k].append(int(batch.rows[r, state + 2 + k]) in best[state, k].tolist())
         assert facts["top5"] == pytest.approx([np.mean(h) for h in hits], abs=1e-4)
         assert facts["tokens"] == len(hits[0])
         assert ("match" in facts) == bool(temperature)
@@ -378,8 +378,8 @@ def test_heads_that_copy_a_repeating_model_are_always_right() -> None:
         model.embed_tokens.weight.fill_(0.001)
         model.embed_tokens.weight[:, 0] = 1.0
         model.embed_tokens.weight[7, 0] = 2.0
-    paths = speculation_facts.walk(model, prompts(3, 6), 0.0, SETTINGS)
-    facts = speculation_facts.medusa_facts(model, medusa.MedusaHeads(4, 32), paths, 4)
+    paths = guesses.walk(model, prompts(3, 6), 0.0, SETTINGS)
+    facts = guesses.medusa_facts(model, medusa_heads.MedusaHeads(4, 32), paths, 4)
     assert set(paths[0].rows[:, 7:].flatten().tolist()) == {7}
     assert facts["top1"] == [1.0] * 4 and facts["accepted"] == 4.0
 
@@ -424,7 +424,7 @@ def test_commands_from_own_text_to_facts(
     assert run(medusa, family, corpora, "--heads", "3", "--steps", "4") == 0
     report = json.loads((family / "story" / "medusa.json").read_text())
     assert report["target_sha256"] == about["target_sha256"] and report["settings"]["heads"] == 3
-    heads = medusa.load_medusa(hf, 32)
+    heads = medusa_heads.load_medusa(hf, 32)
     assert heads.weight.shape == (3, 32, 32) and heads.weight.abs().max() > 0
     assert not list(family.rglob("*.tmp"))
     capsys.readouterr()
@@ -471,7 +471,7 @@ def test_heads_are_not_trained_on_another_models_text(
     save_own_text(family / "story" / "own", sample_texts(), {"target_sha256": "00"})
     assert run(medusa, family, corpora, "--steps", "2") == 1
     assert "found text of another" in one_error(capsys)
-    assert not (family / "story" / "hf" / medusa.MEDUSA_FILE).exists()
+    assert not (family / "story" / "hf" / medusa_heads.MEDUSA_FILE).exists()
 
 
 def test_interrupted_heads_leave_no_file(
@@ -486,22 +486,22 @@ def test_interrupted_heads_leave_no_file(
     assert run(medusa, family, corpora, "--steps", "2") == 130
     assert "nothing written" in capsys.readouterr().err
     assert {p.name for p in (family / "story").iterdir()} == {"hf", "own"}
-    assert not (family / "story" / "hf" / medusa.MEDUSA_FILE).exists()
+    assert not (family / "story" / "hf" / medusa_heads.MEDUSA_FILE).exists()
 
 
 def test_heads_of_another_shape_or_damaged_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    path = tmp_path / medusa.MEDUSA_FILE
+    path = tmp_path / medusa_heads.MEDUSA_FILE
     with pytest.raises(ArgumentError, match="found none"):
-        medusa.load_medusa(tmp_path, 32)
-    save_file(medusa.MedusaHeads(2, 16).tensors(), path)
+        medusa_heads.load_medusa(tmp_path, 32)
+    save_file(medusa_heads.MedusaHeads(2, 16).tensors(), path)
     with pytest.raises(ModelFileError, match=r"\[32, 32\]"):
-        medusa.load_medusa(tmp_path, 32)
-    assert len(medusa.load_medusa(tmp_path, 16).weight) == 2
+        medusa_heads.load_medusa(tmp_path, 32)
+    assert len(medusa_heads.load_medusa(tmp_path, 16).weight) == 2
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ModelFileError, match="damaged"):
-        medusa.load_medusa(tmp_path, 16)
+        medusa_heads.load_medusa(tmp_path, 16)
 
 
 def test_draft_of_another_vocabulary_is_refused(
