@@ -88,7 +88,9 @@ def train_heads(
         grads = torch.zeros_like(moved)
         for k in range(s.heads):
             mine = moved[:, k].detach().requires_grad_()
-            nats = F.cross_entropy(F.linear(mine, output), targets[:, k], ignore_index=NO_TARGET)
+            with torch.autocast(output.device.type, torch.bfloat16):
+                logits = F.linear(mine, output)
+            nats = F.cross_entropy(logits.float(), targets[:, k], ignore_index=NO_TARGET)
             value = s.head_decay ** (k + 1) * nats
             grads[:, k] = torch.autograd.grad(value, mine)[0]
             total += value.item()
