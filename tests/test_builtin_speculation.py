@@ -307,6 +307,13 @@ def test_accepted_chains_are_walked_as_a_decoder_walks_them() -> None:
     assert guesses.mean_accepted([], 4) == 0.0
 
 
+def test_repeated_share_counts_runs_said_before() -> None:
+    fresh, loop = list(range(1, 21)), [*range(1, 11), *range(1, 11)]
+    rows = torch.tensor([[0, 50, *fresh], [0, 51, *loop]])
+    # Of the second text's 20 tokens the last three end runs of 8 that were there before.
+    assert guesses.repeated_share([guesses.Paths(rows, 2, [22, 22], 0.0, 0)]) == pytest.approx(3 / 40)
+
+
 SETTINGS = guesses.Settings(prompt_tokens=6, new_tokens=20)
 
 
@@ -431,7 +438,7 @@ def test_commands_from_own_text_to_facts(
     assert run(speculation_facts, family, corpora, "--json", "--stories", "4") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["texts"] == {"stories": 4}
-    assert set(facts["facts"]["stories"]) == {"draft", "medusa"}
+    assert set(facts["facts"]["stories"]) == {"text", "draft", "medusa"}
     assert set(facts["facts"]["stories"]["draft"]) == {"0", "0.8"}
     assert run(speculation_facts, family, corpora, "--stories", "2") == 0
     table = capsys.readouterr().out
@@ -440,7 +447,7 @@ def test_commands_from_own_text_to_facts(
 
 def test_facts_of_the_draft_alone(family: Path, corpora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(speculation_facts, family, corpora, "--json", "--stories", "2") == 0
-    assert set(json.loads(capsys.readouterr().out)["facts"]["stories"]) == {"draft"}
+    assert set(json.loads(capsys.readouterr().out)["facts"]["stories"]) == {"text", "draft"}
 
 
 def one_error(capsys: pytest.CaptureFixture[str]) -> str:

@@ -19,6 +19,7 @@ from edge.builtin.own_text import BOS_ID
 from edge.builtin.tokens import Ids
 
 _ROWS = 32  # texts at once
+_RUN = 8  # tokens
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,21 @@ def _as_chains(flags: NDArray[np.bool_], chain: int) -> NDArray[np.bool_]:
 
 def _mean(parts: Sequence[NDArray[Any]]) -> float:
     return round(float(np.concatenate(parts).mean()), 4)
+
+
+def repeated_share(paths: Sequence[Paths]) -> float:
+    """Share of the model's tokens that end a run of 8 of its tokens said before in the same text: loops are easy."""
+    repeated: list[NDArray[np.bool_]] = []
+    for batch in paths:
+        for row, length in zip(batch.rows.tolist(), batch.lengths, strict=True):
+            said: set[tuple[int, ...]] = set()
+            flags = np.zeros(length - batch.first, np.bool_)
+            for end in range(batch.first + _RUN, length + 1):
+                run = tuple(row[end - _RUN : end])
+                flags[end - batch.first - 1] = run in said
+                said.add(run)
+            repeated.append(flags)
+    return _mean(repeated)
 
 
 @torch.no_grad()

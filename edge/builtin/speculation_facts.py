@@ -8,6 +8,7 @@ along that text, which any exact verification leaves as it is. Per guess:
 - match: the guess is the model's token (greedy), or is when both draw with the same Gumbel noise (at a temperature).
 - expected: sum over tokens of min(p, q), the chance that rejection sampling accepts a token of the draft q (Leviathan
   et al. 2023, arXiv 2211.17192, section 3.2).
+- repeated: share of the model's own tokens that repeat it (greedy text falls into loops, which are easy to guess).
 - accepted: mean number of guesses accepted of a chain of 4 that ends at its first wrong one; a pass of the model
   then yields one token more than that.
 """
@@ -28,7 +29,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from edge.builtin.data import load_held_out, load_held_out_books
-from edge.builtin.guesses import Settings, draft_facts, medusa_facts, walk
+from edge.builtin.guesses import Settings, draft_facts, medusa_facts, repeated_share, walk
 from edge.builtin.held_out import held_out_stories
 from edge.builtin.hf import load_hf
 from edge.builtin.medusa_heads import MEDUSA_FILE, MedusaHeads, load_medusa
@@ -47,11 +48,12 @@ def measure(
     prompts: Sequence[Ids],
     settings: Settings,
 ) -> dict[str, Any]:
-    """Facts of the draft and the heads, whichever there are, by temperature ("0" and the one of the settings)."""
+    """Facts of the text, the draft and the heads, whichever there are, by temperature ("0" and the other)."""
     facts: dict[str, Any] = {}
     for temperature in (0.0, settings.temperature):
         paths = walk(target, prompts, temperature, settings)
         key = f"{temperature:g}"
+        facts.setdefault("text", {})[key] = {"repeated": repeated_share(paths)}
         if draft is not None:
             facts.setdefault("draft", {})[key] = draft_facts(target, draft, paths, settings.chain)
         if heads is not None:
@@ -79,8 +81,9 @@ def _print(facts: dict[str, Any], chain: int) -> None:
     def shares(values: float | list[float]) -> str:
         return " ".join(f"{v:.3f}" for v in (values if isinstance(values, list) else [values]))
 
-    table = Table("text", "guesses of", "temperature", "measure", "value (Medusa: per head)")
+    table = Table("text", "of", "T", "measure", "value (Medusa: per head)")
     names = {
+        "repeated": "tokens of runs of 8 said before",
         "match": "match with the model's token",
         "expected": "expected acceptance, rejection sampling",
         "accepted": f"accepted of a chain of {chain}",
@@ -95,7 +98,7 @@ def _print(facts: dict[str, Any], chain: int) -> None:
                     if key in values:
                         table.add_row(text, guesser, temperature, name, shares(values[key]))
                 table.add_section()
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(110, Console().width)).print(table)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
