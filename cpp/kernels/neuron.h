@@ -48,6 +48,7 @@ using NeuronDotFn = void (*)(const std::byte* const* rows, int64_t n, int64_t hi
 // For i < n in order, unless a[i] is zero: out[j] += (a[i] * d) * q[j] (f16: a[i] * value), j in [begin, end); product
 // and sum rounded separately. begin and end are multiples of 32, end at most hidden rounded up to one: out has room for
 // that many. A zero a[i] is passed over whatever the column holds, so leaving it out of the list changes no bit.
+// Several outputs from the same columns: give each the columns in runs that fit the second cache, run by run.
 using NeuronAxpyFn = void (*)(const std::byte* const* cols, const float* a, int64_t n, int64_t begin, int64_t end,
                               float* out);
 

@@ -79,23 +79,23 @@ void axpy(const std::byte* const* cols, const float* a, int64_t n, int64_t begin
 
 }  // namespace
 
-#define EDGE_NEURON_DOT(format, definition)                                                                            \
+#define EDGE_NEURON_DOT_REF(format, definition)                                                                            \
   void neuron_dot_##format##_ref(const std::byte* const* rows, int64_t n, int64_t hidden, const std::byte* acts,       \
                                  int64_t act_stride, int64_t n_x, float* out, int64_t out_stride) {                    \
     dot<definition>(rows, n, hidden, acts, act_stride, n_x, out, out_stride);                                          \
   }
-EDGE_NEURON_DOT(f16, dot_halves)
-EDGE_NEURON_DOT(q8, (dot_integers<272, dot_q8>))
-EDGE_NEURON_DOT(q4, (dot_integers<144, dot_q4>))
+EDGE_NEURON_DOT_REF(f16, dot_halves)
+EDGE_NEURON_DOT_REF(q8, (dot_integers<272, dot_q8>))
+EDGE_NEURON_DOT_REF(q4, (dot_integers<144, dot_q4>))
 
-#define EDGE_NEURON_AXPY(format, group_bytes)                                                                    \
+#define EDGE_NEURON_AXPY_REF(format, group_bytes)                                                                    \
   void neuron_axpy_##format##_ref(const std::byte* const* cols, const float* a, int64_t n, int64_t begin,        \
                                   int64_t end, float* out) {                                                     \
     axpy<group_bytes, gain_##format>(cols, a, n, begin, end, out);                                               \
   }
-EDGE_NEURON_AXPY(f16, 512)
-EDGE_NEURON_AXPY(q8, 272)
-EDGE_NEURON_AXPY(q4, 144)
+EDGE_NEURON_AXPY_REF(f16, 512)
+EDGE_NEURON_AXPY_REF(q8, 272)
+EDGE_NEURON_AXPY_REF(q4, 144)
 
 void neuron_act_f16_ref(const float* x, int64_t hidden, std::byte* act) { neuron_act_f16(x, hidden, act); }
 void neuron_act_q8_ref(const float* x, int64_t hidden, std::byte* act) {

@@ -14,8 +14,11 @@ EDGE_DECLARE_NEURON_TABLE(ref);
 #if defined(__x86_64__)
 EDGE_DECLARE_GEMV_TABLE(avx2);
 EDGE_DECLARE_GEMV_TABLE(avx512vnni);
+EDGE_DECLARE_NEURON_TABLE(avx2);
+EDGE_DECLARE_NEURON_TABLE(avx512vnni);
 #elif defined(__aarch64__)
 EDGE_DECLARE_GEMV_TABLE(neon);
+EDGE_DECLARE_NEURON_TABLE(neon);
 #endif
 
 namespace {
@@ -50,12 +53,12 @@ Kernels join(const char* isa, const GemvTable& gemv, const NeuronKernels& neuron
   return kernels;
 }
 
-#define EDGE_ISA(level, isa)                                                          \
-  Isa {                                                                               \
-    #isa, CpuLevel::level, &kGemvTable_##isa, []() -> const Kernels& {                \
-      static const Kernels kernels = join(#isa, kGemvTable_##isa, kNeuronTable_ref, ops_table_##isa()); \
-      return kernels;                                                                 \
-    }                                                                                 \
+#define EDGE_ISA(level, isa)                                                                              \
+  Isa {                                                                                                   \
+    #isa, CpuLevel::level, &kGemvTable_##isa, []() -> const Kernels& {                                    \
+      static const Kernels kernels = join(#isa, kGemvTable_##isa, kNeuronTable_##isa, ops_table_##isa()); \
+      return kernels;                                                                                     \
+    }                                                                                                     \
   }
 
 // Best first.

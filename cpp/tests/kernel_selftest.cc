@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "tests/neuron_selftest.h"
 
 namespace {
 
@@ -171,6 +172,15 @@ int main(int argc, char** argv) {
       int failed = 0;
       for (int64_t round = 0; round < n_rounds && failed == 0; ++round) {
         failed = compare(ref, isa, static_cast<WeightFormat>(f), random);
+      }
+      isa_failures += failed;
+    }
+    for (int f = 0; f < kNeuronFormats; ++f) {
+      Random random{seed * 1000 + 100 + static_cast<uint64_t>(f)};
+      const auto format = static_cast<WeightFormat>(static_cast<int>(WeightFormat::kNeuronF16) + f);
+      int failed = 0;
+      for (int64_t round = 0; round < n_rounds && failed == 0; ++round) {
+        failed = compare_neurons(ref, isa, format, random, random_half, random_activations);
       }
       isa_failures += failed;
     }
