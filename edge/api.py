@@ -7,35 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge.loading import plan_host, prepare, resolve_model
-from flashload.plan import Plan
+from edge.loading import resolve_model
+from edge.planning import ModelPlan, plan
 
 if TYPE_CHECKING:
     from flashload.pack import PackReport
 
-
-def plan(
-    model: str | os.PathLike[str],
-    *,
-    memory: int | str | None = None,
-    context: int | None = None,
-    threads: int | None = None,
-    weights: str = "keep",
-    whole_process: bool = False,
-    on_pack: Callable[[int, int], None] | None = None,
-) -> Plan:
-    """Where the weights would live inside a budget, and the bytes of every part, without loading them.
-
-    Args: as for :func:`edge.load`.
-
-    Raises:
-        BudgetError: the budget is below ``floor_bytes``, which the error carries.
-    """
-    host = prepare(model, weights=weights, whole_process=whole_process, on_pack=on_pack)
-    try:
-        return plan_host(host, memory=memory, context=context, threads=threads)
-    finally:
-        host.pack.close()
+__all__ = ["ModelPlan", "pack", "plan"]
 
 
 def pack(

@@ -1,11 +1,20 @@
-"""``edge plan MODEL``: the placement for one budget, from the directory alone."""
+"""``edge plan MODEL``: speed over memory, and where each byte would go, from the model's header alone."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edge.cli.common import json_option, print_json
 from flashload.machine import format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from edge.planning import ModelPlan
+    from flashload.curve import Option
 
 _PARTS = (
     ("host_bytes", "interpreter, tokenizer, margin"),
@@ -21,27 +30,141 @@ _PARTS = (
 @click.argument("model")
 @click.option("--memory", help="Ceiling, such as 2GiB. Default: most of what is free.")
 @click.option("--context", type=int, help="Tokens of context.")
-@click.option("--threads", type=int)
+@click.option("--threads", type=int, help="Compute threads. Default: all cores.")
+@click.option(
+    "--weights",
+    default="keep",
+    show_default=True,
+    type=click.Choice(["keep", "q8", "q4"]),
+    help="The weights whose parts are listed; the table has all.",
+)
+@click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Write the curve as a PNG.")
+@click.option("--probe", "probe_again", is_flag=True, help="Measure drive and memory again (2 to 3 seconds).")
 @json_option
-def command(model: str, memory: str | None, context: int | None, threads: int | None, as_json: bool) -> None:
-    """Show where MODEL's weights would live inside a budget, without loading it."""
-    from edge.api import plan
+def command(
+    model: str,
+    memory: str | None,
+    context: int | None,
+    threads: int | None,
+    weights: str,
+    figure: Path | None,
+    probe_again: bool,
+    as_json: bool,
+) -> None:
+    """Predict MODEL's speed over memory on this machine, without loading it.
 
-    chosen = plan(model, memory=memory, context=context, threads=threads, whole_process=True)
+    MODEL is a pack, a GGUF file, a Hugging Face folder, or a folder with config.json and the index of its weights.
+    """
+    from edge.planning import plan
+
+    def say() -> None:
+        if not as_json:
+            click.echo("measuring this machine's drive and memory ...", err=True)
+
+    found = plan(
+        model,
+        memory=memory,
+        context=context,
+        threads=threads,
+        weights=weights,
+        whole_process=True,
+        probe_again=probe_again,
+        on_probe=say,
+    )
+    if figure is not None:
+        from edge.cli.plan_figure import save_png
+
+        save_png(found, figure)
     if as_json:
-        print_json(chosen.to_dict())
+        print_json(found.to_dict())
         return
-    from rich.console import Console
-    from rich.table import Table
+    _show(found, figure)
 
-    table = Table(title=f"{model}: {chosen.placement}, context {chosen.context}", title_justify="left")
+
+def _show(found: ModelPlan, figure: Path | None) -> None:
+    from rich.console import Console
+
+    from edge.cli.plan_figure import terminal_figure
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    first = found.options[0]
+    title = f"predicted tokens/s, and seconds to the first token of a prompt of {first.prompt_tokens}"
+    click.echo(f"{found.model}: {title}; context {found.context}")
+    console.print(_curve_table(found))
+    for line in terminal_figure(found):
+        console.print(line, markup=False, highlight=False, no_wrap=True)
+    console.print()
+    if found.plan is not None:
+        console.print(_parts_table(found))
+    else:
+        click.echo(
+            f"{format_bytes(found.memory_bytes)} is below the floor of {format_bytes(found.floor_bytes)} "
+            f"({found.floor_bytes} bytes) for weights {found.weights}"
+        )
+    click.echo(f"{format_bytes(found.memory_bytes)}: {found.recommendation}")
+    machine = found.machine
+    click.echo(
+        f"measured {machine.date[:10]}, {found.threads} threads: memory {machine.bus_bytes_per_second / 1e9:.1f} GB/s, "
+        f"drive {machine.drive.sequential_bytes_per_second / 1e9:.2f} GB/s"
+    )
+    for note in found.notes:
+        click.echo(f"note: {note}")
+    if figure is not None:
+        click.echo(f"figure: {figure}")
+
+
+def _curve_table(found: ModelPlan) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    from edge.cli.plan_figure import series
+
+    table = Table()
+    columns = series(found)
+    table.add_column("memory", justify="right")
+    for name in columns:
+        table.add_column(Text(name))
+    budgets = sorted({option.memory_bytes for options in columns.values() for option in options})
+    for budget in budgets:
+        cells = [_cell(next((o for o in options if o.memory_bytes == budget), None), budget, options[0].floor_bytes)
+                 for options in columns.values()]  # fmt: skip
+        mark = " <" if budget == found.memory_bytes else ""
+        table.add_row(Text(format_bytes(budget) + mark), *map(Text, cells))
+    return table
+
+
+def _cell(option: Option | None, budget: int, floor_bytes: int) -> str:
+    if option is None:
+        return "below the floor" if budget < floor_bytes else ""
+    floor = ", floor" if budget == floor_bytes else ""
+    return (
+        f"{_figure(option.predicted_tokens_per_second)} tok/s, {_figure(option.time_to_first_token_seconds)} s "
+        f"({option.placement}{floor})"
+    )
+
+
+def _figure(value: float) -> str:
+    """Two or three digits, no exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _parts_table(found: ModelPlan) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    plan = found.plan
+    assert plan is not None
+    table = Table(title=Text(f"weights {found.weights}: {plan.placement}"), title_justify="left")
     table.add_column("part")
     table.add_column("bytes", justify="right")
     for key, text in _PARTS:
-        table.add_row(text, format_bytes(getattr(chosen, key)))
+        table.add_row(text, format_bytes(getattr(plan, key)))
     table.add_section()
-    table.add_row("predicted peak", format_bytes(chosen.predicted_peak_bytes))
-    table.add_row("budget", format_bytes(chosen.memory_bytes))
-    table.add_row("floor (least that runs)", format_bytes(chosen.floor_bytes))
-    table.add_row("read from flash for each token", format_bytes(chosen.stream_bytes))
-    Console().print(table)
+    table.add_row("predicted peak", format_bytes(plan.predicted_peak_bytes))
+    table.add_row("budget", format_bytes(plan.memory_bytes))
+    table.add_row("floor (least that runs)", format_bytes(found.floor_bytes))
+    if found.chosen is not None:
+        table.add_row("read from the drive for each token", format_bytes(found.chosen.flash_bytes_per_token))
+    return table

@@ -1,0 +1,333 @@
+"""What a model will do on this machine, told before anything is loaded: the options, and which one to take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from edge.loading import Host, default_memory_bytes, plan_host, prepare, resolve_model
+from flashload.cache import cache_folder
+from flashload.curve import Curve, Option
+from flashload.errors import ArgumentError, BudgetError
+from flashload.estimate import CostModel
+from flashload.format import PackFile, is_pack
+from flashload.machine import cpu_count, format_bytes, parse_bytes, rss_bytes
+from flashload.pack import WEIGHTS
+from flashload.plan import Plan, make_plan, weights_of
+from flashload.probe import Machine, probe
+from flashload.virtual_pack import Outline, VirtualPack, outline
+from quant.formats import TILE_FORMATS
+
+#: Rows of the table between the floor and everything.
+_ROWS = 8
+#: A placement this near to the speed of everything in memory counts as fitting.
+_NEARLY = 0.7
+#: What the same process holds at the same point differs by this much (edge/loading.py).
+_JITTER_BYTES = 2 << 20
+_DEFAULT_CONTEXT, _SMALLEST_DEFAULT_CONTEXT = 4096, 512
+_MAX_CONTEXT, _MAX_THREADS = 1 << 24, 1024
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What :func:`edge.plan` found.
+
+    Attributes:
+        kind: "pack", "gguf", "hf" or "config".
+        memory_bytes: the budget asked about.
+        floor_bytes: the least memory that runs the weights asked for.
+        plan: where each byte goes at that budget; None when the budget is below the floor.
+        options: every choice of weights at budgets from its floor to all of it in memory, and at ``memory_bytes``.
+        recommended: the option to take; when nothing fits ``memory_bytes``, the one that needs least.
+        recommendation: the same in words.
+        machine: what was measured of this machine.
+    """
+
+    model: str
+    kind: str
+    memory_bytes: int
+    context: int
+    threads: int
+    weights: str
+    floor_bytes: int
+    plan: Plan | None
+    options: list[Option]
+    recommended: Option
+    recommendation: str
+    machine: Machine
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the weights asked for run inside ``memory_bytes``."""
+        return self.plan is not None
+
+    @property
+    def chosen(self) -> Option | None:
+        """The option of the weights and the memory asked for; None below the floor."""
+        return next((o for o in self.at_memory if o.weights == self.weights), None)
+
+    @property
+    def at_memory(self) -> list[Option]:
+        """The options at ``memory_bytes``."""
+        return [o for o in self.options if o.memory_bytes == self.memory_bytes]
+
+    @property
+    def placement(self) -> str | None:
+        return self.plan.placement if self.plan else None
+
+    @property
+    def predicted_peak_bytes(self) -> int | None:
+        return self.plan.predicted_peak_bytes if self.plan else None
+
+    @property
+    def predicted_tokens_per_second(self) -> float | None:
+        return self.chosen.predicted_tokens_per_second if self.chosen else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; the parts of ``plan`` are there when the budget is not below the floor."""
+        drive = self.machine.drive
+        return (self.plan.to_dict() if self.plan else {}) | {
+            "model": self.model,
+            "kind": self.kind,
+            "memory_bytes": self.memory_bytes,
+            "context": self.context,
+            "threads": self.threads,
+            "weights": self.weights,
+            "floor_bytes": self.floor_bytes,
+            "fits": self.fits,
+            "predicted_tokens_per_second": self.predicted_tokens_per_second,
+            "options": [option.to_dict() for option in self.options],
+            "recommended": self.recommended.to_dict()
+            | {"within_memory": self.recommended.memory_bytes <= self.memory_bytes},
+            "recommendation": self.recommendation,
+            "machine": {
+                "date": self.machine.date,
+                "name": self.machine.name,
+                "isa": self.machine.isa,
+                "bus_bytes_per_second": self.machine.bus_bytes_per_second,
+                "drive_bytes_per_second": drive.sequential_bytes_per_second,
+                "drive_request_seconds": drive.request_seconds,
+                "drive_measured": drive.measured,
+            },
+            "notes": self.notes,
+        }
+
+
+def _estimated_host(model: Outline, before_bytes: int, whole_process: bool) -> Host:
+    """What an engine's process holds before weights, for a model that is not packed: the tokenizer is estimated."""
+    import edge.engine
+    import edge.tokenizer  # noqa: F401  what they import belongs to what the process holds
+
+    base = rss_bytes() if whole_process else max(0, rss_bytes() - before_bytes)
+    held, built = model.vocab_bytes
+    # The plan asks a pack for nothing but its configuration and its entries.
+    return Host(cast(PackFile, model.packs["keep"]), cast(Any, None), base + held, base + built, 0.0)
+
+
+def _check(context: int | None, threads: int | None) -> None:
+    for name, value, high in (("context", context, _MAX_CONTEXT), ("threads", threads, _MAX_THREADS)):
+        bad = isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high
+        if value is not None and bad:
+            unit = " tokens" if name == "context" else ""
+            raise ArgumentError(f"{name}: expected 1..{high}{unit}, found {value!r}")
+
+
+def _shortest_context(longest: int) -> int:
+    """The context edge.load ends at when a longer one would crowd the weights out."""
+    context = min(longest, _DEFAULT_CONTEXT)
+    while context // 2 >= _SMALLEST_DEFAULT_CONTEXT:
+        context //= 2
+    return context
+
+
+def _bits(pack: VirtualPack) -> tuple[int, float]:
+    """Bytes of all matrices, and their bits per weight."""
+    matrices = [e for e in pack.entries.values() if e.format in TILE_FORMATS]
+    n_bytes = sum(e.bytes for e in matrices)
+    return n_bytes, 8 * n_bytes / max(1, sum(e.rows * e.cols for e in matrices))
+
+
+def _curve(option: str, model: Outline, host: Host, machine: Machine, context: int, threads: int) -> Curve:
+    pack = model.packs[option]
+    weights = weights_of(cast(PackFile, pack))
+    decoder = pack.config.to_json()
+
+    def make(memory_bytes: int) -> Plan:
+        return make_plan(
+            weights,
+            decoder,
+            memory_bytes=memory_bytes,
+            context=context,
+            threads=threads,
+            host_bytes=host.host_bytes,
+            host_peak_bytes=host.peak_bytes + _JITTER_BYTES,
+        )
+
+    weight_bytes, bits = _bits(pack)
+    return Curve(
+        option,
+        make,
+        CostModel(weights, decoder, machine),
+        weight_bytes=weight_bytes,
+        bits_per_weight=bits,
+        needs_packing=model.kind == "pack" and option != "keep",
+    )
+
+
+def plan(
+    model: str | os.PathLike[str],
+    *,
+    memory: int | str | None = None,
+    context: int | None = None,
+    threads: int | None = None,
+    weights: str = "keep",
+    whole_process: bool = False,
+    probe_again: bool = False,
+    on_probe: Callable[[], None] | None = None,
+) -> ModelPlan:
+    """Predicts speed and memory of a model from its header alone; nothing is loaded or packed.
+
+    Args:
+        model: a pack, a GGUF file, a Hugging Face folder, or one of which only ``config.json`` (and, better,
+            ``model.safetensors.index.json``) is there; or a shipped model's name.
+        memory, context, threads, weights: as for :func:`edge.load`.
+        whole_process: the budget bounds the whole process, as on the command line.
+        probe_again: measure the machine (2 to 3 seconds) even when its figures are known.
+        on_probe: called before the machine is measured.
+
+    Raises:
+        ModelFileError: the file is malformed, incomplete or not supported.
+        ArgumentError: a parameter is out of range.
+
+    A budget below the floor is no error: ``fits`` is False and ``floor_bytes`` says what is needed.
+    """
+    before_bytes = rss_bytes()
+    if weights not in WEIGHTS:
+        raise ArgumentError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
+    _check(context, threads)
+    if memory is not None:
+        parse_bytes(memory)
+    path = resolve_model(model)
+    if is_pack(path):
+        # Its tokenizer is built and measured first: what follows would count against it.
+        host = prepare(path, whole_process=whole_process)
+        host.pack.close()
+        found = outline(path)
+    else:
+        found = outline(path)
+        host = _estimated_host(found, before_bytes, whole_process)
+    memory_bytes = default_memory_bytes() + host.host_bytes if memory is None else parse_bytes(memory)
+    packed = Host(cast(PackFile, found.packs[weights]), host.tokenizer, host.host_bytes, host.peak_bytes, 0.0)
+    placed: Plan | None = None
+    try:
+        placed = plan_host(packed, memory=memory_bytes, context=context, threads=threads)
+        context, n_threads = placed.context, placed.threads
+    except BudgetError:
+        context = context or _shortest_context(found.config.max_positions)
+        n_threads = threads or cpu_count()
+    place = path if path.is_dir() else path.parent
+    if found.kind != "pack":
+        place = cache_folder()
+    files = [] if found.largest_file is None else [found.largest_file]
+    machine = probe(place, n_threads, files, force=probe_again, on_measure=on_probe)
+    curves = [_curve(option, found, host, machine, context, n_threads) for option in WEIGHTS]
+    asked = curves[WEIGHTS.index(weights)]
+    options = _options(curves, memory_bytes)
+    recommended, words = recommend(curves, memory_bytes)
+    return ModelPlan(
+        model=str(model),
+        kind=found.kind,
+        memory_bytes=memory_bytes,
+        context=context,
+        threads=n_threads,
+        weights=weights,
+        floor_bytes=asked.floor_bytes if placed is None else min(asked.floor_bytes, placed.memory_bytes),
+        plan=placed,
+        options=options,
+        recommended=recommended,
+        recommendation=words,
+        machine=machine,
+        notes=found.notes + machine.notes + ([machine.drive.note] if machine.drive.note else []),
+    )
+
+
+def _options(curves: Sequence[Curve], memory_bytes: int) -> list[Option]:
+    """Every choice of weights over one ladder of budgets, which begins and ends at a floor and at everything."""
+    low = min(curve.floor_bytes for curve in curves)
+    high = max(curve.resident_bytes for curve in curves)
+    ladder = {low + (high - low) * i // (_ROWS - 1) for i in range(_ROWS)} | {memory_bytes}
+    out = []
+    for curve in curves:
+        own = ladder | {curve.floor_bytes, curve.resident_bytes}
+        found = (curve.at(budget) for budget in sorted(own))
+        out += [option for option in found if option is not None]
+    return out
+
+
+def recommend(curves: Sequence[Curve], memory_bytes: int) -> tuple[Option, str]:
+    """The option to take at one budget, and why, in words.
+
+    The most exact weights that run about as fast as if all of them were in memory; where none do, the fastest. Weights
+    that are not in the file at hand (a pack's with fewer bits) are spoken of, not chosen.
+    """
+    found = [(curve, option) for curve in curves if (option := curve.at(memory_bytes)) is not None]
+    at_hand = [pair for pair in found if not pair[1].needs_packing]
+    if not at_hand:
+        least = min(
+            (c for c in curves if c.weights == "keep" or not _repacked(c)), key=lambda c: c.floor_bytes
+        )
+        option = least.at(least.floor_bytes)
+        assert option is not None
+        short = f"{format_bytes(memory_bytes)} is too little: the least that runs is {format_bytes(least.floor_bytes)}"
+        short += f" ({_bits_text(option)}), at {_speed(option)}"
+        return option, short + _repack_hint(found, None)
+    fitting = [o for c, o in at_hand if _fits(c, o)]
+    best = (
+        fitting[0] if fitting else max((o for _, o in at_hand), key=lambda o: o.predicted_tokens_per_second)
+    )
+    words = f"{'fits' if fitting else 'runs'} {_bits_text(best)}: {_speed(best)}"
+    if not fitting:
+        words += f", reading {format_bytes(best.flash_bytes_per_token)} per token from the drive"
+    exact = at_hand[0][1]
+    if exact.weights != best.weights:
+        words += f"; exact {_bits_text(exact)}: {_speed(exact)}"
+    if not fitting or best.weights != at_hand[0][1].weights:
+        words += f"; all of it would be in memory from {format_bytes(exact.resident_bytes)}"
+    return best, words + _repack_hint(found, best)
+
+
+def _repacked(curve: Curve) -> bool:
+    return curve.weights != "keep" and curve.needs_packing
+
+
+def _fits(curve: Curve, option: Option) -> bool:
+    if option.placement == "resident":
+        return True
+    return option.predicted_tokens_per_second >= _NEARLY * curve.resident_tokens_per_second
+
+
+def _repack_hint(found: Sequence[tuple[Curve, Option]], best: Option | None) -> str:
+    """What packing again with fewer bits would bring, when that is worth a word."""
+    speed = best.predicted_tokens_per_second if best else 0.0
+    other = [
+        o for c, o in found if o.needs_packing and _fits(c, o) and o.predicted_tokens_per_second > 1.3 * speed
+    ]
+    if not other:
+        return ""
+    return f"; packed again from its checkpoint with --weights {other[0].weights}: {_speed(other[0])}"
+
+
+def _bits_text(option: Option) -> str:
+    bits = option.bits_per_weight
+    # Scales and a few finer matrices come on top of a format's bits.
+    whole = next((b for b in (4, 8, 16, 32) if bits < 1.25 * b), 32)
+    return f"at {whole} bits" + ("" if option.weights == "keep" else f" (--weights {option.weights})")
+
+
+def _speed(option: Option) -> str:
+    speed = option.predicted_tokens_per_second
+    text = f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}" if speed >= 0.95 else f"{speed:.2g}"
+    return f"{text} tok/s"

@@ -1,0 +1,297 @@
+"""How fast a placement will run, from the directory, the plan and the probe of the machine: the cost model.
+
+    T_flash = sum over reads of (t0 + bytes / rate), at least bytes / sequential rate
+    T_ram   = weights and cached keys and values over the bus, or the kernels' own rate where that is lower,
+              and a fixed cost per layer
+    T_token = max(T_ram, T_flash) + what of the head the stream cannot hide       (reading runs ahead of computing)
+
+An expert that is not at hand is asked for only when its layer has chosen it: its reads hide behind that layer's other
+experts alone. What is not known (which experts a text asks for) is taken to be uniform.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flashload.pack_layout import PAGE_BYTES
+from flashload.plan import DEMAND, RESIDENT, STREAM, Plan, Weight
+from flashload.probe import READ_BYTES, Machine
+from quant.formats import TILE_FORMATS, TILE_ROWS, WeightFormat
+
+#: Prompt that "time to first token" is told for.
+PROMPT_TOKENS = 512
+#: Thread hand-overs of a dense layer at one row: q, k and v at once, attention, o, gate with up, down.
+_DENSE_STEPS = 5
+#: Of an expert (gate with up, down), and of a mixture's attention half and router.
+_EXPERT_STEPS, _ROUTED_STEPS = 2, 4
+_TABLES = ("embed.weight", "embed.position")
+#: Bits of records of neurons are those of a tile format, and so is about what their kernel does.
+_NEURON_KINDS = {20: WeightFormat.F16, 21: WeightFormat.Q8_0, 22: WeightFormat.Q4_0}
+_NOT_READ = (int(WeightFormat.F32_VECTOR), int(WeightFormat.BYTES))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one placement costs.
+
+    Attributes:
+        tokens_per_second: decode, at half the context.
+        time_to_first_token_seconds: a prompt of ``prompt_tokens``, the engine loaded.
+        memory_seconds, flash_seconds: T_ram and T_flash of one token.
+        flash_bytes_per_token: read from the drive for one token of decode.
+        expert_hit_rate: share of chosen experts at hand; None without experts.
+        bound: "memory" or "drive", whichever a token waits for.
+    """
+
+    tokens_per_second: float
+    time_to_first_token_seconds: float
+    prompt_tokens: int
+    memory_seconds: float
+    flash_seconds: float
+    flash_bytes_per_token: float
+    expert_hit_rate: float | None
+    bound: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def expected_hit_rate(capacity: float, n_experts: int, top_k: int) -> float:
+    """Share of a layer's chosen experts that its cache of ``capacity`` experts holds, each being equally likely.
+
+    Uniform choice is the worst case of a fixed cache: real routing prefers some experts, which any policy gains from.
+    What is being read for the layer at hand takes room from what is kept, half of a layer's choice on average.
+    """
+    if capacity >= n_experts:
+        return 1.0
+    kept = max(0.0, capacity - 0.5 * top_k * (1 - capacity / n_experts))
+    return min(1.0, kept / n_experts)
+
+
+class _Group:
+    """Weights that are read together: bytes and values by format."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[int, float] = defaultdict(float)
+        self.values: dict[int, float] = defaultdict(float)
+
+    def add(self, weight: Weight) -> None:
+        if weight.format in _NOT_READ:
+            return
+        code = int(_NEURON_KINDS.get(weight.format, weight.format))
+        traits = TILE_FORMATS[WeightFormat(code)]
+        self.bytes[code] += weight.stored_bytes
+        self.values[code] += weight.stored_bytes / traits.tile_block_bytes * TILE_ROWS * traits.block_values
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.bytes.values())
+
+    def seconds(self, machine: Machine, rows: float, share: float = 1.0) -> float:
+        """Products of ``rows`` activation rows with ``share`` of the group."""
+        out = 0.0
+        for code, n_bytes in self.bytes.items():
+            compute = self.values[code] * max(rows, 1.0) / machine.macs_per_second(code, max(rows, 1.0))
+            out += share * max(n_bytes / machine.bus_bytes_per_second, compute)
+        return out
+
+
+class CostModel:
+    """Predictions for one directory on one machine.
+
+    Args:
+        weights: the directory in file order.
+        decoder: DecoderConfig as a dict.
+        machine: the probe's figures.
+        active_share: share of a sparse FFN's neurons that a token needs (packs with records of neurons).
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        decoder: Mapping[str, Any],
+        machine: Machine,
+        active_share: float = 1.0,
+    ) -> None:
+        self._weights = weights
+        self._decoder = decoder
+        self._machine = machine
+        self._active_share = active_share
+        self._layers, self._head, self._experts, self._neurons = _Group(), _Group(), _Group(), _Group()
+        self._tables: list[Weight] = []
+        tied = bool(decoder["tied_head"])
+        sparse = set()
+        for weight in weights:
+            if weight.expert >= 0:
+                self._experts.add(weight)
+                sparse.add(weight.layer)
+            elif weight.name == ("embed.weight" if tied else "head.weight"):
+                self._head.add(weight)
+                if tied:
+                    self._tables.append(weight)
+            elif weight.name in _TABLES:
+                self._tables.append(weight)
+            elif weight.name.endswith(".neurons.records"):
+                self._neurons.add(weight)
+            elif not _is_extra(weight.name):
+                self._layers.add(weight)
+        self._n_sparse = len(sparse)
+        self._expert_weight_bytes = max((w.stored_bytes for w in weights if w.expert >= 0), default=0)
+
+    # -- parts of one pass ------------------------------------------------------------------------------------------
+
+    @property
+    def _expert_bytes(self) -> float:
+        n_experts = self._n_sparse * int(self._decoder["n_experts"])
+        return self._experts.total_bytes / n_experts if n_experts else 0.0
+
+    def _attention_seconds(self, position: float) -> float:
+        """Reading the keys and values of ``position`` tokens in every layer, for one row."""
+        d, layer = self._decoder, self._machine.layer
+        seen = sum(min(position, window) if window else position for window in d["windows"])
+        values = 2.0 * seen * d["n_kv_heads"] * d["head_dim"]
+        group = d["n_heads"] / d["n_kv_heads"]
+        compute = values * (layer.kv_seconds + group * layer.kv_head_seconds)
+        return float(max(2 * values / self._machine.bus_bytes_per_second, compute))
+
+    def _overhead_seconds(self, experts_at_work: float) -> float:
+        """Hand-overs between threads and what one row's small steps cost, all layers."""
+        step = self._machine.layer.layer_seconds / _DENSE_STEPS
+        dense = self._decoder["n_layers"] - self._n_sparse
+        mixture = step * (_ROUTED_STEPS + _EXPERT_STEPS * experts_at_work)
+        return float(dense * self._machine.layer.layer_seconds + self._n_sparse * mixture)
+
+    def _token_seconds(self) -> float:
+        layer = self._machine.layer
+        return layer.token_seconds + float(self._decoder["vocab_size"]) * layer.vocab_seconds
+
+    def _row_seconds(self, plan: Plan) -> tuple[float, float]:
+        """(seconds, bytes) to look up one token's rows in tables that are not in memory: one small read each."""
+        seconds = n_bytes = 0.0
+        drive = self._machine.drive
+        for table in self._tables:
+            if plan.placements[table.id] == RESIDENT:
+                continue
+            tile = TILE_ROWS * table.stored_bytes / max(table.rows, TILE_ROWS)
+            read = -(-tile // table.chunk_bytes) * table.chunk_bytes
+            seconds += drive.first_byte_seconds + read / drive.bytes_per_second
+            n_bytes += read
+        return seconds, n_bytes
+
+    def _hit_rate(self, plan: Plan) -> float | None:
+        if not self._n_sparse:
+            return None
+        if all(plan.placements[w.id] == RESIDENT for w in self._weights if w.expert >= 0):
+            return 1.0
+        reserved = sum(
+            16 * t.stored_bytes / max(t.rows, 16) + 3 * t.chunk_bytes + PAGE_BYTES for t in self._tables
+        )
+        capacity = max(0.0, plan.demand_bytes - reserved) / self._expert_bytes
+        d = self._decoder
+        return expected_hit_rate(capacity / self._n_sparse, d["n_experts"], d["experts_per_token"])
+
+    def _io_seconds(self, n_bytes: float) -> float:
+        """What reading ``n_bytes`` takes from computing: the bus they arrive over, and cores when none is spare."""
+        machine = self._machine
+        spare = machine.cores > machine.threads
+        cpu = 0.0 if spare else machine.drive.cpu_seconds_per_byte * n_bytes / machine.cores
+        return cpu + n_bytes / machine.bus_bytes_per_second
+
+    # -- decode -----------------------------------------------------------------------------------------------------
+
+    def predict(
+        self, plan: Plan, *, position: float | None = None, prompt_tokens: int = PROMPT_TOKENS
+    ) -> Prediction:
+        """Decode and prompt speed of a placement.
+
+        Args:
+            position: tokens in the cache when decode is timed; half the context by default.
+            prompt_tokens: at most what the context holds besides one token.
+        """
+        at = plan.context / 2 if position is None else position
+        prompt_tokens = max(1, min(prompt_tokens, plan.context - 1))
+        hit = self._hit_rate(plan)
+        row_seconds, row_bytes = self._row_seconds(plan)
+        top_k = float(self._decoder["experts_per_token"])
+        compute = (
+            self._layers.seconds(self._machine, 1)
+            + self._neurons.seconds(self._machine, 1, self._active_share)
+            + self._head.seconds(self._machine, 1)
+            + self._attention_seconds(at)
+            + self._overhead_seconds(top_k)
+            + self._token_seconds()
+            + row_seconds
+        )
+        mixture, expert_bytes = self._mixture_seconds(hit, 1, top_k)
+        stream = self._machine.drive.seconds(plan.stream_bytes)
+        memory = compute + mixture + self._io_seconds(plan.stream_bytes + expert_bytes)
+        # The ring runs on while the head is computed, as far as it has room.
+        head = self._head.seconds(self._machine, 1) if plan.stream_bytes else 0.0
+        exposed = max(0.0, head - plan.ring_bytes / self._machine.drive.sequential_bytes_per_second)
+        flash = stream + self._machine.drive.seconds(expert_bytes, self._read_bytes)
+        token = max(memory, flash) + (exposed if flash > memory else 0.0)
+        return Prediction(
+            tokens_per_second=1 / token,
+            time_to_first_token_seconds=self._prompt_seconds(plan, prompt_tokens, hit, row_seconds),
+            prompt_tokens=prompt_tokens,
+            memory_seconds=memory - (mixture - self._mixture_seconds(1.0, 1, top_k)[0]),
+            flash_seconds=flash,
+            flash_bytes_per_token=plan.stream_bytes + expert_bytes + row_bytes,
+            expert_hit_rate=hit,
+            bound="drive" if flash > token / 2 else "memory",
+        )
+
+    @property
+    def _read_bytes(self) -> float:
+        return min(READ_BYTES, self._expert_weight_bytes or READ_BYTES)
+
+    def _mixture_seconds(self, hit: float | None, rows: float, at_work: float) -> tuple[float, float]:
+        """(seconds, bytes read) of all mixtures when each uses ``at_work`` of its experts, on ``rows`` rows each."""
+        if hit is None or not self._n_sparse:
+            return 0.0, 0.0
+        machine = self._machine
+        share = 1 / (self._n_sparse * self._decoder["n_experts"])
+        one = self._experts.seconds(machine, rows, share)
+        read = at_work * (1 - hit) * self._expert_bytes
+        if read <= 0:
+            return self._n_sparse * at_work * one, 0.0
+        # All of a layer's reads start together; the last expert read is computed after it has landed.
+        any_miss = 1 - hit**at_work
+        reading = any_miss * machine.drive.first_byte_seconds + machine.drive.seconds(read, self._read_bytes)
+        layer = max(at_work * one, reading) + any_miss * one / 2
+        return self._n_sparse * layer, self._n_sparse * read
+
+    # -- prompt -----------------------------------------------------------------------------------------------------
+
+    def _prompt_seconds(self, plan: Plan, n_tokens: int, hit: float | None, row_seconds: float) -> float:
+        """A prompt in chunks of ``max_rows``; each chunk is one pass over what streams."""
+        total = self._head.seconds(self._machine, 1) + self._token_seconds() + n_tokens * row_seconds
+        for first in range(0, n_tokens, plan.max_rows):
+            rows = min(plan.max_rows, n_tokens - first)
+            total += self._chunk_seconds(plan, first, rows, hit)
+        return total
+
+    def _chunk_seconds(self, plan: Plan, first: int, rows: int, hit: float | None) -> float:
+        machine = self._machine
+        compute = self._layers.seconds(machine, rows) + self._neurons.seconds(machine, rows)
+        compute += rows * self._attention_seconds(first + rows / 2)
+        at_work, each = 0.0, 0.0
+        if self._n_sparse:
+            n, k = self._decoder["n_experts"], self._decoder["experts_per_token"]
+            at_work = n * (1 - (1 - k / n) ** rows)
+            each = rows * k / at_work
+        compute += self._overhead_seconds(at_work)
+        mixture, expert_bytes = self._mixture_seconds(hit, each, at_work)
+        memory = compute + mixture + self._io_seconds(plan.stream_bytes + expert_bytes)
+        return max(memory, machine.drive.seconds(plan.stream_bytes) + machine.drive.seconds(expert_bytes))
+
+
+def _is_extra(name: str) -> bool:
+    """Entries of a pack that a plain run does not read."""
+    return ".predictor." in name or name.startswith("medusa.")
+
+
+__all__ = ["DEMAND", "PROMPT_TOKENS", "RESIDENT", "STREAM", "CostModel", "Prediction", "expected_hit_rate"]
