@@ -15,13 +15,14 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 
-from edge.builtin.data import load_held_out
+from edge.builtin.data import END_OF_TEXT, load_held_out, load_held_out_books
 from edge.builtin.held_out import held_out_stories, windows
 from edge.builtin.hf import load_hf
 from edge.builtin.model import Decoder
 from flashload.errors import EdgeError
 
 _ROWS = 16  # windows computed at once
+_BOOK_CHARS = 20_000  # of each held-out book
 
 
 def bits_per_byte(
@@ -103,17 +104,29 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m edge.builtin.evaluate", description=main.__doc__)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
     parser.add_argument("--corpora", type=Path, required=True, help="folder of the corpora")
+    parser.add_argument(
+        "--books", action="store_true", help="also the beginnings of the seven held-out books"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="sample n is drawn with seed n")
     args = parser.parse_args(argv)
     try:
         held_out = load_held_out(args.corpora)
+        books = ""
+        if args.books:
+            books = END_OF_TEXT.join(book[:_BOOK_CHARS] for book in load_held_out_books(args.corpora))
     except EdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     model = load_hf(args.model)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     bos_id = json.loads((args.model / "config.json").read_text())["bos_token_id"]
-    print(f"held-out bits per byte: {bits_per_byte(model, tokenizer, held_out, bos_id):.4f}")
+    bits = bits_per_byte(model, tokenizer, held_out, bos_id)
+    stories = held_out_stories(held_out)
+    n_tokens = sum(len(e.ids) for e in tokenizer.encode_batch(stories, add_special_tokens=False))
+    nats = bits * math.log(2) * sum(len(story.encode()) for story in stories)
+    print(f"held-out bits per byte: {bits:.4f} (perplexity per token {math.exp(nats / n_tokens):.3f})")
+    if books:
+        print(f"held-out books, bits per byte: {bits_per_byte(model, tokenizer, books, bos_id):.4f}")
     for seed, prompt in enumerate(args.prompt):
         print(f"--- {prompt!r}, seed {seed}\n{sample(model, tokenizer, prompt, seed=seed, bos_id=bos_id)}")
     return 0

@@ -39,13 +39,41 @@ class Plain:
         return value, value
 
 
+class Distil:
+    """Divergence from a teacher's next-token distribution (Hinton et al. 2015), plus a little of the text's own.
+
+    Before the share `begin` of the run it is the next token alone.
+    """
+
+    def __init__(self, teacher: Decoder, text_share: float, begin: float = 0.0) -> None:
+        self.teacher, self.text_share, self.begin = teacher.eval(), text_share, begin
+        self.state: dict[str, float] = {}
+
+    def loss(self, model: Decoder, tokens: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+        logits = model(tokens[:, :-1])
+        if progress < self.begin:
+            value = next_token_loss(logits, tokens[:, 1:])
+            return value, value
+        with torch.no_grad():
+            wanted = torch.log_softmax(self.teacher(tokens[:, :-1]).float(), dim=-1)
+        found = torch.log_softmax(logits.float(), dim=-1)
+        value = F.nll_loss(found.flatten(0, 1), tokens[:, 1:].flatten())
+        apart = F.kl_div(found.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
+        return (1 - self.text_share) * apart + self.text_share * value, value
+
+
 @dataclass(frozen=True)
 class SparsitySettings:
-    """The zero share wanted of ReLU gates, and where the ramp to it begins and ends (shares of the run)."""
+    """The zero share wanted of ReLU gates, and where the ramp to it begins and ends (shares of the run).
+
+    From `end` to `settled` it falls back to `rest`: gates closed with some overshoot cost less to hold.
+    """
 
     target: float = 0.93
     begin: float = 0.37
     end: float = 0.75
+    rest: float = 0.915
+    settled: float = 0.9
     width: float = 0.5  # of tanh, in root mean squares of the open gates
     rate: float = 0.06  # largest change of log(weight) per step
 
@@ -54,28 +82,29 @@ _SAMPLE = 2  # of so many sequences one is looked at, for speed
 
 
 class Sparse:
-    """Next token plus a progressive sparsity penalty on the ReLU gates.
+    """Another objective plus a progressive sparsity penalty on the ReLU gates.
 
     As in ProSparse (Song et al. 2024, arXiv 2402.13516, section 3.2) the penalty grows along the run. It is the
     mean of tanh(gate / width): an L1 that saturates, so that it closes gates that are hardly open and leaves the
     strong ones their size. Its weight is steered, within bounds, so that the zero share follows the ramp.
     """
 
-    def __init__(self, settings: SparsitySettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: SparsitySettings, fit: Objective) -> None:
+        self.settings, self.fit = settings, fit
         self.state: dict[str, float] = {"weight": 0.02, "zeros": 0.0, "first": -1.0}
 
     def wanted(self, progress: float) -> float:
         """Zero share to have at a share of the run."""
         s, first = self.settings, self.state["first"]
         done = min(1.0, max(0.0, (progress - s.begin) / (s.end - s.begin)))
-        return first + (s.target - first) * done
+        back = min(1.0, max(0.0, (progress - s.end) / (s.settled - s.end)))
+        return first + (s.target - first) * done + (s.rest - s.target) * back
 
     def loss(self, model: Decoder, tokens: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         s, state = self.settings, self.state
         for layer in model.layers:
             layer.mlp.keep_gates = True
-        value = next_token_loss(model(tokens[:, :-1]), tokens[:, 1:])
+        minimised, value = self.fit.loss(model, tokens, progress)
         penalty, zeros = torch.zeros(()), 0.0
         for layer in model.layers:
             gates = layer.mlp.gates[::_SAMPLE]
@@ -92,26 +121,8 @@ class Sparse:
             miss = (self.wanted(progress) - state["zeros"]) / 0.01
             state["weight"] *= math.exp(s.rate * min(1.0, max(-1.0, miss)))
             state["weight"] = min(20.0, max(1e-3, state["weight"]))
-            return value + state["weight"] * penalty / n_layers, value
-        return value, value
-
-
-class Distil:
-    """Divergence from a teacher's next-token distribution (Hinton et al. 2015), plus a little of the text's own."""
-
-    def __init__(self, teacher: Decoder, text_share: float = 0.1) -> None:
-        self.teacher, self.text_share = teacher.eval(), text_share
-        self.state: dict[str, float] = {}
-
-    def loss(self, model: Decoder, tokens: Tensor, progress: float) -> tuple[Tensor, Tensor]:
-        del progress
-        with torch.no_grad():
-            wanted = torch.log_softmax(self.teacher(tokens[:, :-1]).float(), dim=-1)
-        logits = model(tokens[:, :-1])
-        found = torch.log_softmax(logits.float(), dim=-1)
-        value = F.nll_loss(found.flatten(0, 1), tokens[:, 1:].flatten())
-        apart = F.kl_div(found.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
-        return (1 - self.text_share) * apart + self.text_share * value, value
+            minimised = minimised + state["weight"] * penalty / n_layers
+        return minimised, value
 
 
 class Balanced:

@@ -26,17 +26,27 @@ class Settings:
     book_end: float = 0.6  # ...at this share of the run
     fork: float = 0.0  # share of the run at which fork.bin is saved for the model that starts from it
     start: str = ""  # model whose fork.bin this one starts from
-    teacher: str = ""  # model this one is distilled from, with the teacher's own text among the rows
-    own_share: float = 0.0  # of the rows, the teacher's own text
+    teacher: str = ""  # model this one is distilled from...
+    teacher_from: float = 0.0  # ...from this share of the run on
+    text_share: float = 0.1  # weight of the text's own next token beside the teacher's distribution
+    own_share: float = 0.0  # of the rows, text that the teacher wrote itself
     sparsity: SparsitySettings | None = None
     eval_steps: int = 100
     save_seconds: float = 120.0
 
 
 RECIPES: dict[str, Settings] = {
-    # The dense twin: what `story` would be without its sparsity. Both share their first 35 %.
+    # The dense twin: what `story` would be without its sparsity. Both share their first 35 %, and the twin teaches
+    # `story` while its gates settle.
     "twin": Settings(fork=0.35),
-    "story": Settings(model=ModelConfig(hidden_act="relu"), start="twin", sparsity=SparsitySettings()),
+    "story": Settings(
+        model=ModelConfig(hidden_act="relu"),
+        start="twin",
+        sparsity=SparsitySettings(),
+        teacher="twin",
+        teacher_from=0.79,
+        text_share=0.3,
+    ),
     "draft": Settings(
         model=ModelConfig(
             hidden_size=128,
@@ -46,13 +56,13 @@ RECIPES: dict[str, Settings] = {
             head_dim=32,
             intermediate_size=320,
         ),
-        steps=1500,
+        steps=1000,
         dropout=0.0,
         book_share=0.0,
         teacher="story",
         own_share=0.5,
     ),
     "moe": Settings(
-        model=ModelConfig(intermediate_size=192, num_local_experts=16, num_experts_per_tok=2), steps=1200
+        model=ModelConfig(intermediate_size=192, num_local_experts=16, num_experts_per_tok=2), steps=600
     ),
 }

@@ -71,7 +71,7 @@ def _prepare(args: argparse.Namespace) -> Trainer:
     if args.steps:
         settings = replace(settings, steps=args.steps)
     check_memory(settings)
-    own = load_own_text(args.family / settings.teacher / "own") if settings.teacher else None
+    own = load_own_text(args.family / settings.teacher / "own") if settings.own_share else None
     if settings.teacher and not (args.family / settings.teacher / "hf" / "config.json").exists():
         raise ArgumentError(
             f"{args.family / settings.teacher / 'hf'}: expected the teacher; train {settings.teacher} first"

@@ -37,12 +37,12 @@ def book_share(progress: float, settings: Settings) -> float:
     return settings.book_share * max(0.0, 1.0 - progress / settings.book_end) if settings.book_end else 0.0
 
 
-def _objective(settings: Settings, family: Path) -> Objective:
-    if settings.sparsity:
-        return Sparse(settings.sparsity)
+def _objective(settings: Settings, family: Path, device: torch.device) -> Objective:
+    fit: Objective = Balanced() if settings.model.num_local_experts else Plain()
     if settings.teacher:
-        return Distil(load_hf(family / settings.teacher / "hf"))
-    return Balanced() if settings.model.num_local_experts else Plain()
+        teacher = load_hf(family / settings.teacher / "hf").to(device)
+        fit = Distil(teacher, settings.text_share, settings.teacher_from)
+    return Sparse(settings.sparsity, fit) if settings.sparsity else fit
 
 
 class Trainer:
@@ -65,9 +65,7 @@ class Trainer:
             self.sources["books"] = RowSource(books, length, settings.seed + 1)
         if own:
             self.sources["own"] = RowSource(own, length, settings.seed + 2)
-        self.objective = _objective(settings, family)
-        if isinstance(self.objective, Distil):
-            self.objective.teacher.to(self.device)
+        self.objective = _objective(settings, family, self.device)
         self.model = Decoder(settings.model, settings.dropout).to(self.device).train()
         self.optimiser = MuonAdamW(
             self.model.named_parameters(),
