@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edge import speculation
 from flashload.errors import ArgumentError
 
 _OVERFLOW = ("error", "shift")
-_SPECULATION = ("auto", "off")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class GenerationConfig:
         ignore_eos: go on after an end-of-text token.
         logprobs: how many alternatives to report for each token; None reports nothing, 0 the token alone.
         overflow: "error", or "shift" to drop the oldest text when the context is full.
-        speculation: "auto" or "off"; the text is the same.
+        speculation: "auto", "off", the name of a drafter, or the fields of :class:`edge.speculation.Speculation`;
+            the text is the same.
     """
 
     max_tokens: int | None = None
@@ -49,7 +50,7 @@ class GenerationConfig:
     ignore_eos: bool = False
     logprobs: int | None = None
     overflow: str = "error"
-    speculation: str = "auto"
+    speculation: str | Mapping[str, Any] = "auto"
 
     def __post_init__(self) -> None:
         """Checks types and ranges of what the core does not check itself.
@@ -88,10 +89,7 @@ class GenerationConfig:
         object.__setattr__(self, "stop", tuple(stops))
         if self.overflow not in _OVERFLOW:
             raise ArgumentError(f"overflow: expected one of {', '.join(_OVERFLOW)}, found {self.overflow!r}")
-        if self.speculation not in _SPECULATION:
-            raise ArgumentError(
-                f"speculation: expected one of {', '.join(_SPECULATION)}, found {self.speculation!r}"
-            )
+        speculation.parse(self.speculation)
 
     def sampling(self, seed: int) -> dict[str, Any]:
         """The core's half of the settings."""

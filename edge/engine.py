@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 
 import _edge
 
+from edge import speculation
 from edge.completion import Chunk, Completion, StopScanner, TokenLogprob
 from edge.config import GenerationConfig
 from edge.stream import Stream, Turns
@@ -49,6 +50,7 @@ class Engine:
         self.load_seconds = load_seconds
         self._core: _edge.Engine | None = core
         self._sequence: _edge.Sequence | None = _edge.Sequence(core)
+        self._speculators: dict[speculation.Speculation, _edge.Speculator] = {}
         self._turns = Turns()
         self._cancelled = threading.Event()
 
@@ -148,6 +150,7 @@ class Engine:
         """
         self._turns.take_last(self._cancelled.is_set)
         try:
+            self._speculators.clear()
             self._sequence = None
             self._core = None
         finally:
@@ -183,6 +186,18 @@ class Engine:
             yield self._begin()
         finally:
             self._turns.give_back()
+
+    def _speculator(self, config: GenerationConfig) -> _edge.Speculator | None:
+        """Kept from request to request, so that what was learned of this machine and text stays."""
+        settings = speculation.parse(config.speculation)
+        if settings is None:
+            return None
+        if settings not in self._speculators:
+            self._speculators.clear()
+            self._speculators[settings] = speculation.make_speculator(
+                self._open_core(), settings, self.plan.context
+            )
+        return self._speculators[settings]
 
     def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -244,7 +259,8 @@ class Engine:
         on_progress: Progress | None,
     ) -> Generator[Chunk, None, None]:
         sequence = self._begin()
-        meter = _Meter(self, seed)
+        speculator = self._speculator(config)
+        meter = _Meter(self, seed, speculator)
         sampler = _edge.Sampler(config.sampling(seed), self.vocab_size)
         scanner = StopScanner(config.stop)
         eos = set() if config.ignore_eos else set(self.tokenizer.eos_ids)
@@ -257,25 +273,35 @@ class Engine:
                 if on_progress is not None:
                     on_progress(len(tokens) - sequence.n_pending, len(tokens))
             meter.prefilled(len(tokens))
-            for _ in range(limit):
+            while meter.generated < limit and reason != "stop":
                 if sequence.n_tokens >= self.plan.context:
                     keep = self.plan.context // 2
                     sequence.shift(1, keep)
-                token, logprob, top = sequence.next(sampler)
-                meter.generated += 1
-                if token in eos:
-                    reason = "stop"
-                    text = ""
+                n_kept = sequence.n_tokens
+                if speculator is None:
+                    drawn = [sequence.next(sampler)]
                 else:
-                    text = scanner.push(decoder.push(token))
-                    if scanner.stopped:
-                        reason = "stop"
-                detail = None
-                if config.logprobs is not None:
-                    detail = TokenLogprob(token, logprob, tuple(top))
-                yield Chunk(text, token, detail)
-                if reason == "stop":
-                    break
+                    drawn = speculator.step(sequence, sampler, limit - meter.generated, list(eos))
+                try:
+                    for token, logprob, top in drawn:
+                        meter.generated += 1
+                        n_kept += 1
+                        if token in eos:
+                            reason = "stop"
+                            text = ""
+                        else:
+                            text = scanner.push(decoder.push(token))
+                            if scanner.stopped:
+                                reason = "stop"
+                        detail = None
+                        if config.logprobs is not None:
+                            detail = TokenLogprob(token, logprob, tuple(top))
+                        yield Chunk(text, token, detail)
+                        if reason == "stop":
+                            break
+                finally:
+                    # What came after a stop string, or was never read, did not happen.
+                    sequence.truncate(n_kept)
         except CancelledError:
             reason = "cancelled"
         text = "" if scanner.stopped else scanner.push(decoder.finish()) + scanner.finish()
@@ -285,9 +311,11 @@ class Engine:
 class _Meter:
     """Counts and clocks of one request."""
 
-    def __init__(self, engine: Engine, seed: int) -> None:
+    def __init__(self, engine: Engine, seed: int, speculator: _edge.Speculator | None) -> None:
         self._engine = engine
         self._seed = seed
+        self._speculator = speculator
+        self._speculated = None if speculator is None else speculator.stats()
         self._start = time.perf_counter()
         self._prefill_end: float | None = None
         self._before = engine.stats()
@@ -327,6 +355,9 @@ class _Meter:
             "budget_bytes": plan.memory_bytes,
             "placement": plan.placement,
             "isa": after["isa"],
+            "speculation": speculation.spent(
+                self._speculated, None if self._speculator is None else self._speculator.stats()
+            ),
         }
 
 

@@ -3,6 +3,7 @@
 
 #include "bindings/binding.h"
 #include "bindings/config_from_dict.h"
+#include "bindings/run.h"
 #include "engine/engine.h"
 #include "engine/sequence.h"
 
@@ -28,18 +29,6 @@ EngineOptions options_from(const py::dict& dict) {
   options.max_rows = dict["max_rows"].cast<int64_t>();
   options.budget_bytes = dict["budget_bytes"].cast<uint64_t>();
   return options;
-}
-
-// Runs fn without the GIL; a Ctrl-C seen inside becomes KeyboardInterrupt, not CancelledError.
-template <typename Fn>
-auto run(Fn&& fn) {
-  py::gil_scoped_release release;
-  auto result = fn();
-  if (!result.ok()) {
-    py::gil_scoped_acquire gil;
-    if (PyErr_Occurred()) throw py::error_already_set();
-  }
-  return result;
 }
 
 Status as_status(Status status) { return status; }
@@ -104,6 +93,7 @@ void bind(py::module_& module) {
            [](Sequence& self, std::vector<int32_t> tokens) {
              return value(run([&] { return self.score(std::move(tokens)); }));
            })
+      .def("truncate", [](Sequence& self, int64_t n_tokens) { check(self.truncate(n_tokens)); })
       .def("shift", [](Sequence& self, int64_t keep_first, int64_t keep_last) {
         check(self.shift(keep_first, keep_last));
       });

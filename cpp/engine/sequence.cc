@@ -1,10 +1,19 @@
 #include "engine/sequence.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <numeric>
 
 namespace edge {
+namespace {
+
+uint64_t next_revision() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
+
+}  // namespace
 
 Result<std::unique_ptr<Sequence>> Sequence::create(Engine& engine) {
   std::unique_ptr<Sequence> sequence(new Sequence(engine));
@@ -25,8 +34,20 @@ Result<int64_t> Sequence::set_tokens(std::vector<int32_t> tokens) {
   const int64_t kept = std::min({static_cast<int64_t>(differ.first - tokens.begin()), kv_.n_committed(), n - 1});
   kv_.truncate(kept);
   tokens_ = std::move(tokens);
-  has_logits_ = false;
+  forget_pass();
   return kept;
+}
+
+void Sequence::forget_pass() {
+  has_logits_ = false;
+  hidden_.clear();
+  revision_ = next_revision();
+}
+
+Status Sequence::remember_hidden(int32_t row) {
+  if (!keeps_hidden_) return {};
+  hidden_.resize(static_cast<size_t>(engine_.decoder().config().hidden_size));
+  return engine_.decoder().hidden(row, hidden_);
 }
 
 Status Sequence::pass(bool every_row, const OnRow& on_row) {
@@ -43,8 +64,9 @@ Status Sequence::pass(bool every_row, const OnRow& on_row) {
   } else if (begin + n_rows == static_cast<int64_t>(tokens_.size())) {
     rows.push_back(static_cast<int32_t>(n_rows - 1));
   }
-  const Status status = decoder.logits(
+  Status status = decoder.logits(
       rows, [&](size_t i, std::span<float> logits) { return on_row(begin + rows[i], logits); });
+  if (status.ok()) status = remember_hidden(static_cast<int32_t>(n_rows - 1));
   if (!status.ok()) {
     kv_.rollback();
     engine_.store().rewind();
@@ -106,8 +128,42 @@ Status Sequence::shift(int64_t keep_first, int64_t keep_last) {
   }
   tokens_.erase(tokens_.begin() + keep_first, tokens_.end() - keep_last);
   kv_.truncate(std::min(keep_first, kv_.n_committed()));
-  has_logits_ = false;
+  forget_pass();
   return {};
+}
+
+Status Sequence::truncate(int64_t n_tokens) {
+  if (n_tokens < 1 || n_tokens > static_cast<int64_t>(tokens_.size())) {
+    return error(Code::kBadArgument, "truncate: expected 1..%zu tokens, found %lld", tokens_.size(),
+                 static_cast<long long>(n_tokens));
+  }
+  if (n_tokens == static_cast<int64_t>(tokens_.size())) return {};
+  tokens_.resize(static_cast<size_t>(n_tokens));
+  // As after next(): the pass of the last token is due.
+  kv_.truncate(n_tokens - 1);
+  forget_pass();
+  return {};
+}
+
+Result<Verified> Sequence::verify(const DraftTree& tree, Acceptor& acceptor, const VerifyLimits& limits,
+                                  bool wants_best) {
+  if (n_pending() != 1 || tree.tokens()[0] != tokens_.back()) {
+    return error(Code::kBadArgument, "verify: expected a tree below the last token and 1 token pending, found %lld",
+                 static_cast<long long>(n_pending()));
+  }
+  const size_t n_before = tokens_.size();
+  auto verified = edge::verify(engine_.decoder(), kv_, tree, acceptor, limits, wants_best, tokens_);
+  Status status = verified.status();
+  if (status.ok()) status = remember_hidden(verified->path.back());
+  if (!status.ok()) {
+    tokens_.resize(n_before);
+    kv_.rollback();
+    engine_.store().rewind();
+    return status;
+  }
+  kv_.commit(verified->path);
+  has_logits_ = false;
+  return verified;
 }
 
 }  // namespace edge

@@ -6,6 +6,7 @@
 
 #include "engine/engine.h"
 #include "sample/sampler.h"
+#include "speculate/verify.h"
 
 namespace edge {
 
@@ -28,6 +29,16 @@ class Sequence {
   Result<std::vector<float>> logits();
   // Log-probabilities of tokens[1..] given those before each; replaces the text.
   Result<std::vector<double>> score(std::vector<int32_t> tokens);
+  // Forgets what follows the first n_tokens.
+  Status truncate(int64_t n_tokens);
+  // One pass over the last token and guesses of what follows it (n_pending() must be 1); appends what it draws.
+  Result<Verified> verify(const DraftTree& tree, Acceptor& acceptor, const VerifyLimits& limits, bool wants_best);
+  // Changes when the text does other than at its end; no two sequences ever have the same.
+  uint64_t revision() const { return revision_; }
+  // From now on hidden() is the final-normed hidden state [hidden_size] of the last token computed, which the newest
+  // token was drawn from; empty while there is none.
+  void keep_hidden() { keeps_hidden_ = true; }
+  std::span<const float> hidden() const { return hidden_; }
   // Drops the oldest tokens so that `keep_first` and then the latest `keep_last` remain; they are computed again.
   Status shift(int64_t keep_first, int64_t keep_last);
 
@@ -35,12 +46,17 @@ class Sequence {
   explicit Sequence(Engine& engine) : engine_(engine), kv_(engine.kv_pool()) {}
   using OnRow = std::function<Status(int64_t token_index, std::span<float> logits)>;
   Status pass(bool every_row, const OnRow& on_row);
+  Status remember_hidden(int32_t row);
+  void forget_pass();
 
   Engine& engine_;
   KvCache kv_;
   std::vector<int32_t> tokens_;
   Block logits_;
   bool has_logits_ = false;
+  bool keeps_hidden_ = false;
+  std::vector<float> hidden_;
+  uint64_t revision_ = 0;
 };
 
 }  // namespace edge

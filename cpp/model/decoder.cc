@@ -143,9 +143,24 @@ Status Decoder::norm(WeightId weight_id, WeightId bias_id, const float* x, int64
   return {};
 }
 
+Status Decoder::hidden(int32_t row, std::span<float> out) {
+  EDGE_TRY(norm(weights_.final_norm, weights_.final_norm_bias, scratch_.hidden + row * pad16(config_.hidden_size),
+                pad16(config_.hidden_size), 1, scratch_.normed));
+  std::copy_n(scratch_.normed, config_.hidden_size, out.data());
+  return {};
+}
+
+Status Decoder::project(const float* states, int64_t n, const Visit& visit) {
+  for (int64_t i = 0; i < n; ++i) {
+    std::copy_n(states + i * config_.hidden_size, config_.hidden_size,
+                scratch_.normed + i * pad16(config_.hidden_size));
+  }
+  return head_product(n, 0, visit);
+}
+
 Status Decoder::logits(std::span<const int32_t> rows, const Visit& visit) {
   if (rows.empty()) return {};
-  const int64_t hidden = config_.hidden_size, stride = pad16(hidden), vocab = pad16(config_.vocab_size);
+  const int64_t stride = pad16(config_.hidden_size);
   // Held over all groups of rows: a streamed head that has passed comes again only after a whole pass.
   EDGE_ASSIGN(const Lease head_lease, store_.acquire(weights_.head, {}));
   for (size_t begin = 0; begin < rows.size(); begin += Scratch::kLogitRows) {
@@ -155,16 +170,22 @@ Status Decoder::logits(std::span<const int32_t> rows, const Visit& visit) {
       EDGE_TRY(norm(weights_.final_norm, weights_.final_norm_bias, scratch_.hidden + piece[i] * stride, stride, 1,
                     scratch_.normed + i * stride));
     }
-    acts_->set(scratch_.normed, stride, n, hidden);
-    const Product head{weights_.head, scratch_.logits, vocab};
-    EDGE_TRY(linear_.run(*acts_, {&head, 1}));
-    for (int64_t i = 0; i < n; ++i) {
-      float* logits = scratch_.logits + i * vocab;
-      if (config_.logit_scale != 1.0f) {
-        for (int64_t j = 0; j < config_.vocab_size; ++j) logits[j] *= config_.logit_scale;
-      }
-      EDGE_TRY(visit(begin + static_cast<size_t>(i), {logits, static_cast<size_t>(config_.vocab_size)}));
+    EDGE_TRY(head_product(n, begin, visit));
+  }
+  return {};
+}
+
+Status Decoder::head_product(int64_t n, size_t first, const Visit& visit) {
+  const int64_t vocab = pad16(config_.vocab_size);
+  acts_->set(scratch_.normed, pad16(config_.hidden_size), n, config_.hidden_size);
+  const Product head{weights_.head, scratch_.logits, vocab};
+  EDGE_TRY(linear_.run(*acts_, {&head, 1}));
+  for (int64_t i = 0; i < n; ++i) {
+    float* logits = scratch_.logits + i * vocab;
+    if (config_.logit_scale != 1.0f) {
+      for (int64_t j = 0; j < config_.vocab_size; ++j) logits[j] *= config_.logit_scale;
     }
+    EDGE_TRY(visit(first + static_cast<size_t>(i), {logits, static_cast<size_t>(config_.vocab_size)}));
   }
   return {};
 }

@@ -46,6 +46,13 @@ class Decoder {
   // Logits of rows of the last batch, in `rows` order: visit(i, logits[vocab_size]) may change them.
   using Visit = std::function<Status(size_t i, std::span<float> logits)>;
   Status logits(std::span<const int32_t> rows, const Visit& visit);
+  // The final-normed hidden state [hidden_size] of a row of the last batch.
+  Status hidden(int32_t row, std::span<float> out);
+  // Logits of hidden states [n][hidden_size] as hidden() gives them, at most kMaxProjected: the head is read for them
+  // out of turn, so it must not be a streamed weight.
+  static constexpr int64_t kMaxProjected = Scratch::kLogitRows;
+  Status project(const float* states, int64_t n, const Visit& visit);
+  WeightId head() const { return weights_.head; }
 
   std::function<bool()> interrupted;
   const DecoderConfig& config() const { return config_; }
@@ -64,6 +71,7 @@ class Decoder {
   Status mixture(const LayerWeights& layer, const float* x);
   Status norm(WeightId weight, WeightId bias, const float* x, int64_t x_stride, int64_t n_rows, float* out);
   Status rotate_and_store(int64_t layer, KvCache& kv);
+  Status head_product(int64_t n, size_t first, const Visit& visit);  // of scratch_.normed
   void activate(const float* gate, const float* up, int64_t n_rows, int64_t n, float* out);
 
   DecoderConfig config_;

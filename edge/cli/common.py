@@ -71,7 +71,7 @@ def sampling_options(function: _F) -> _F:
                 help="When the context is full: fail, or drop the oldest text.",
             ),
             click.option(
-                "--speculation", default="auto", show_default=True, type=click.Choice(["auto", "off"])
+                "--speculation", default="auto", show_default=True, help="auto, off, or a drafter: lookup."
             ),
         ]
     ):

@@ -22,8 +22,9 @@ ALLOWED = {
     "kv": {"core", "kernels"},
     "sample": {"core"},
     "model": {"core", "kernels", "format", "store", "kv"},
-    "engine": {"core", "kernels", "format", "store", "kv", "model", "sample"},
-    "bindings": {"core", "io", "kernels", "format", "store", "kv", "model", "sample", "engine"},
+    "speculate": {"core", "kernels", "format", "store", "kv", "model", "sample"},
+    "engine": {"core", "kernels", "format", "store", "kv", "model", "sample", "speculate"},
+    "bindings": {"core", "io", "kernels", "format", "store", "kv", "model", "sample", "speculate", "engine"},
 }
 MAX_LINES = 600
 

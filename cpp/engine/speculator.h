@@ -1,0 +1,76 @@
+// Speculation for one engine: drafters guess, one pass verifies, the controller decides what is worth guessing.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/sequence.h"
+#include "speculate/controller.h"
+#include "speculate/drafter.h"
+
+namespace edge {
+
+struct SpeculationOptions {
+  // Fixed sizes instead of the controller's choice: guesses deep (0: the controller chooses), and rows of a pass.
+  int64_t depth = 0;
+  int64_t max_rows = 17;
+};
+
+struct DrafterStats {
+  std::string name;
+  int64_t tried = 0;     // guesses that met the target's token of their position
+  int64_t accepted = 0;  // those that were it
+  double ms = 0;         // spent on guessing
+};
+
+struct SpeculationStats {
+  std::vector<DrafterStats> drafters;
+  int64_t passes = 0;           // over drafts
+  int64_t tokens = 0;           // that those passes gave
+  int64_t plain_passes = 0;     // over the last token alone
+  double saved_ms = 0;          // against a plain pass per token, as measured here
+  std::vector<std::pair<int64_t, double>> pass_ms;  // (rows, milliseconds) as the controller knows them
+};
+
+class Speculator {
+ public:
+  // The engine must outlive it. One sequence at a time; drafters start again with another.
+  Speculator(Engine& engine, SpeculationOptions options) : engine_(engine), options_(options) {}
+
+  void add(std::unique_ptr<Drafter> drafter);
+  // Draws 1 or more tokens and appends them to the sequence, exactly as so many Sequence::next() would with the same
+  // sampler. At most limits.max_tokens; none after a stop token.
+  Result<std::vector<SampledToken>> step(Sequence& sequence, Sampler& sampler, const VerifyLimits& limits);
+  SpeculationStats stats() const;
+  Budget& budget() { return engine_.budget(); }
+
+ private:
+  // A drafter whose guesses take time is asked when they pay, and now and then to see whether they would.
+  struct Turn {
+    std::unique_ptr<Drafter> drafter;
+    DrafterStats stats;
+    double ms_per_depth = 0;  // 0: not measured
+    int64_t idle_tokens = 0;
+    int64_t probe_after_tokens = 64;
+    double ms = 0;  // of this step
+  };
+
+  void follow(Sequence& sequence);
+  Status propose(Sequence& sequence, Sampler& sampler);
+  int64_t depth_for(Turn& turn) const;
+  Result<std::vector<SampledToken>> plain(Sequence& sequence, Sampler& sampler, bool decodes);
+  void count(const DraftTree& tree, const Verified& verified);
+
+  Engine& engine_;
+  SpeculationOptions options_;
+  std::vector<Turn> turns_;
+  uint8_t n_sources_ = 0;
+  Controller controller_;
+  DraftTree tree_, proposed_;
+  uint64_t revision_ = 0;
+  SpeculationStats stats_;
+};
+
+}  // namespace edge
