@@ -35,6 +35,7 @@ _SMALLEST_DEFAULT_CONTEXT = 512
 #: What the same process holds at the same point differs by this much from run to run.
 _JITTER_BYTES = 2 << 20
 _DEVICES = ("auto", "cpu")
+_PREDICTOR = ("auto", "off")
 
 Progress = Callable[[int, int], None]
 
@@ -154,7 +155,12 @@ def prepare(
 
 
 def plan_host(
-    host: Host, *, memory: int | str | None = None, context: int | None = None, threads: int | None = None
+    host: Host,
+    *,
+    memory: int | str | None = None,
+    context: int | None = None,
+    threads: int | None = None,
+    predictor: bool = True,
 ) -> Plan:
     """Places the weights; see :func:`edge.plan`."""
     pack = host.pack
@@ -175,6 +181,7 @@ def plan_host(
             threads=n_threads,
             host_bytes=host_bytes,
             host_peak_bytes=host_peak_bytes,
+            predictor=predictor,
         )
 
     def plan(n_context: int) -> Plan:
@@ -217,6 +224,8 @@ def load(
     weights: str = "keep",
     isa: str = "",
     io: str = "auto",
+    predictor: str = "auto",
+    exact: bool = False,
     whole_process: bool = False,
     on_pack: Progress | None = None,
     on_load: Progress | None = None,
@@ -233,6 +242,9 @@ def load(
         weights: "keep", "q8" or "q4": how a checkpoint is packed, when it has to be.
         isa: force a kernel set (see ``edge doctor``); also the environment variable EDGE_ISA.
         io: "auto", "io_uring" or "pread".
+        predictor: "auto" lets the predictor that came with a sparse model guess which neurons are active where memory
+            is too short to know (a small loss); "off" never does.
+        exact: nothing that changes the text, whatever it costs; the same as ``predictor="off"``.
         whole_process: the ceiling bounds the whole process, as on the command line.
         on_pack: called with (bytes done, bytes) while a checkpoint is packed.
         on_load: called with (bytes done, bytes) while weights are read.
@@ -247,10 +259,13 @@ def load(
     """
     if device not in _DEVICES:
         raise ArgumentError(f"device: expected one of {', '.join(_DEVICES)}, found {device!r}")
+    if predictor not in _PREDICTOR:
+        raise ArgumentError(f"predictor: expected one of {', '.join(_PREDICTOR)}, found {predictor!r}")
+    guess = predictor == "auto" and not exact
     start = time.perf_counter()
     host = prepare(model, weights=weights, whole_process=whole_process, on_pack=on_pack)
     try:
-        return _load(host, start, memory, context, threads, isa, io, on_load)
+        return _load(host, start, memory, context, threads, isa, io, guess, on_load)
     finally:
         host.pack.close()
 
@@ -263,12 +278,13 @@ def _load(
     threads: int | None,
     isa: str,
     io: str,
+    predictor: bool,
     on_load: Progress | None,
 ) -> Engine:
     from edge.engine import Engine
 
     pack = host.pack
-    plan = plan_host(host, memory=memory, context=context, threads=threads)
+    plan = plan_host(host, memory=memory, context=context, threads=threads, predictor=predictor)
     options = {
         "pack_path": str(pack.path),
         "decoder": pack.config.to_json(),
@@ -276,6 +292,9 @@ def _load(
         "stream_order": plan.stream_order,
         "ring_bytes": plan.ring_bytes,
         "demand_bytes": plan.demand_bytes,
+        "neuron_slots": plan.neuron_slots,
+        "neuron_bytes": plan.neuron_bytes,
+        "neuron_staging_bytes": plan.neuron_staging_bytes,
         "io_engine": io,
         "threads": plan.threads,
         "isa": isa,

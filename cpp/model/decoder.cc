@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "kernels/tiling.h"
 
@@ -24,6 +25,18 @@ Result<std::unique_ptr<Decoder>> Decoder::create(const DecoderConfig& config, co
   EDGE_ASSIGN(decoder->weights_, ModelWeights::resolve(config, directory));
   EDGE_ASSIGN(decoder->scratch_, Scratch::create(config, options.max_rows, options.context, pool.size(), budget));
   decoder->acts_ = std::make_unique<ActRows>(kernels, pool, decoder->scratch_.acts);
+  for (const LayerWeights& layer : decoder->weights_.layers) {
+    if (layer.neuron_records == kNoWeight) continue;
+    if (store.neurons() == nullptr) {
+      return error(Code::kBadArgument, "store plan: %s: expected slots for its neurons, found none",
+                   directory.entry(layer.neuron_records).name.c_str());
+    }
+    if (decoder->sparse_ == nullptr) {
+      decoder->sparse_ = std::make_unique<SparseFfn>(decoder->config_, directory, *store.neurons(), kernels, pool,
+                                                     decoder->linear_, *decoder->acts_, decoder->scratch_);
+    }
+    EDGE_TRY(decoder->sparse_->check(layer));
+  }
   return decoder;
 }
 
@@ -43,8 +56,12 @@ Status Decoder::forward(const Batch& batch, KvCache& kv) {
     status = norm(weights.ffn_norm, weights.ffn_norm_bias, scratch_.hidden, pad16(config_.hidden_size), n_rows_,
                   scratch_.normed);
     if (!status.ok()) break;
-    status = weights.experts.empty() ? ffn(weights, scratch_.normed, n_rows_, scratch_.projected)
-                                     : mixture(weights, scratch_.normed);
+    if (weights.neuron_records != kNoWeight) {
+      status = sparse_->run(weights, scratch_.normed, n_rows_, scratch_.projected);
+    } else {
+      status = weights.experts.empty() ? ffn(weights, scratch_.normed, n_rows_, scratch_.projected)
+                                       : mixture(weights, scratch_.normed);
+    }
     if (!status.ok()) break;
     kernels_.add(scratch_.projected, n_rows_ * pad16(config_.hidden_size), scratch_.hidden);
   }
@@ -53,6 +70,17 @@ Status Decoder::forward(const Batch& batch, KvCache& kv) {
     store_.rewind();
   }
   return status;
+}
+
+void Decoder::commit(std::span<const int32_t> path, KvCache& kv) {
+  kv.commit(path);
+  store_.commit(path);
+}
+
+void Decoder::commit_all(KvCache& kv) {
+  std::vector<int32_t> path(static_cast<size_t>(kv.n_staged()));
+  std::iota(path.begin(), path.end(), 0);
+  commit(path, kv);
 }
 
 Status Decoder::check(const Batch& batch, const KvCache& kv) const {

@@ -13,6 +13,7 @@
 #include "model/decoder_config.h"
 #include "model/linear.h"
 #include "model/scratch.h"
+#include "model/sparse_ffn.h"
 #include "model/weights.h"
 #include "store/weight_store.h"
 
@@ -43,6 +44,10 @@ class Decoder {
   // Runs the batch and stages its keys and values in `kv`; the caller commits or rolls back. Nothing is staged on error.
   // kCancelled when `interrupted` says so; it is asked once per layer.
   Status forward(const Batch& batch, KvCache& kv);
+  // Keeps the rows of the last batch named by `path` (ascending, each the parent of the next), in `kv` and in what the
+  // store learns from.
+  void commit(std::span<const int32_t> path, KvCache& kv);
+  void commit_all(KvCache& kv);
   // Logits of rows of the last batch, in `rows` order: visit(i, logits[vocab_size]) may change them.
   using Visit = std::function<Status(size_t i, std::span<float> logits)>;
   Status logits(std::span<const int32_t> rows, const Visit& visit);
@@ -84,6 +89,7 @@ class Decoder {
   ModelWeights weights_;
   Scratch scratch_;
   std::unique_ptr<ActRows> acts_;
+  std::unique_ptr<SparseFfn> sparse_;  // null when no layer comes by neuron
 
   // The batch in flight.
   int64_t n_rows_ = 0;
