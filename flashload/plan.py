@@ -79,9 +79,7 @@ class Plan:
     def core_bytes(self) -> int:
         """What the core may reserve."""
         weights = self.resident_bytes + self.ring_bytes + self.demand_bytes
-        return (
-            weights + self.neuron_bytes + self.neuron_staging_bytes + self.kv_bytes + self.activation_bytes
-        )
+        return weights + self.neuron_bytes + self.neuron_staging_bytes + self.kv_bytes + self.activation_bytes
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -91,7 +89,8 @@ class Plan:
         """JSON form, without the per-weight lists."""
         keys = (
             "memory_bytes context threads max_rows placement host_bytes resident_bytes stream_bytes ring_bytes "
-            "demand_bytes kv_bytes activation_bytes floor_bytes neuron_mode neuron_bytes neuron_staging_bytes slab_bytes"
+            "demand_bytes kv_bytes activation_bytes floor_bytes neuron_mode neuron_bytes neuron_staging_bytes "
+            "slab_bytes"
         )
         return {key: getattr(self, key) for key in keys.split()} | {
             "predicted_peak_bytes": self.predicted_peak_bytes,
@@ -227,9 +226,14 @@ def make_plan(
         kv, activations, logits = _edge.fixed_bytes(decoder, context, max_rows, threads)
         return _round_up(kv), _round_up(activations) + _round_up(logits)
 
-    for max_rows in _MAX_ROWS:
+    def room_with(max_rows: int) -> int:
+        return memory_bytes - host_bytes - sum(fixed(max_rows))
+
+    # Shorter prompt chunks are a small price for neurons that are all in memory.
+    fitting = [rows for rows in _MAX_ROWS if everything <= room_with(rows)] if whole else []
+    for max_rows in fitting[:1] or _MAX_ROWS:
         kv, activations = fixed(max_rows)
-        room = memory_bytes - host_bytes - kv - activations
+        room = room_with(max_rows)
         if everything <= room:
             placed = _Placed("resident", dense_bytes, [], 0, 0, whole)
             break
@@ -283,7 +287,9 @@ def make_plan(
         neuron_bytes=neurons.bytes,
         neuron_staging_bytes=neurons.staging_bytes,
         neuron_slots=neuron_slots,
-        slab_bytes=[neuron_slots[w.id] * w.chunk_bytes for w in model.neurons.records] if neuron_slots else [],
+        slab_bytes=[neuron_slots[w.id] * w.chunk_bytes for w in model.neurons.records]
+        if neuron_slots
+        else [],
     )
 
 

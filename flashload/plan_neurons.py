@@ -93,7 +93,9 @@ class NeuronModel:
         decides = sum(w.stored_bytes for w in (self.gates if mode == "exact" else self.predictors))
         return decides + _tables(self.records, [0] * len(self.records)) + self._staging_least_bytes
 
-    def window(self, mode: str, room_bytes: int, use: Sequence[float] | None = None) -> NeuronPlacement | None:
+    def window(
+        self, mode: str, room_bytes: int, use: Sequence[float] | None = None
+    ) -> NeuronPlacement | None:
         """Slots for what fits into ``room_bytes``; None when not even the least does.
 
         Args:
@@ -141,7 +143,9 @@ def _tables(records: Sequence[Weight], slots: Sequence[int]) -> int:
     if not windowed:
         return 0
     n_bytes = sum(_TABLE_PER_NEURON * rows + _TABLE_PER_SLOT * n for rows, n in windowed)
-    n_bytes += _TURN_PER_NEURON * max(rows for rows, _ in windowed) + _TURN_PER_SLOT * max(n for _, n in windowed)
+    n_bytes += _TURN_PER_NEURON * max(rows for rows, _ in windowed) + _TURN_PER_SLOT * max(
+        n for _, n in windowed
+    )
     return _page(n_bytes)
 
 

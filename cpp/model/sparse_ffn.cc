@@ -18,10 +18,9 @@ constexpr int64_t kPiecesPerThread = 8;
 }  // namespace
 
 Status SparseFfn::check(const LayerWeights& layer) const {
-  if (window_.whole(layer.neuron_records) != nullptr || window_.whole(layer.neuron_gates) != nullptr ||
-      layer.predictor_up != kNoWeight) {
-    return {};
-  }
+  const bool exact =
+      window_.whole(layer.neuron_records) != nullptr || window_.whole(layer.neuron_gates) != nullptr;
+  if (exact || (layer.predictor_up != kNoWeight && linear_.vector(layer.predictor_bias).ok())) return {};
   return error(Code::kBadArgument, "store plan: %s: expected all records, the gates or a predictor in memory, found none",
                directory_.entry(layer.neuron_records).name.c_str());
 }
