@@ -89,9 +89,7 @@ def _start(x: Tensor, active: Tensor, rank: int, gate: Tensor | None) -> Predict
     linear = _low_rank_labels(x, active, rank) if gate is None else low_rank_gate(gate, x, rank)
     scores = linear.scores(x[: 4 * _CHUNK_TOKENS])
     shares = active.float().mean(0).clamp(1e-3, 1 - 1e-3)
-    cut = torch.stack(
-        [column.quantile(1 - share) for column, share in zip(scores.T, shares, strict=True)]
-    )
+    cut = torch.stack([column.quantile(1 - share) for column, share in zip(scores.T, shares, strict=True)])
     slope = 4.0
     return Predictor(linear.down, slope * linear.up, -slope * cut)
 

@@ -85,13 +85,17 @@ def facts(trained: Trained, text: str, simulate: Simulate) -> dict[str, Any]:
 
 def show(figures: dict[str, Any]) -> str:
     """The figures as a table."""
-    lines = [f"{figures['held_out_tokens']:,} tokens, {figures['per_token']} of {figures['experts']} experts a layer"]
+    lines = [
+        f"{figures['held_out_tokens']:,} tokens, {figures['per_token']} of {figures['experts']} experts a layer"
+    ]
     for layer, shares in enumerate(figures["balance"]):
         even = 1 / len(shares)
         lines.append(
             f"layer {layer}: busiest expert {max(shares) / even:.2f}x its even share, idlest {min(shares) / even:.2f}x"
         )
-    lines.append("hit rate  " + "".join(f"{share:>8.1%}" for share in figures["cached"]) + " of all experts cached")
+    lines.append(
+        "hit rate  " + "".join(f"{share:>8.1%}" for share in figures["cached"]) + " of all experts cached"
+    )
     for policy, rates in figures["hit_rate"].items():
         lines.append(f"{policy:<10}" + "".join(f"{rate:>8.1%}" for rate in rates))
     return "\n".join(lines)
@@ -107,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    from flashload.expert_policy import simulate
+    from flashload.expert_policy import simulate  # type: ignore[import-not-found,unused-ignore]
 
     try:
         figures = facts(load_trained(args.family / "moe" / "hf"), load_held_out(args.corpora), simulate)

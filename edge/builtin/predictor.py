@@ -51,10 +51,13 @@ class FitSettings:
     seed: int = 7
 
 
-def _check(settings: FitSettings, model: Decoder) -> None:
+def check(settings: FitSettings, model: Decoder) -> None:
+    """Raises ArgumentError for a model or ranks that cannot be, BudgetError for too little memory."""
     c = model.config
     if c.hidden_act != "relu" or c.num_local_experts:
-        raise ArgumentError(f"predictor: expected a dense ReLU model, found {c.hidden_act}; train story first")
+        raise ArgumentError(
+            f"predictor: expected a dense ReLU model, found {c.hidden_act}; train story first"
+        )
     if settings.ranks and len(settings.ranks) not in (1, c.num_hidden_layers):
         raise ArgumentError(
             f"predictor: expected one rank or one per layer ({c.num_hidden_layers}), found {len(settings.ranks)}"
@@ -68,7 +71,9 @@ def _check(settings: FitSettings, model: Decoder) -> None:
     per_token = c.hidden_size * (2 * c.num_hidden_layers + 4) + c.intermediate_size
     needed, free = settings.tokens * per_token + (1 << 30), psutil.virtual_memory().available
     if needed > free:
-        raise BudgetError(f"predictor: needs about {needed >> 20:,} MiB of memory, {free >> 20:,} MiB are free")
+        raise BudgetError(
+            f"predictor: needs about {needed >> 20:,} MiB of memory, {free >> 20:,} MiB are free"
+        )
 
 
 def collect(trained: Trained, stories: Sequence[str], settings: FitSettings) -> list[Tensor]:
@@ -87,12 +92,18 @@ def collect(trained: Trained, stories: Sequence[str], settings: FitSettings) -> 
 
 
 def fit_layer(
-    model: Decoder, index: int, x: Tensor, settings: FitSettings, show: Callable[[float], None] = lambda _: None
+    model: Decoder,
+    index: int,
+    x: Tensor,
+    settings: FitSettings,
+    show: Callable[[float], None] = lambda _: None,
 ) -> Predictor:
     """The predictor of one layer from its inputs x [N, D]; the rank is searched unless it is given."""
     mlp = model.layers[index].mlp
     gate, up = mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()
-    reach = mlp.down_proj.weight.detach().norm(dim=0)  # [F], what a neuron's value does to the residual stream
+    reach = mlp.down_proj.weight.detach().norm(
+        dim=0
+    )  # [F], what a neuron's value does to the residual stream
     x = x.float()
     active = torch.cat([part @ gate.T > 0 for part in x.split(4096)])
 
@@ -114,7 +125,10 @@ def fit_layer(
 
     if settings.ranks:
         return fit(settings.ranks[index % len(settings.ranks)])
-    low, high = 1, model.config.hidden_size // RANK_STEP  # in units of RANK_STEP; at full rank nothing is lost
+    low, high = (
+        1,
+        model.config.hidden_size // RANK_STEP,
+    )  # in units of RANK_STEP; at full rank nothing is lost
     best = None
     while low < high:
         middle = (low + high) // 2
@@ -207,7 +221,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     folder = args.family / "story" / "hf"
     trained = load_trained(folder)
-    _check(settings, trained.model)
+    check(settings, trained.model)
     corpus = load_corpus(args.corpora, with_books=False)
     n_layers = len(trained.model.layers)
     with Progress() as bar:
