@@ -21,12 +21,17 @@ def pack(
     destination: str | os.PathLike[str],
     *,
     weights: str = "keep",
+    neurons: str = "auto",
+    neuron_order: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PackReport:
     """Converts a GGUF file or a Hugging Face folder to a pack.
 
     Args:
         weights: "keep" leaves block types with a native kernel bit-exact; "q8" and "q4" requantise.
+        neurons: "on" packs the feed-forward layers of a ReLU model as one record per neuron, "auto" does so when
+            predictors lie beside its weights, "off" never does.
+        neuron_order: an .npz file with arrays ``layers.{i}.neuron_order``: the order of the records.
         progress: called with (bytes done, bytes).
 
     Raises:
@@ -34,4 +39,11 @@ def pack(
     """
     from flashload.pack import pack as pack_checkpoint
 
-    return pack_checkpoint(resolve_model(source), Path(destination), weights=weights, progress=progress)
+    return pack_checkpoint(
+        resolve_model(source),
+        Path(destination),
+        weights=weights,
+        neurons=neurons,
+        neuron_order=None if neuron_order is None else Path(neuron_order),
+        progress=progress,
+    )

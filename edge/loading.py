@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import _edge
 
-from flashload.errors import ArgumentError, BudgetError, DiskError
+from flashload.errors import ArgumentError, BudgetError
 from flashload.format import PackFile
 from flashload.machine import (
     available_bytes,
@@ -24,7 +24,6 @@ from flashload.machine import (
     trim_memory,
 )
 from flashload.plan import Plan, make_plan, weights_of
-from flashload.plan_kv import KV, choose_kv
 
 if TYPE_CHECKING:
     from edge.engine import Engine
@@ -36,6 +35,7 @@ _SMALLEST_DEFAULT_CONTEXT = 512
 #: What the same process holds at the same point differs by this much from run to run.
 _JITTER_BYTES = 2 << 20
 _DEVICES = ("auto", "cpu")
+_PREDICTOR = ("auto", "off")
 
 Progress = Callable[[int, int], None]
 
@@ -76,23 +76,6 @@ def default_memory_bytes() -> int:
     limit = cgroup_limit_bytes()
     room = available_bytes()
     return int(0.9 * (room if limit is None else min(room, limit - rss_bytes())))
-
-
-def scratch_folder() -> Path:
-    """Where the core's temporary files go: ``EDGE_SCRATCH``, or edge's cache folder, which is made.
-
-    Raises:
-        DiskError: the folder cannot be made.
-    """
-    from flashload.cache import cache_folder
-
-    named = os.environ.get("EDGE_SCRATCH")
-    folder = Path(named) if named else cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(f"scratch folder {folder}: cannot be made: {error.strerror}") from error
-    return folder
 
 
 def _open_core(options: dict[str, Any], on_load: Progress | None) -> _edge.Engine:
@@ -177,7 +160,7 @@ def plan_host(
     memory: int | str | None = None,
     context: int | None = None,
     threads: int | None = None,
-    kv: str = "auto",
+    predictor: bool = True,
 ) -> Plan:
     """Places the weights; see :func:`edge.plan`."""
     pack = host.pack
@@ -187,23 +170,18 @@ def plan_host(
     n_threads = cpu_count() if threads is None else threads
     if isinstance(n_threads, bool) or not isinstance(n_threads, int) or not 1 <= n_threads <= 1024:
         raise ArgumentError(f"threads: expected 1..1024, found {threads!r}")
-    if kv not in KV:
-        raise ArgumentError(f"kv: expected one of {', '.join(KV)}, found {kv!r}")
     weights = weights_of(pack)
 
     def place(n_context: int, host_bytes: int, host_peak_bytes: int) -> Plan:
-        return choose_kv(
-            kv,
-            lambda where: make_plan(
-                weights,
-                decoder,
-                memory_bytes=memory_bytes,
-                context=n_context,
-                threads=n_threads,
-                host_bytes=host_bytes,
-                host_peak_bytes=host_peak_bytes,
-                kv=where,
-            ),
+        return make_plan(
+            weights,
+            decoder,
+            memory_bytes=memory_bytes,
+            context=n_context,
+            threads=n_threads,
+            host_bytes=host_bytes,
+            host_peak_bytes=host_peak_bytes,
+            predictor=predictor,
         )
 
     def plan(n_context: int) -> Plan:
@@ -246,7 +224,8 @@ def load(
     weights: str = "keep",
     isa: str = "",
     io: str = "auto",
-    kv: str = "auto",
+    predictor: str = "auto",
+    exact: bool = False,
     whole_process: bool = False,
     on_pack: Progress | None = None,
     on_load: Progress | None = None,
@@ -263,9 +242,9 @@ def load(
         weights: "keep", "q8" or "q4": how a checkpoint is packed, when it has to be.
         isa: force a kernel set (see ``edge doctor``); also the environment variable EDGE_ISA.
         io: "auto", "io_uring" or "pread".
-        kv: "memory" holds the keys and values of the whole context; "flash" a part of them, and the rest in a nameless
-            file in EDGE_SCRATCH (a folder on a drive; the cache folder when unset); "auto" chooses "flash" when the
-            budget cannot hold the context otherwise.
+        predictor: "auto" lets the predictor that came with a sparse model guess which neurons are active where memory
+            is too short to know (a small loss); "off" never does.
+        exact: nothing that changes the text, whatever it costs; the same as ``predictor="off"``.
         whole_process: the ceiling bounds the whole process, as on the command line.
         on_pack: called with (bytes done, bytes) while a checkpoint is packed.
         on_load: called with (bytes done, bytes) while weights are read.
@@ -280,10 +259,13 @@ def load(
     """
     if device not in _DEVICES:
         raise ArgumentError(f"device: expected one of {', '.join(_DEVICES)}, found {device!r}")
+    if predictor not in _PREDICTOR:
+        raise ArgumentError(f"predictor: expected one of {', '.join(_PREDICTOR)}, found {predictor!r}")
+    guess = predictor == "auto" and not exact
     start = time.perf_counter()
     host = prepare(model, weights=weights, whole_process=whole_process, on_pack=on_pack)
     try:
-        return _load(host, start, memory, context, threads, isa, io, kv, on_load)
+        return _load(host, start, memory, context, threads, isa, io, guess, on_load)
     finally:
         host.pack.close()
 
@@ -296,20 +278,23 @@ def _load(
     threads: int | None,
     isa: str,
     io: str,
-    kv: str,
+    predictor: bool,
     on_load: Progress | None,
 ) -> Engine:
     from edge.engine import Engine
 
     pack = host.pack
-    plan = plan_host(host, memory=memory, context=context, threads=threads, kv=kv)
-    options: dict[str, Any] = {
+    plan = plan_host(host, memory=memory, context=context, threads=threads, predictor=predictor)
+    options = {
         "pack_path": str(pack.path),
         "decoder": pack.config.to_json(),
         "placement": plan.placements,
         "stream_order": plan.stream_order,
         "ring_bytes": plan.ring_bytes,
         "demand_bytes": plan.demand_bytes,
+        "neuron_slots": plan.neuron_slots,
+        "neuron_bytes": plan.neuron_bytes,
+        "neuron_staging_bytes": plan.neuron_staging_bytes,
         "io_engine": io,
         "threads": plan.threads,
         "isa": isa,
@@ -317,8 +302,6 @@ def _load(
         "max_rows": plan.max_rows,
         "budget_bytes": plan.core_bytes,
     }
-    if plan.kv_on_flash is not None:
-        options["kv"] = plan.kv_on_flash.options(str(scratch_folder()))
     core = _open_core(options, on_load)
     load_seconds = time.perf_counter() - start - host.pack_seconds
     return Engine(core, plan, host.tokenizer, pack.metadata, load_seconds)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from flashload.errors import BudgetError
 from flashload.machine import format_bytes
-from flashload.plan_kv import KvOnFlash, kv_on_flash
+from flashload.plan_neurons import NeuronModel, NeuronPlacement, is_extra, is_neurons
 
 if TYPE_CHECKING:
     from flashload.format import PackFile
 
-RESIDENT, STREAM, DEMAND = 0, 1, 2
+RESIDENT, STREAM, DEMAND, NEURONS, UNUSED = 0, 1, 2, 3, 4
 #: Formats of plain vectors and blobs (see flashload.format).
 _VECTOR, _BLOB = 100, 101
 _PAGE_BYTES = 4096
@@ -27,6 +27,8 @@ _RING_LEAST, _RING_AHEAD = 3, 4
 #: Rounding of blocks, and what a sampler keeps.
 _SLACK_BYTES = 256 << 10
 _MAX_ROWS = (128, 64, 32, 16, 8)
+#: Rows that share one reading of a layer's neurons.
+_NEURON_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Plan:
     """Placement of every weight and the bytes each part takes.
 
     ``predicted_peak_bytes`` is what the process (command line) or edge's share of it (library) will hold.
+    ``neuron_mode`` is empty for a pack without neurons, else who decides which are active (flashload.plan_neurons);
+    ``slab_bytes`` are the records with a slot, per layer that has them.
     """
 
     memory_bytes: int
@@ -65,15 +69,17 @@ class Plan:
     floor_bytes: int
     placements: list[int] = field(repr=False)
     stream_order: list[int] = field(repr=False)
-    #: How keys and values are kept when they are not all in memory; ``kv_bytes`` is then the part in memory.
-    kv_on_flash: KvOnFlash | None = None
+    neuron_mode: str = ""
+    neuron_bytes: int = 0
+    neuron_staging_bytes: int = 0
+    neuron_slots: list[int] = field(default_factory=list, repr=False)
+    slab_bytes: list[int] = field(default_factory=list, repr=False)
 
     @property
     def core_bytes(self) -> int:
         """What the core may reserve."""
-        return (
-            self.resident_bytes + self.ring_bytes + self.demand_bytes + self.kv_bytes + self.activation_bytes
-        )
+        weights = self.resident_bytes + self.ring_bytes + self.demand_bytes
+        return weights + self.neuron_bytes + self.neuron_staging_bytes + self.kv_bytes + self.activation_bytes
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -83,13 +89,12 @@ class Plan:
         """JSON form, without the per-weight lists."""
         keys = (
             "memory_bytes context threads max_rows placement host_bytes resident_bytes stream_bytes ring_bytes "
-            "demand_bytes kv_bytes activation_bytes floor_bytes"
+            "demand_bytes kv_bytes activation_bytes floor_bytes neuron_mode neuron_bytes neuron_staging_bytes "
+            "slab_bytes"
         )
         return {key: getattr(self, key) for key in keys.split()} | {
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "flash_bytes_per_token": self.stream_bytes,
-            "kv": "flash" if self.kv_on_flash else "memory",
-            "kv_file_bytes": self.kv_on_flash.file_bytes if self.kv_on_flash else 0,
         }
 
 
@@ -105,6 +110,9 @@ class _Model:
     """The directory, sorted by what may be done with each weight."""
 
     def __init__(self, weights: Sequence[Weight], tied_head: bool) -> None:
+        self.neurons = NeuronModel(weights)
+        self.unused = {w.id for w in weights if is_extra(w.name)} | {w.id for w in self.neurons.gates}
+        weights = [w for w in weights if not (is_extra(w.name) or is_neurons(w.name))]
         self.weights = weights
         matrices = [w for w in weights if _is_matrix(w)]
         self.fixed = [w for w in weights if w.format == _VECTOR or w.name.endswith("router.weight")]
@@ -133,12 +141,14 @@ class _Model:
         expert = 3 * max((w.stored_bytes for w in self.experts), default=0)
         return _row_bytes(self.tables) + 2 * expert
 
-    @property
-    def least_bytes(self) -> int:
+    def least_bytes(self, predictor: bool) -> int:
         """Weights, ring and caches at their smallest: the head streamed as well, or (a tiny one) held."""
         streamed = self.ring_with_head_bytes + _row_bytes(self.tied)
         held = _bytes(self.head) + _RING_LEAST * self.largest_bytes
-        return _bytes(self.fixed) + min(streamed, held) + self.demand_bytes + _SLACK_BYTES
+        neurons = 0
+        if self.neurons.records:
+            neurons = min(self.neurons.least_bytes(mode) for mode in self.neurons.modes(predictor))
+        return _bytes(self.fixed) + min(streamed, held) + self.demand_bytes + neurons + _SLACK_BYTES
 
 
 def _bytes(weights: Sequence[Weight]) -> int:
@@ -187,7 +197,7 @@ def make_plan(
     threads: int,
     host_bytes: int,
     host_peak_bytes: int = 0,
-    kv: str = "memory",
+    predictor: bool = True,
 ) -> Plan:
     """Places every weight for one budget.
 
@@ -199,7 +209,7 @@ def make_plan(
         threads: compute threads.
         host_bytes: memory already held when loading starts (interpreter, tokenizer).
         host_peak_bytes: the most that was held until then (while the tokenizer was built, or a checkpoint packed).
-        kv: "memory"; "flash" keeps a share of the context's keys and values in memory and the rest in a file.
+        predictor: a pack's predictor may decide which neurons are active where memory is short, at a small loss.
 
     Raises:
         BudgetError: the budget is below the floor; the message names the floor and what would lower it.
@@ -207,39 +217,40 @@ def make_plan(
     import _edge
 
     model = _Model(weights, decoder["tied_head"])
-    everything = _bytes([w for w in weights if w.format != _BLOB]) + _SLACK_BYTES
+    whole = model.neurons.whole() if model.neurons.records else None
+    dense_bytes = _bytes([w for w in model.weights if w.format != _BLOB]) + _SLACK_BYTES
+    everything = dense_bytes + (whole.bytes if whole else 0)
     host_bytes += _MARGIN_BYTES + everything // _PAGE_TABLE_SHARE
 
-    least_weights = min(everything, model.least_bytes)
-    on_flash: KvOnFlash | None = None
+    def fixed(max_rows: int) -> tuple[int, int]:
+        kv, activations, logits = _edge.fixed_bytes(decoder, context, max_rows, threads)
+        return _round_up(kv), _round_up(activations) + _round_up(logits)
 
-    def fixed(max_rows: int, spare_bytes: int = 0) -> tuple[int, int]:
-        nonlocal on_flash
-        if kv == "flash":
-            on_flash = kv_on_flash(decoder, context, max_rows, threads, spare_bytes)
-            return on_flash.memory_bytes, on_flash.activation_bytes
-        pages, activations, logits = _edge.fixed_bytes(decoder, context, max_rows, threads)
-        return _round_up(pages), _round_up(activations) + _round_up(logits)
+    def room_with(max_rows: int) -> int:
+        return memory_bytes - host_bytes - sum(fixed(max_rows))
 
-    floor_bytes = host_bytes + sum(fixed(_MAX_ROWS[-1])) + least_weights
-    floor_bytes = max(floor_bytes, host_peak_bytes)
-
-    for max_rows in _MAX_ROWS:
-        kv_bytes, activations = fixed(max_rows)
-        room = memory_bytes - host_bytes - kv_bytes - activations
-        if kv == "flash":
-            kv_bytes, activations = fixed(max_rows, room - least_weights)
-            room = memory_bytes - host_bytes - kv_bytes - activations
+    # Shorter prompt chunks are a small price for neurons that are all in memory.
+    fitting = [rows for rows in _MAX_ROWS if everything <= room_with(rows)] if whole else []
+    for max_rows in fitting[:1] or _MAX_ROWS:
+        kv, activations = fixed(max_rows)
+        room = room_with(max_rows)
         if everything <= room:
-            placed = _Placed("resident", everything, [], 0, 0)
+            placed = _Placed("resident", dense_bytes, [], 0, 0, whole)
             break
-        streaming = _stream(model, room)
+        if whole is None:
+            streaming = _stream(model, room)
+        elif max_rows <= _NEURON_ROWS:
+            streaming = _window(model, room, predictor)
+        else:
+            continue
         # Fewer rows per pass only when more would crowd the weights out.
         if streaming is not None and (activations <= memory_bytes // 12 or max_rows == _MAX_ROWS[-1]):
             placed = streaming
             break
+    floor_bytes = host_bytes + sum(fixed(_MAX_ROWS[-1])) + min(everything, model.least_bytes(predictor))
+    floor_bytes = max(floor_bytes, host_peak_bytes)
     if memory_bytes < host_peak_bytes or (everything > room and streaming is None):
-        raise _too_small(memory_bytes, floor_bytes, context, kv_bytes)
+        raise _too_small(memory_bytes, floor_bytes, context, kv)
 
     placements = [RESIDENT] * len(weights)
     if placed.demand_bytes:
@@ -247,6 +258,15 @@ def make_plan(
             placements[weight.id] = DEMAND
     for weight in placed.streamed:
         placements[weight.id] = STREAM
+    for unused in model.unused:
+        placements[unused] = UNUSED
+    neurons = placed.neurons or NeuronPlacement("", {}, 0, 0)
+    for loaded in neurons.resident:
+        placements[loaded] = RESIDENT
+    neuron_slots = [0] * len(weights) if neurons.slots else []
+    for held, n_slots in neurons.slots.items():
+        placements[held] = NEURONS
+        neuron_slots[held] = n_slots
     return Plan(
         memory_bytes=memory_bytes,
         context=context,
@@ -258,12 +278,18 @@ def make_plan(
         stream_bytes=_bytes(placed.streamed),
         ring_bytes=placed.ring_bytes,
         demand_bytes=placed.demand_bytes,
-        kv_bytes=kv_bytes,
+        kv_bytes=kv,
         activation_bytes=activations,
         floor_bytes=min(floor_bytes, memory_bytes),
         placements=placements,
         stream_order=[w.id for w in placed.streamed],
-        kv_on_flash=on_flash,
+        neuron_mode=neurons.mode,
+        neuron_bytes=neurons.bytes,
+        neuron_staging_bytes=neurons.staging_bytes,
+        neuron_slots=neuron_slots,
+        slab_bytes=[neuron_slots[w.id] * w.chunk_bytes for w in model.neurons.records]
+        if neuron_slots
+        else [],
     )
 
 
@@ -276,6 +302,34 @@ class _Placed:
     streamed: list[Weight]
     ring_bytes: int
     demand_bytes: int
+    neurons: NeuronPlacement | None = None
+
+
+def _window(model: _Model, room_bytes: int, predictor: bool) -> _Placed | None:
+    """Records of neurons in slots, everything else in memory; where that is too much, the rest streams as well.
+
+    A byte of attention that streams is read for every token, one of a record only when its neuron is active: so slots
+    get what the rest leaves.
+    """
+    neurons = model.neurons
+    held_bytes = _bytes(model.fixed) + _bytes(model.layers) + _bytes(model.head) + _SLACK_BYTES
+    modes = neurons.modes(predictor)
+    fitting = {mode: neurons.window(mode, room_bytes - held_bytes - model.demand_bytes) for mode in modes}
+    exact = fitting["exact"]
+    if exact is not None and (fitting[modes[0]] is None or neurons.enough(exact)):
+        chosen: NeuronPlacement | None = exact
+    else:
+        chosen = fitting[modes[0]]
+    if chosen is not None:
+        held_bytes += neurons.resident_bytes(chosen)
+        return _Placed("neurons", held_bytes, [], 0, model.demand_bytes, chosen)
+    for mode in modes:
+        least = neurons.window(mode, neurons.least_bytes(mode))
+        streaming = _stream(model, room_bytes - neurons.least_bytes(mode))
+        if least is not None and streaming is not None:
+            resident_bytes = streaming.resident_bytes + neurons.resident_bytes(least)
+            return replace(streaming, name="neurons", resident_bytes=resident_bytes, neurons=least)
+    return None
 
 
 def _stream(model: _Model, room_bytes: int) -> _Placed | None:

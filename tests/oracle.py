@@ -53,10 +53,16 @@ def rotate(x: Array, positions: Array, inv_freq: Array, magnitude: float) -> Arr
 
 
 class Oracle:
-    """weights: canonical name -> float array; config: DecoderConfig as a dict."""
+    """weights: canonical name -> float array; config: DecoderConfig as a dict.
 
-    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Array]) -> None:
+    With ``predict`` the low-rank predictors decide which neurons of a ReLU layer count; the others are zero.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], weights: Mapping[str, Array], predict: bool = False
+    ) -> None:
         self.c = config
+        self.predict = predict
         self.w = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
 
     def norm(self, x: Array, name: str) -> Array:
@@ -98,6 +104,12 @@ class Oracle:
         act = ACTIVATIONS[self.c["activation"]]
         up = self.linear(x, prefix + "up")
         inner = act(self.linear(x, prefix + "gate")) * up if self.c["gated"] else act(up)
+        if self.predict and prefix + "predictor.up.weight" in self.w:
+            low = x @ self.w[prefix + "predictor.down.weight"].T
+            score = low @ self.w[prefix + "predictor.up.weight"].T + self.w[
+                prefix + "predictor.bias"
+            ].reshape(-1)
+            inner = np.where(score > 0, inner, 0.0)
         return self.linear(inner, prefix + "down")
 
     def mixture(self, x: Array, prefix: str) -> Array:

@@ -1,203 +1,155 @@
-"""The recipe of the built-in models: text preparation, tokenizer, resumable training, export."""
+"""The recipe of the built-in family: resumable training of each of its models, forks, objectives, export."""
 
 from __future__ import annotations
 
-import io
 import json
-import lzma
-import random
-import subprocess
-import sys
-import tarfile
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
-from edge.builtin.data import (
-    END_OF_TEXT,
-    CorpusError,
-    drop_overlap,
-    load_corpus,
-    split_cased,
-    split_lower,
+torch = pytest.importorskip("torch", reason="the recipe needs torch (pip install edge[train])")
+pytest.importorskip("safetensors", reason="the recipe needs safetensors (pip install edge[train])")
+
+from edge.builtin import evaluate, train  # noqa: E402
+from edge.builtin.data import END_OF_TEXT, Corpus, load_corpus  # noqa: E402
+from edge.builtin.held_out import held_out_stories  # noqa: E402
+from edge.builtin.hf import load_hf, save_hf  # noqa: E402
+from edge.builtin.objectives import SparsitySettings  # noqa: E402
+from edge.builtin.recipes import RECIPES  # noqa: E402
+from edge.builtin.tokens import RowSource, mixed_batch, train_tokenizer  # noqa: E402
+from edge.builtin.trainer import Trainer, book_share, rate_scale  # noqa: E402
+from edge.builtin.trainer import train as run_training  # noqa: E402
+from flashload.errors import ArgumentError, BudgetError, CorruptError, DiskError, ModelFileError  # noqa: E402
+from tests.builtin_family import (  # noqa: E402
+    one_thread,  # noqa: F401
+    random_decoder,
+    story,
+    tiny_settings,
+    write_usual_corpora,
 )
-from edge.builtin.recase import Recaser
-from flashload.errors import ArgumentError, CorruptError, DiskError, ModelFileError
 
-NAMES = ("Lily", "Tom", "Ben", "Mia", "Sam")
-THINGS = ("dog", "ball", "tree", "boat", "cake", "hat", "bird", "frog")
-VERBS = ("found", "saw", "liked", "lost", "painted", "hid")
+NAMES = ("twin", "story", "draft", "moe")
+FORK_STEP = 2  # round(0.35 * 6)
+OWN = [np.full(50, 299, np.int64)]  # a text no story holds
 
 
-def story(seed: int, sentences: int = 12) -> str:
-    """A made-up story; other seeds share no 48 letters with it."""
-    r = random.Random(seed)
-    parts = [f"Once there was a {r.choice(THINGS)} number {seed} of the town."]
-    for _ in range(sentences):
-        name, other = r.sample(NAMES, 2)
-        parts.append(f"One day {name} {r.choice(VERBS)} a {r.choice(THINGS)} and a {r.choice(THINGS)}.")
-        parts.append(f'"I {r.choice(VERBS)} the {r.choice(THINGS)}," said {other}.')
-    return " ".join(parts)
-
-
-def write_corpora(folder: Path, cased: list[str], lower: list[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tinystories.txt.xz").write_bytes(lzma.compress(f"\n{END_OF_TEXT}\n".join(cased).encode()))
-    (folder / "tinystories-lower.txt.xz").write_bytes(lzma.compress("\n".join(lower).lower().encode()))
-    book = ("# Heidi\n\n" + "The goats went up the mountain in the morning with Peter. " * 30).encode()
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        member = tarfile.TarInfo("Johanna Spyri/Heidi.md")
-        member.size = len(book)
-        archive.addfile(member, io.BytesIO(book))
-    (folder / "books-train.tar.xz").write_bytes(lzma.compress(buffer.getvalue()))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpora")
-    write_corpora(folder, [story(i) for i in range(320)], [story(i) for i in range(250, 380)])
-    return folder
-
-
-def test_package_itself_needs_no_torch() -> None:
-    """Reading the corpora and the package import work where torch is absent."""
-    code = "import sys; sys.modules['torch'] = None; import edge.builtin, edge.builtin.data"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_held_out_tail_is_not_trained_on(corpora: Path) -> None:
-    corpus = load_corpus(corpora)
-    assert len(corpus.held_out) == 100_000
-    cut = corpus.held_out.split(END_OF_TEXT)[1:]
-    held_out = {piece.strip() for piece in cut}
-    assert len(held_out) > 50
-    assert not held_out & set(corpus.stories)
-    lowered = {text.lower() for text in held_out}
-    assert not lowered & {text.lower() for text in corpus.stories}
-
-
-def test_new_lower_cased_stories_are_kept_and_recased(corpora: Path) -> None:
-    corpus = load_corpus(corpora)
-    assert corpus.counts["lower_stories"] == 130
-    assert corpus.counts["lower_stories_kept"] == 60
-    assert story(375) in corpus.stories
-
-
-def test_same_files_give_the_same_corpus(corpora: Path) -> None:
-    assert load_corpus(corpora) == load_corpus(corpora)
-
-
-def test_books_are_plain_prose(corpora: Path) -> None:
-    (book,) = load_corpus(corpora).books
-    assert book.startswith("The goats went up") and "#" not in book
-
-
-@pytest.mark.parametrize("name", ["tinystories.txt.xz", "tinystories-lower.txt.xz", "books-train.tar.xz"])
-def test_missing_or_damaged_corpus_is_one_typed_line(corpora: Path, tmp_path: Path, name: str) -> None:
-    for file in corpora.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / name).write_bytes(b"not xz at all")
-    with pytest.raises(CorpusError, match="expected xz data") as damaged:
-        load_corpus(tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(CorpusError, match="found none") as missing:
-        load_corpus(tmp_path)
-    for raised in (damaged, missing):
-        assert name in str(raised.value) and "\n" not in str(raised.value)
-
-
-def test_short_corpus_is_refused(tmp_path: Path) -> None:
-    write_corpora(tmp_path, [story(1)], [story(2)])
-    with pytest.raises(CorpusError, match="at least 200,000 characters"):
-        load_corpus(tmp_path)
-
-
-def test_split_leaves_out_the_story_under_the_cut() -> None:
-    stories, tail = split_cased(f"First.\n{END_OF_TEXT}\nSecond is cut.\n{END_OF_TEXT}\nThird.", 25)
-    assert stories == ["First."]
-    assert tail.endswith("Third.") and len(tail) == 25
-
-
-def test_lower_cased_stories_are_parted_and_mojibake_is_undone() -> None:
-    first = "once upon a time there was a fox. " * 12 + "\n\nâ€œhello,â€ it said. it wasnâ€™t sad."
-    second = "one day a bird sang. " * 20
-    assert split_lower(first + "\n" + second) == [
-        first.split("\n")[0].strip() + "\n“hello,” it said. it wasn’t sad.",
-        second.strip(),
-    ]
-
-
-def test_drop_overlap_sees_through_case_and_punctuation() -> None:
-    known = story(7)
-    disguised = known.lower().replace(".", " !").replace('"', "")
-    assert drop_overlap([disguised, story(8).lower()], known) == [story(8).lower()]
-
-
-def test_recaser_restores_starts_quotes_i_and_learnt_names() -> None:
-    recaser = Recaser([story(i) for i in range(60)])
-    for seed in (1000, 1001, 1002):
-        assert recaser.restore(story(seed).lower()) == story(seed)
-
-
-def test_recaser_finds_an_introduced_name() -> None:
-    recaser = Recaser([story(i) for i in range(30)])
-    text = recaser.restore("one day a dog named zorbo saw a tree. the tree saw zorbo.")
-    assert text.count("Zorbo") == 2
-
-
-# The rest trains, with a model of a few thousand parameters.
+    return write_usual_corpora(tmp_path_factory.mktemp("corpora"))
 
 
 @pytest.fixture(scope="module")
-def recipe():  # type: ignore[no-untyped-def]
-    pytest.importorskip("torch", reason="training the built-in models needs torch (pip install edge[train])")
-    pytest.importorskip("safetensors", reason="exporting needs safetensors (pip install edge[train])")
-    from edge.builtin import train
-
-    return train
-
-
-def tiny_settings(recipe, **changes):  # type: ignore[no-untyped-def]
-    from edge.builtin.model import ModelConfig
-
-    model = ModelConfig(
-        vocab_size=300,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=64,
-        max_position_embeddings=32,
-    )
-    return recipe.Settings(**{"model": model, "steps": 6, "rows": 4, "eval_steps": 3, **changes})
-
-
-@pytest.fixture(scope="module")
-def corpus(corpora: Path):  # type: ignore[no-untyped-def]
-    from dataclasses import replace
-
+def corpus(corpora: Path) -> Corpus:
     loaded = load_corpus(corpora)
     return replace(loaded, stories=loaded.stories[:40], held_out=loaded.held_out[:3000])
 
 
-def test_tokenizer_round_trips_any_text(recipe) -> None:  # type: ignore[no-untyped-def]
-    from edge.builtin.tokens import train_tokenizer
+@pytest.fixture
+def family(corpus: Corpus, tmp_path: Path) -> Path:
+    """A folder with what the later models start from: the twin's fork, and teachers."""
+    twin = Trainer("twin", tiny_settings("twin"), corpus, tmp_path)
+    for _ in range(FORK_STEP):
+        twin.step()
+    assert (tmp_path / "twin" / "fork.bin").exists()
+    for name in ("twin", "story"):
+        save_hf(random_decoder(), tmp_path / name / "hf", bos_id=0)
+    return tmp_path
 
+
+def start(name: str, corpus: Corpus, family: Path, **changes: Any) -> Trainer:
+    trainer = Trainer(name, tiny_settings(name, **changes), corpus, family, OWN if name == "draft" else None)
+    if trainer.settings.start:
+        trainer.fork()
+    return trainer
+
+
+# Running, interrupting, resuming
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resumed_run_equals_an_uninterrupted_one(name: str, corpus: Corpus, family: Path) -> None:
+    whole = start(name, corpus, family)
+    assert run_training(whole)
+    (whole.out / "checkpoint.bin").unlink()
+    first = start(name, corpus, family)
+    assert not run_training(first, stopped=lambda: first.steps_done == 4)
+    second = Trainer(name, tiny_settings(name), corpus, family, OWN if name == "draft" else None)
+    second.load()
+    assert second.steps_done == 4
+    assert run_training(second)
+    assert second.losses == whole.losses and len(whole.losses) == 6
+    assert second.objective.state == whole.objective.state
+    for mine, other in zip(second.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    curve = json.loads((family / name / "curve.json").read_text())
+    assert [e["step"] for e in curve["evals"]] == [3, 6] and curve["rows"] == whole.rows_used
+    load_hf(family / name / "hf")
+
+
+def test_story_goes_on_where_the_twin_was(corpus: Corpus, family: Path) -> None:
+    twin = Trainer("twin", tiny_settings("twin"), corpus, family)
+    for _ in range(FORK_STEP):
+        twin.step()
+    sparse = start("story", corpus, family)
+    assert sparse.steps_done == FORK_STEP and sparse.rows_used == twin.rows_used
+    assert sparse.losses == twin.losses
+    for mine, other in zip(sparse.model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    assert torch.equal(sparse._batch(), twin._batch())
+    assert sparse.model.config.hidden_act == "relu" and twin.model.config.hidden_act == "silu"
+
+
+@pytest.mark.parametrize("name", ["twin", "moe"])
+def test_training_lowers_the_loss(name: str, corpus: Corpus, tmp_path: Path) -> None:
+    trainer = start(name, corpus, tmp_path, steps=40, eval_steps=20)
+    run_training(trainer)
+    assert sum(trainer.losses[-5:]) / 5 < trainer.losses[0] - 1.0
+    assert trainer.evals[-1]["bits_per_byte"] < trainer.evals[0]["bits_per_byte"]
+
+
+def test_settings_of_the_family_hang_together() -> None:
+    assert set(RECIPES) == set(NAMES)
+    for recipe in RECIPES.values():
+        for other in filter(None, (recipe.start, recipe.teacher)):
+            assert RECIPES[other].model.vocab_size == recipe.model.vocab_size
+    assert RECIPES["story"].model == replace(RECIPES["twin"].model, hidden_act="relu")
+    assert (RECIPES["story"].steps, RECIPES["story"].rows) == (RECIPES["twin"].steps, RECIPES["twin"].rows)
+    assert RECIPES["twin"].fork < SparsitySettings().begin < SparsitySettings().end < 1
+
+
+# Data
+
+
+def test_rates_and_book_share_along_a_run() -> None:
+    s = RECIPES["twin"]
+    scales = [rate_scale(i / 1000, s) for i in range(1001)]
+    assert 0 < scales[0] < 0.05 and max(scales) == 1.0 and scales[-1] == 0.0
+    assert all(scale == 1.0 for scale in scales[20:350])
+    assert scales[350:] == sorted(scales[350:], reverse=True) and scales[675] == pytest.approx(0.5)
+    assert (
+        book_share(0.0, s) == 0.5 and book_share(0.3, s) == pytest.approx(0.25) and book_share(0.7, s) == 0.0
+    )
+
+
+def test_tokenizer_round_trips_any_text() -> None:
     tokenizer = train_tokenizer([story(i) for i in range(20)], 400)
     for text in (story(50), "naïve “quotes” …\n\n  two  spaces", "日本語 🙂", "\x00\x7f", ""):
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
     assert tokenizer.token_to_id(END_OF_TEXT) == 0
     assert tokenizer.encode("Hi").ids[0] == 0
 
 
-def test_rows_are_a_function_of_their_number(recipe) -> None:  # type: ignore[no-untyped-def]
-    import numpy as np
-
-    from edge.builtin.tokens import RowSource
-
+def test_rows_are_a_function_of_their_number() -> None:
     texts = [np.arange(1, 1 + n) for n in (50, 70, 33, 41)]
     ahead = RowSource(texts, 16, seed=5)
     rows = [ahead.row(n) for n in range(2 * ahead.rows_per_epoch)]
@@ -208,7 +160,131 @@ def test_rows_are_a_function_of_their_number(recipe) -> None:  # type: ignore[no
     assert all(len(row) == 17 for row in rows)
 
 
-def test_windows_predict_every_token_once_with_context(recipe) -> None:  # type: ignore[no-untyped-def]
+def test_a_batch_holds_the_shares_and_counts_them() -> None:
+    sources = {kind: RowSource([np.full(99, value)], 8, 0) for kind, value in (("stories", 1), ("own", 2))}
+    used = {"stories": 3, "own": 0}
+    batch = mixed_batch(sources, used, 8, {"own": 0.5, "books": 0.25})
+    assert batch.shape == (8, 9)
+    assert [2 in row for row in batch].count(True) == 4  # the books' share falls to the stories
+    assert used == {"stories": 7, "own": 4}
+
+
+def test_half_of_a_draft_batch_is_the_teachers_own_text(corpus: Corpus, family: Path) -> None:
+    draft = start("draft", corpus, family)
+    for _ in range(2):
+        own = (draft._batch() == 299).float().mean(1)
+        assert (own > 0.9).sum() == 2 and (own < 0.1).sum() == 2
+    assert draft.rows_used == {"stories": 4, "books": 0, "own": 4}
+
+
+# What is minimised
+
+
+def test_sparsity_follows_its_ramp(corpus: Corpus, tmp_path: Path) -> None:
+    """The controller raises the zero share to the target, which plain training does not come near."""
+    ramp = SparsitySettings(target=0.9, begin=0.1, end=0.6, rest=0.9, rate=0.3)
+    zeros = {}
+    for target in (ramp, replace(ramp, begin=2.0, end=3.0)):  # the second never begins
+        torch.manual_seed(0)
+        settings = tiny_settings("story", steps=80, sparsity=target, teacher="")
+        trainer = Trainer("story", settings, corpus, tmp_path)
+        while trainer.progress < 1:
+            trainer.step()
+        zeros[target.begin] = trainer.objective.state["zeros"]
+    assert zeros[2.0] < 0.75
+    assert zeros[0.1] == pytest.approx(0.9, abs=0.06)
+
+
+def test_distillation_brings_the_student_nearer(corpus: Corpus, family: Path) -> None:
+    draft = start("draft", corpus, family, steps=60)
+    batch = draft._batch()
+    before = draft.objective.loss(draft.model.eval(), batch, 0.0)[0].item()
+    draft.model.train()
+    run_training(draft)
+    after = draft.objective.loss(draft.model.eval(), batch, 0.0)[0].item()
+    assert after < 0.8 * before
+
+
+# Export
+
+
+@pytest.mark.parametrize("name", ["twin", "story", "moe"])
+def test_export_reads_back_equal(name: str, corpus: Corpus, family: Path) -> None:
+    from tokenizers import Tokenizer
+
+    trainer = start(name, corpus, family)
+    trainer.step()
+    trainer.export()
+    hf = family / name / "hf"
+    config = json.loads((hf / "config.json").read_text())
+    assert config["architectures"] == ["MixtralForCausalLM" if name == "moe" else "LlamaForCausalLM"]
+    assert (
+        config["hidden_act"] == ("relu" if name == "story" else "silu")
+        and config["tie_word_embeddings"] is True
+    )
+    assert ("num_local_experts" in config) == (name == "moe")
+    read = load_hf(hf)
+    trainer.model.eval()
+    with torch.no_grad():
+        assert torch.equal(read(torch.arange(20)[None]), trainer.model(torch.arange(20)[None]))
+    tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
+    exact = evaluate.bits_per_byte(trainer.model, trainer.tokenizer, corpus.held_out)
+    assert evaluate.bits_per_byte(read, tokenizer, corpus.held_out) == exact and 1.0 < exact < 10.0
+    assert evaluate.sample(read, tokenizer, "One day", tokens=8, seed=3).startswith("One day")
+
+
+@pytest.mark.parametrize(("experts", "seed"), [(0, 7), (4, 8)], ids=["llama", "mixtral"])
+def test_edge_writes_the_tokens_torch_does(
+    experts: int, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("_edge", reason="the compiled core is not here")
+    import edge
+    from edge.builtin.tokens import save_tokenizer
+
+    monkeypatch.setenv("EDGE_CACHE", str(tmp_path / "cache"))
+    model = random_decoder(
+        seed, hidden_act="silu" if experts else "relu", num_local_experts=experts, max_position_embeddings=64
+    )
+    save_hf(model, tmp_path / "hf", bos_id=0)
+    save_tokenizer(train_tokenizer([story(i) for i in range(20)], 300), tmp_path / "hf", 64)
+    prompt = [0, 17, 250, 33, 81]
+    ids, want = list(prompt), []
+    for _ in range(24):
+        with torch.no_grad():
+            want.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        ids.append(want[-1])
+    assert len(set(want)) > 5
+    with edge.load(tmp_path / "hf", context=64, threads=1) as engine:
+        found = engine.generate(prompt, max_tokens=24, temperature=0.0, ignore_eos=True).tokens
+    assert list(found) == want
+
+
+def test_a_head_alone_serves_as_the_tied_embedding(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = random_decoder()
+    save_hf(model, tmp_path, bos_id=0)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, tmp_path / "model.safetensors")
+    assert torch.equal(load_hf(tmp_path).embed_tokens.weight, model.embed_tokens.weight)
+
+
+def test_curve_figure_is_a_small_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the learning-curve figure needs matplotlib")
+    from edge.builtin.figure import draw_curve
+
+    evals = [
+        {"tokens": n * 100_000, "bits_per_byte": 1.5 / n, "train_nats_per_token": 4.0 / n}
+        for n in range(1, 30)
+    ]
+    (tmp_path / "curve.json").write_text(json.dumps({"evals": evals}))
+    draw_curve(tmp_path / "curve.json", tmp_path / "curve.png")
+    data = (tmp_path / "curve.png").read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) < 100_000
+
+
+def test_windows_predict_every_token_once_with_context() -> None:
     from edge.builtin.held_out import windows
 
     for count in (1, 2, 9, 10, 11, 30, 31, 100):
@@ -219,44 +295,12 @@ def test_windows_predict_every_token_once_with_context(recipe) -> None:  # type:
         assert all(first >= 5 for _, first in cut[1:])
 
 
-def test_schedule_warms_up_and_ends_at_zero(recipe) -> None:  # type: ignore[no-untyped-def]
-    s = recipe.Settings()
-    scales = [recipe.rate_scale(i / 1000, s) for i in range(1001)]
-    assert 0 < scales[0] < 0.05 and max(scales) == 1.0 and scales[-1] == 0.0
-    assert scales[500:] == sorted(scales[500:], reverse=True)
-    assert recipe.book_share(0.0, s) == 0.5 and recipe.book_share(0.7, s) == 0.0
+# What goes wrong
 
 
-def test_resumed_run_equals_an_uninterrupted_one(recipe, corpus, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    import torch
-
-    settings = tiny_settings(recipe)
-    whole = recipe.Trainer(corpus, settings, tmp_path / "whole")
-    assert recipe.train(whole)
-    first = recipe.Trainer(corpus, settings, tmp_path / "parts")
-    assert not recipe.train(first, stopped=lambda: first.steps_done == 3)
-    second = recipe.Trainer(corpus, settings, tmp_path / "parts")
-    second.load()
-    assert second.steps_done == 3
-    recipe.train(second)
-    assert second.losses == whole.losses
-    assert len(whole.losses) == 6
-    for mine, other in zip(second.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(mine, other)
-    curve = json.loads((tmp_path / "parts" / "curve.json").read_text())
-    assert [e["step"] for e in curve["evals"]] == [3, 6]
-
-
-def test_training_lowers_the_loss(recipe, corpus, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    trainer = recipe.Trainer(corpus, tiny_settings(recipe, steps=40, eval_steps=20), tmp_path)
-    recipe.train(trainer)
-    assert sum(trainer.losses[-5:]) / 5 < trainer.losses[0] - 1.0
-    assert trainer.evals[-1]["bits_per_byte"] < trainer.evals[0]["bits_per_byte"]
-
-
-def test_damaged_checkpoints_are_refused(recipe, corpus, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    trainer = recipe.Trainer(corpus, tiny_settings(recipe), tmp_path)
-    path = tmp_path / "checkpoint.bin"
+def test_damaged_checkpoints_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    trainer = start("twin", corpus, tmp_path)
+    path = tmp_path / "twin" / "checkpoint.bin"
     with pytest.raises(DiskError, match="found none"):
         trainer.load()
     trainer.step()
@@ -275,102 +319,116 @@ def test_damaged_checkpoints_are_refused(recipe, corpus, tmp_path: Path) -> None
         trainer.load()
     path.write_bytes(whole)
     trainer.load()
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(path.parent.glob("*.tmp"))
 
 
-def test_checkpoint_of_another_run_is_refused(recipe, corpus, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    recipe.Trainer(corpus, tiny_settings(recipe), tmp_path).save()
-    other = recipe.Trainer(corpus, tiny_settings(recipe, seed=2), tmp_path)
+def test_checkpoint_of_another_run_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    start("twin", corpus, tmp_path).save()
     with pytest.raises(ArgumentError, match="other settings or corpora"):
-        other.load()
+        start("twin", corpus, tmp_path, seed=2).load()
 
 
-def test_export_reads_back_equal_and_is_llama(recipe, corpus, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    import torch
-    from tokenizers import Tokenizer
-
-    from edge.builtin.evaluate import bits_per_byte, ffn_sparsity, sample
-    from edge.builtin.model import load_hf
-
-    trainer = recipe.Trainer(corpus, tiny_settings(recipe), tmp_path)
-    trainer.step()
-    trainer.export()
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"]
-    assert config["hidden_act"] == "relu" and config["tie_word_embeddings"] is True
-    read = load_hf(tmp_path / "hf")
-    tokens = torch.arange(20)[None]
-    trainer.model.eval()
-    with torch.no_grad():
-        assert torch.equal(read(tokens), trainer.model(tokens))
-    tokenizer = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
-    exact = bits_per_byte(trainer.model, trainer.tokenizer, corpus.held_out)
-    assert bits_per_byte(read, tokenizer, corpus.held_out) == exact
-    assert 1.0 < exact < 10.0
-    assert sample(read, tokenizer, "One day", tokens=8, seed=3).startswith("One day")
-    assert all(0.2 < share < 0.8 for share in ffn_sparsity(read, tokenizer, story(3)))
+Command = Callable[..., tuple[int, str]]
 
 
-def test_decoder_is_causal(recipe) -> None:  # type: ignore[no-untyped-def]
-    import torch
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpora: Path
+) -> Iterator[Command]:
+    """Runs the training command on tiny recipes: (exit status, what it wrote to stderr)."""
+    monkeypatch.setattr(train, "RECIPES", {name: tiny_settings(name) for name in NAMES})
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    from edge.builtin.model import Decoder
+    def run(name: str, family: Path, *more: str, corpora: Path = corpora) -> tuple[int, str]:
+        capsys.readouterr()
+        status = train.main([name, "--corpora", str(corpora), "--family", str(family), *more])
+        return status, capsys.readouterr().err
 
-    torch.manual_seed(0)
-    model = Decoder(tiny_settings(recipe).model).eval()
-    tokens = torch.randint(0, 300, (1, 20))
-    changed = tokens.clone()
-    changed[0, 12] = (changed[0, 12] + 1) % 300
-    with torch.no_grad():
-        before, after = model(tokens)[0], model(changed)[0]
-    assert torch.allclose(before[:12], after[:12], atol=1e-6)
-    assert not torch.allclose(before[12:], after[12:], atol=1e-4)
-
-
-def test_muon_update_is_nearly_orthogonal(recipe) -> None:  # type: ignore[no-untyped-def]
-    import torch
-
-    from edge.builtin.muon import orthogonalise
-
-    torch.manual_seed(0)
-    for shape in ((64, 32), (32, 64), (48, 48)):
-        singular = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
-        assert singular.min() > 0.3 and singular.max() < 1.5
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-def test_curve_figure_is_a_small_png(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the learning-curve figure needs matplotlib")
-    from edge.builtin.figure import draw_curve
-
-    evals = [
-        {"tokens": n * 100_000, "bits_per_byte": 1.5 / n, "train_nats_per_token": 4.0 / n}
-        for n in range(1, 30)
-    ]
-    (tmp_path / "curve.json").write_text(json.dumps({"evals": evals}))
-    draw_curve(tmp_path / "curve.json", tmp_path / "curve.png")
-    data = (tmp_path / "curve.png").read_bytes()
-    assert data.startswith(b"\x89PNG") and len(data) < 100_000
+def assert_one_line(result: tuple[int, str], *parts: str) -> None:
+    status, error = result
+    assert status == 1 and error.startswith("error: ") and error.count("\n") == 1
+    for part in parts:
+        assert part in error
 
 
-def test_command_reports_a_missing_corpus_in_one_line(recipe, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
-    assert recipe.main(["--corpora", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "tinystories.txt.xz" in error
+def test_missing_corpus_is_one_line(command: Command, tmp_path: Path) -> None:
+    assert_one_line(command("twin", tmp_path / "out", corpora=tmp_path / "none"), "tinystories.txt.xz")
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_command_prints_the_held_out_bits(  # type: ignore[no-untyped-def]
-    recipe, corpora: Path, corpus, tmp_path: Path, capsys
-) -> None:
-    from edge.builtin import evaluate
+def test_missing_beginnings_are_one_line(command: Command, tmp_path: Path) -> None:
+    assert_one_line(command("story", tmp_path), "teacher", "train twin first")
+    save_hf(random_decoder(), tmp_path / "twin" / "hf", bos_id=0)
+    assert_one_line(command("story", tmp_path), "fork.bin", "twin", "found none")
+    assert_one_line(command("draft", tmp_path), "own", "found none")
+    assert_one_line(command("moe", tmp_path, "--resume"), "checkpoint.bin", "found none")
 
-    trainer = recipe.Trainer(corpus, tiny_settings(recipe), tmp_path)
+
+def test_missing_teacher_is_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "load_own_text", lambda _path: OWN)
+    assert_one_line(command("draft", tmp_path), "teacher", "train story first")
+
+
+def test_too_little_memory_is_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.psutil, "virtual_memory", lambda: SimpleNamespace(available=100 << 20))
+    assert_one_line(command("twin", tmp_path), "MiB of memory", "100 MiB are free")
+    with pytest.raises(BudgetError):
+        train.check_memory(RECIPES["twin"])
+    assert not (tmp_path / "twin").exists()
+
+
+def test_memory_needed_grows_with_the_run() -> None:
+    twin = RECIPES["twin"]
+    assert train.needed_bytes(replace(twin, rows=32)) > 1.5 * train.needed_bytes(twin) > 2 << 30
+    assert train.needed_bytes(tiny_settings()) < 1 << 30
+
+
+def test_terminated_run_saves_and_resumes(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminated_after_two(
+        trainer: Trainer, show: Callable[[Trainer], None], stopped: Callable[[], bool]
+    ) -> bool:
+        def show_and_kill(t: Trainer) -> None:
+            show(t)
+            if t.steps_done == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return run_training(trainer, show_and_kill, stopped)
+
+    monkeypatch.setattr(train, "train", terminated_after_two)
+    status, error = command("twin", tmp_path)
+    assert status == 130 and "interrupted: checkpoint saved" in error
+    assert not (tmp_path / "twin" / "hf").exists()
+    status, error = command("twin", tmp_path, "--resume")
+    assert (status, error) == (0, "")
+    curve = json.loads((tmp_path / "twin" / "curve.json").read_text())
+    assert curve["steps"] == 6 and (tmp_path / "twin" / "hf" / "config.json").exists()
+
+
+def test_evaluate_command_prints_the_held_out_bits(
+    corpora: Path, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = start("twin", corpus, tmp_path)
     trainer.step()
     trainer.export()
-    command = ["--model", str(tmp_path / "hf"), "--corpora"]
-    assert evaluate.main([*command, str(corpora), "--prompt", "One day"]) == 0
+    arguments = ["--model", str(tmp_path / "twin" / "hf"), "--corpora"]
+    assert evaluate.main([*arguments, str(corpora), "--prompt", "One day"]) == 0
     bits = evaluate.bits_per_byte(trainer.model, trainer.tokenizer, load_corpus(corpora).held_out)
     printed = capsys.readouterr().out
-    assert printed.startswith(f"held-out bits per byte: {bits:.4f}\n") and "\nOne day" in printed
-    assert evaluate.main([*command, str(tmp_path / "none")]) == 1
+    assert printed.startswith(f"held-out bits per byte: {bits:.4f} (perplexity per token ")
+    stories = held_out_stories(load_corpus(corpora).held_out)
+    n_tokens = sum(len(trainer.tokenizer.encode(text, add_special_tokens=False).ids) for text in stories)
+    perplexity = 2 ** (bits * sum(len(text.encode()) for text in stories) / n_tokens)
+    assert f"token {perplexity:.3f})\n" in printed and "\nOne day" in printed
+    assert evaluate.main([*arguments, str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.count("\n") == 1

@@ -2,7 +2,6 @@
 #include <pybind11/numpy.h>
 
 #include "bindings/binding.h"
-#include "bindings/kv_options.h"
 #include "bindings/config_from_dict.h"
 #include "bindings/run.h"
 #include "engine/engine.h"
@@ -23,13 +22,20 @@ EngineOptions options_from(const py::dict& dict) {
   options.plan.stream_order = dict["stream_order"].cast<std::vector<WeightId>>();
   options.plan.ring_bytes = dict["ring_bytes"].cast<uint64_t>();
   options.plan.demand_bytes = dict["demand_bytes"].cast<uint64_t>();
+  if (dict.contains("neuron_slots")) {
+    options.plan.neuron_slots = dict["neuron_slots"].cast<std::vector<int64_t>>();
+    options.plan.neuron_staging_bytes = dict["neuron_staging_bytes"].cast<uint64_t>();
+    options.plan.neuron_bytes = dict["neuron_bytes"].cast<uint64_t>();
+  }
+  if (dict.contains("neuron_half_life_tokens")) {
+    options.store.neuron_half_life_tokens = dict["neuron_half_life_tokens"].cast<float>();
+  }
   options.store.io_engine = dict["io_engine"].cast<std::string>();
   options.n_threads = dict["threads"].cast<int>();
   options.isa = dict["isa"].cast<std::string>();
   options.context = dict["context"].cast<int64_t>();
   options.max_rows = dict["max_rows"].cast<int64_t>();
   options.budget_bytes = dict["budget_bytes"].cast<uint64_t>();
-  kv_options_from(dict, &options);
   return options;
 }
 
@@ -58,11 +64,16 @@ py::dict stats(Engine& engine) {
   dict["hits"] = store.hits;
   dict["misses"] = store.misses;
   dict["wait_seconds"] = store.wait_seconds;
+  dict["neurons_wanted"] = store.neurons_wanted;
+  dict["neuron_hits"] = store.neuron_hits;
+  dict["neuron_misses"] = store.neurons_wanted - store.neuron_hits;
+  dict["neuron_bytes"] = store.neuron_bytes;
+  dict["neuron_requests"] = store.neuron_requests;
+  dict["neuron_wait_seconds"] = store.neuron_wait_seconds;
   dict["budget_bytes"] = engine.budget().limit_bytes();
   dict["used_bytes"] = engine.budget().used_bytes();
   dict["peak_bytes"] = engine.budget().peak_bytes();
   dict["by_tag"] = engine.budget().report();
-  add_kv_stats(engine, dict);
   dict["isa"] = engine.kernels().isa;
   return dict;
 }

@@ -72,7 +72,7 @@ Status Sequence::pass(bool every_row, const OnRow& on_row) {
     engine_.store().rewind();
     return status;
   }
-  kv_.commit_all();
+  decoder.commit_all(kv_);
   return {};
 }
 

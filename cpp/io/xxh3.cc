@@ -112,10 +112,34 @@ uint64_t folded_product(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
+uint64_t avalanche(uint64_t hash) {
+  hash ^= hash >> 37;
+  hash *= 0x165667919E3779F9;
+  return hash ^ (hash >> 32);
+}
+
+// 129 to 240 bytes: 16 at a time, with an avalanche after the eighth.
+uint64_t hash_medium(std::span<const std::byte> data) {
+  constexpr size_t kStep = 16, kFirstSteps = 8, kSecondSecret = 3, kLastSecret = 136 - 17;
+  const auto mix = [&](size_t at, size_t secret) {
+    return folded_product(load64(data.data() + at) ^ load64(kSecret + secret),
+                          load64(data.data() + at + 8) ^ load64(kSecret + secret + 8));
+  };
+  uint64_t hash = data.size() * kPrime64_1;
+  for (size_t i = 0; i < data.size() / kStep; ++i) {
+    if (i == kFirstSteps) hash = avalanche(hash);
+    hash += mix(i * kStep, i < kFirstSteps ? i * kStep : (i - kFirstSteps) * kStep + kSecondSecret);
+  }
+  // Below 144 bytes there are only eight steps.
+  if (data.size() / kStep == kFirstSteps) hash = avalanche(hash);
+  return avalanche(hash + mix(data.size() - kStep, kLastSecret));
+}
+
 }  // namespace
 
 uint64_t xxh3(std::span<const std::byte> data) {
   if (data.size() <= kXxh3ShortBytes) return 0;
+  if (data.size() <= kXxh3MediumBytes) return hash_medium(data);
   static const Consume consume = pick();
   alignas(64) uint64_t lanes[kLanes] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
                                         kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
@@ -133,9 +157,7 @@ uint64_t xxh3(std::span<const std::byte> data) {
     const unsigned char* secret = kSecret + kMergeSecret + 8 * i;
     hash += folded_product(lanes[i] ^ load64(secret), lanes[i + 1] ^ load64(secret + 8));
   }
-  hash ^= hash >> 37;
-  hash *= 0x165667919E3779F9;
-  return hash ^ (hash >> 32);
+  return avalanche(hash);
 }
 
 }  // namespace edge

@@ -1,30 +1,36 @@
 #include "kv/kv_cache.h"
 
-#include <algorithm>
 #include <cstring>
 
 namespace edge {
 
-KvCache::KvCache(KvPool& pool) : pool_(&pool) { pool.caches_.push_back(this); }
+Result<std::unique_ptr<KvPool>> KvPool::create(const KvShape& shape, int64_t capacity_tokens, Budget& budget) {
+  auto pool = std::make_unique<KvPool>();
+  pool->shape_ = shape;
+  const int64_t n_pages = static_cast<int64_t>(shape.pages_for(capacity_tokens));
+  EDGE_ASSIGN(pool->memory_, budget.reserve(n_pages * shape.page_bytes(), "kv cache"));
+  for (int64_t page = n_pages; page-- > 0;) pool->free_.push_back(static_cast<int32_t>(page));
+  return pool;
+}
 
-KvCache::~KvCache() {
-  rollback();
-  truncate(0);
-  std::erase(pool_->caches_, this);
+int32_t KvPool::take_page() {
+  if (free_.empty()) return -1;
+  const int32_t page = free_.back();
+  free_.pop_back();
+  return page;
 }
 
 Status KvCache::stage(int64_t n_rows) {
-  n_staged_ = 0;
-  const auto n_pages = static_cast<size_t>(pool_->shape().pages_for(n_committed_ + n_rows));
-  while (pages_.size() < n_pages) {
-    if (!pool_->take()) {
+  const int64_t n_pages = static_cast<int64_t>(pool_->shape().pages_for(n_committed_ + n_rows));
+  while (static_cast<int64_t>(pages_.size()) < n_pages) {
+    const int32_t page = pool_->take_page();
+    if (page < 0) {
       return error(Code::kContextOverflow, "kv cache: %lld tokens do not fit; %lld pages of %lld tokens are all in use",
                    static_cast<long long>(n_committed_ + n_rows), static_cast<long long>(pages_.size()),
                    static_cast<long long>(page_tokens()));
     }
-    pages_.push_back({});
+    pages_.push_back(page);
   }
-  EDGE_TRY(pool_->hold(*this, n_committed_ / page_tokens()));
   n_staged_ = n_rows;
   return {};
 }
@@ -49,17 +55,12 @@ void KvCache::commit_all() {
   n_staged_ = 0;
 }
 
-void KvCache::rollback() {
-  n_staged_ = 0;
-  if (pool_->stream() != nullptr) pool_->stream()->stop();
-}
-
 void KvCache::truncate(int64_t n_tokens) {
   n_staged_ = 0;
   if (n_tokens < n_committed_) n_committed_ = n_tokens;
-  const auto n_pages = static_cast<size_t>(pool_->shape().pages_for(n_committed_));
+  const size_t n_pages = pool_->shape().pages_for(n_committed_);
   while (pages_.size() > n_pages) {
-    pool_->give(pages_.back());
+    pool_->give_page(pages_.back());
     pages_.pop_back();
   }
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "kernels/tiling.h"
 
@@ -13,8 +14,7 @@ Decoder::Decoder(const DecoderConfig& config, const DecoderOptions& options, con
       linear_(store, directory, kernels, pool) {}
 
 uint64_t Decoder::scratch_bytes(const DecoderConfig& config, const DecoderOptions& options, int n_threads) {
-  const int64_t visible = options.score_rows > 0 ? 0 : options.context;
-  return Scratch::bytes(config, options.max_rows, visible, n_threads) + stream_bytes(config, options, n_threads);
+  return Scratch::bytes(config, options.max_rows, options.context, n_threads);
 }
 
 Result<std::unique_ptr<Decoder>> Decoder::create(const DecoderConfig& config, const DecoderOptions& options,
@@ -23,12 +23,20 @@ Result<std::unique_ptr<Decoder>> Decoder::create(const DecoderConfig& config, co
   EDGE_TRY(config.validate());
   std::unique_ptr<Decoder> decoder(new Decoder(config, options, directory, store, kernels, pool));
   EDGE_ASSIGN(decoder->weights_, ModelWeights::resolve(config, directory));
-  const int64_t visible = options.score_rows > 0 ? 0 : options.context;
-  EDGE_ASSIGN(decoder->scratch_, Scratch::create(config, options.max_rows, visible, pool.size(), budget));
-  if (options.score_rows > 0) {
-    EDGE_ASSIGN(decoder->score_memory_, budget.reserve(stream_bytes(config, options, pool.size()), "attention scores"));
-  }
+  EDGE_ASSIGN(decoder->scratch_, Scratch::create(config, options.max_rows, options.context, pool.size(), budget));
   decoder->acts_ = std::make_unique<ActRows>(kernels, pool, decoder->scratch_.acts);
+  for (const LayerWeights& layer : decoder->weights_.layers) {
+    if (layer.neuron_records == kNoWeight) continue;
+    if (store.neurons() == nullptr) {
+      return error(Code::kBadArgument, "store plan: %s: expected slots for its neurons, found none",
+                   directory.entry(layer.neuron_records).name.c_str());
+    }
+    if (decoder->sparse_ == nullptr) {
+      decoder->sparse_ = std::make_unique<SparseFfn>(decoder->config_, directory, *store.neurons(), kernels, pool,
+                                                     decoder->linear_, *decoder->acts_, decoder->scratch_);
+    }
+    EDGE_TRY(decoder->sparse_->check(layer));
+  }
   return decoder;
 }
 
@@ -36,7 +44,6 @@ Status Decoder::forward(const Batch& batch, KvCache& kv) {
   EDGE_TRY(check(batch, kv));
   EDGE_TRY(kv.stage(static_cast<int64_t>(batch.tokens.size())));
   place(batch, kv);
-  if (options_.score_rows > 0) start_stream(kv);
   Status status = embed(batch);
   for (int64_t layer = 0; status.ok() && layer < config_.n_layers; ++layer) {
     if (interrupted && interrupted()) {
@@ -49,8 +56,12 @@ Status Decoder::forward(const Batch& batch, KvCache& kv) {
     status = norm(weights.ffn_norm, weights.ffn_norm_bias, scratch_.hidden, pad16(config_.hidden_size), n_rows_,
                   scratch_.normed);
     if (!status.ok()) break;
-    status = weights.experts.empty() ? ffn(weights, scratch_.normed, n_rows_, scratch_.projected)
-                                     : mixture(weights, scratch_.normed);
+    if (weights.neuron_records != kNoWeight) {
+      status = sparse_->run(weights, scratch_.normed, n_rows_, scratch_.projected);
+    } else {
+      status = weights.experts.empty() ? ffn(weights, scratch_.normed, n_rows_, scratch_.projected)
+                                       : mixture(weights, scratch_.normed);
+    }
     if (!status.ok()) break;
     kernels_.add(scratch_.projected, n_rows_ * pad16(config_.hidden_size), scratch_.hidden);
   }
@@ -59,6 +70,17 @@ Status Decoder::forward(const Batch& batch, KvCache& kv) {
     store_.rewind();
   }
   return status;
+}
+
+void Decoder::commit(std::span<const int32_t> path, KvCache& kv) {
+  kv.commit(path);
+  store_.commit(path);
+}
+
+void Decoder::commit_all(KvCache& kv) {
+  std::vector<int32_t> path(static_cast<size_t>(kv.n_staged()));
+  std::iota(path.begin(), path.end(), 0);
+  commit(path, kv);
 }
 
 Status Decoder::check(const Batch& batch, const KvCache& kv) const {

@@ -13,6 +13,7 @@
 #include "model/decoder_config.h"
 #include "model/linear.h"
 #include "model/scratch.h"
+#include "model/sparse_ffn.h"
 #include "model/weights.h"
 #include "store/weight_store.h"
 
@@ -28,9 +29,6 @@ struct Batch {
 struct DecoderOptions {
   int64_t max_rows = 128;   // rows of one pass
   int64_t context = 0;      // tokens the KV cache can hold
-  // Where keys and values lie on a drive: rows whose scores are held at once, and the tokens of one read. 0: in memory.
-  int64_t score_rows = 0;
-  int64_t range_tokens = 0;
 };
 
 class Decoder {
@@ -46,6 +44,10 @@ class Decoder {
   // Runs the batch and stages its keys and values in `kv`; the caller commits or rolls back. Nothing is staged on error.
   // kCancelled when `interrupted` says so; it is asked once per layer.
   Status forward(const Batch& batch, KvCache& kv);
+  // Keeps the rows of the last batch named by `path` (ascending, each the parent of the next), in `kv` and in what the
+  // store learns from.
+  void commit(std::span<const int32_t> path, KvCache& kv);
+  void commit_all(KvCache& kv);
   // Logits of rows of the last batch, in `rows` order: visit(i, logits[vocab_size]) may change them.
   using Visit = std::function<Status(size_t i, std::span<float> logits)>;
   Status logits(std::span<const int32_t> rows, const Visit& visit);
@@ -70,12 +72,6 @@ class Decoder {
   Status embed(const Batch& batch);
   Status attention(int64_t layer, KvCache& kv);
   void attend(int64_t layer, KvCache& kv);
-  static uint64_t stream_bytes(const DecoderConfig& config, const DecoderOptions& options, int n_threads);
-  void start_stream(KvCache& kv);  // the reads of keys and values of this pass
-  Status attend_streamed(int64_t layer, KvCache& kv);
-  Status attend_block(int64_t layer, KvCache& kv, int64_t row_begin, int64_t row_end);
-  int64_t first_visible(int64_t layer, int64_t position) const;    // the first position a row there sees
-  int64_t n_staged_visible(int64_t layer, int64_t row) const;      // rows of the batch that it sees, itself included
   Status ffn(const LayerWeights& layer, const float* x, int64_t n_rows, float* out);
   Status mixture(const LayerWeights& layer, const float* x);
   Status norm(WeightId weight, WeightId bias, const float* x, int64_t x_stride, int64_t n_rows, float* out);
@@ -92,8 +88,8 @@ class Decoder {
   Linear linear_;
   ModelWeights weights_;
   Scratch scratch_;
-  Block score_memory_;  // [score_rows][n_heads][context] floats, then pointers per thread; streamed attention only
   std::unique_ptr<ActRows> acts_;
+  std::unique_ptr<SparseFfn> sparse_;  // null when no layer comes by neuron
 
   // The batch in flight.
   int64_t n_rows_ = 0;

@@ -49,6 +49,18 @@ uint64_t carve(Scratch& scratch, std::byte* base, const DecoderConfig& config, i
     scratch.expert_in = carver.floats(max_rows * hidden);
     scratch.expert_out = carver.floats(max_rows * hidden);
   }
+  if (config.activation == Activation::kRelu && config.intermediate_size > 0) {
+    const int64_t rows = std::min(max_rows, Scratch::kNeuronRows), neurons = config.intermediate_size;
+    const int64_t act_bytes = std::max(neuron_act_bytes(WeightFormat::kNeuronF16, config.hidden_size),
+                                       neuron_act_bytes(WeightFormat::kNeuronQ8, config.hidden_size));
+    scratch.neuron_acts = carver.take(static_cast<uint64_t>(rows * act_bytes));
+    scratch.neuron_out = carver.floats(rows * pad32(config.hidden_size));
+    const auto each = [&](uint64_t bytes) { return carver.take(static_cast<uint64_t>(neurons) * bytes); };
+    scratch.neuron_rows = reinterpret_cast<uint64_t*>(each(sizeof(uint64_t)));
+    scratch.records = reinterpret_cast<const std::byte**>(each(sizeof(std::byte*)));
+    scratch.neurons = reinterpret_cast<int32_t*>(each(sizeof(int32_t)));
+    scratch.computed = reinterpret_cast<bool*>(each(sizeof(bool)));
+  }
   const int64_t visible = context, group = config.n_heads / config.n_kv_heads;
   scratch.attention_stride = static_cast<uint64_t>((group * visible * 4 + 2 * visible * 8 + 63) / 64 * 64);
   scratch.attention = carver.take(scratch.attention_stride * static_cast<uint64_t>(n_threads));

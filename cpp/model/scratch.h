@@ -10,6 +10,8 @@
 
 namespace edge {
 
+inline int64_t pad32(int64_t n) { return (n + 31) / 32 * 32; }
+
 struct Scratch {
   // [max_rows][...] each; widths of products are padded to 16 because kernels write whole tiles.
   float* hidden = nullptr;       // [hidden_size], the residual stream
@@ -24,6 +26,13 @@ struct Scratch {
   float* router = nullptr;       // [n_experts]
   float* expert_in = nullptr;    // [hidden_size], rows gathered for one expert
   float* expert_out = nullptr;   // [hidden_size]
+  // Of feed-forward layers that may come by neuron (relu), [kNeuronRows][...] or one entry per neuron:
+  std::byte* neuron_acts = nullptr;  // activations in the order of neuron rows, at most 4 bytes a value
+  float* neuron_out = nullptr;       // [hidden_size padded to 32]
+  uint64_t* neuron_rows = nullptr;   // [ffn_dim], which rows use a neuron
+  const std::byte** records = nullptr;  // [ffn_dim]
+  int32_t* neurons = nullptr;           // [ffn_dim], those that some row uses
+  bool* computed = nullptr;             // [ffn_dim]
   float* cos = nullptr;          // [n_rotary / 2]
   float* sin = nullptr;
   float* logits = nullptr;       // [kLogitRows][vocab_size]
@@ -34,6 +43,7 @@ struct Scratch {
   Block memory;
 
   static constexpr int64_t kLogitRows = 8;
+  static constexpr int64_t kNeuronRows = 64;  // a bit for each
 
   static uint64_t bytes(const DecoderConfig& config, int64_t max_rows, int64_t context, int n_threads);
   static Result<Scratch> create(const DecoderConfig& config, int64_t max_rows, int64_t context, int n_threads,

@@ -16,6 +16,29 @@ class Resolver {
   WeightId vector(const std::string& name, int64_t size) { return find(name, 1, size, false, true); }
   WeightId optional_vector(const std::string& name, int64_t size) { return find(name, 1, size, false, false); }
   bool has(const std::string& name) const { return directory_.find(name) != kNoWeight; }
+  // Records of `parts` rows each.
+  WeightId neurons(const std::string& name, int64_t rows, int64_t cols, int64_t parts) {
+    const WeightId id = directory_.find(name);
+    if (id == kNoWeight) {
+      if (status.ok()) status = error(Code::kBadFile, "pack: weight %s is missing", name.c_str());
+      return id;
+    }
+    const PackEntry& entry = directory_.entry(id);
+    const bool right_kind = is_neuron_format(entry.format);
+    if (status.ok() && (!right_kind || entry.rows != rows || entry.cols != cols || entry.neuron_parts() != parts)) {
+      status = error(Code::kBadFile, "pack: %s: expected %lld neurons of %lld rows of %lld values, found %lld of %lld x "
+                     "%lld in format %u", name.c_str(), static_cast<long long>(rows), static_cast<long long>(parts),
+                     static_cast<long long>(cols), static_cast<long long>(entry.rows),
+                     static_cast<long long>(right_kind ? entry.neuron_parts() : 0),
+                     static_cast<long long>(entry.cols), static_cast<unsigned>(entry.format));
+    }
+    return id;
+  }
+  // 0 when absent.
+  int64_t rows_of(const std::string& name) const {
+    const WeightId id = directory_.find(name);
+    return id == kNoWeight ? 0 : directory_.entry(id).rows;
+  }
 
  private:
   WeightId find(const std::string& name, int64_t rows, int64_t cols, bool matrix, bool required) {
@@ -37,6 +60,25 @@ class Resolver {
 
   const PackDirectory& directory_;
 };
+
+void resolve_neurons(Resolver& find, const DecoderConfig& config, const std::string& prefix, LayerWeights* layer) {
+  const int64_t hidden = config.hidden_size, inner = config.intermediate_size;
+  if (config.activation != Activation::kRelu && find.status.ok()) {
+    find.status = error(Code::kBadFile, "pack: %sneurons.records: expected relu, which leaves neurons at zero, found "
+                        "another activation", prefix.c_str());
+  }
+  layer->neuron_records = find.neurons(prefix + "neurons.records", inner, hidden, config.gated ? 3 : 2);
+  layer->neuron_gates = find.neurons(prefix + "neurons.gates", inner, hidden, 1);
+  if (!find.has(prefix + "predictor.up.weight")) return;
+  const int64_t rank = find.rows_of(prefix + "predictor.down.weight");
+  if (rank > inner && find.status.ok()) {
+    find.status = error(Code::kBadFile, "pack: %spredictor.down.weight: expected a rank of at most %lld, found %lld",
+                        prefix.c_str(), static_cast<long long>(inner), static_cast<long long>(rank));
+  }
+  layer->predictor_down = find.matrix(prefix + "predictor.down.weight", rank, hidden);
+  layer->predictor_up = find.matrix(prefix + "predictor.up.weight", inner, rank);
+  layer->predictor_bias = find.vector(prefix + "predictor.bias", inner);
+}
 
 LayerWeights resolve_layer(Resolver& find, const DecoderConfig& config, int64_t index) {
   const std::string prefix = "layers." + std::to_string(index) + ".";
@@ -73,9 +115,13 @@ LayerWeights resolve_layer(Resolver& find, const DecoderConfig& config, int64_t 
     return layer;
   }
   const int64_t inner = config.intermediate_size;
-  if (config.gated) layer.gate = find.matrix(prefix + "gate.weight", inner, hidden);
-  layer.up = find.matrix(prefix + "up.weight", inner, hidden);
-  layer.down = find.matrix(prefix + "down.weight", hidden, inner);
+  if (find.has(prefix + "neurons.records")) {
+    resolve_neurons(find, config, prefix, &layer);
+  } else {
+    if (config.gated) layer.gate = find.matrix(prefix + "gate.weight", inner, hidden);
+    layer.up = find.matrix(prefix + "up.weight", inner, hidden);
+    layer.down = find.matrix(prefix + "down.weight", hidden, inner);
+  }
   layer.gate_bias = find.optional_vector(prefix + "gate.bias", inner);
   layer.up_bias = find.optional_vector(prefix + "up.bias", inner);
   layer.down_bias = find.optional_vector(prefix + "down.bias", hidden);

@@ -21,6 +21,11 @@ struct LayerWeights {
   WeightId ffn_norm = kNoWeight, ffn_norm_bias = kNoWeight;
   WeightId gate = kNoWeight, up = kNoWeight, down = kNoWeight;
   WeightId gate_bias = kNoWeight, up_bias = kNoWeight, down_bias = kNoWeight;
+  // A feed-forward layer by neuron, in place of gate, up and down: records of gate row (where gated), up row and down
+  // column; the rows that decide who is active (gate, or up where there is no gate) once more by themselves; and a
+  // low-rank guess at the same, which a pack may lack.
+  WeightId neuron_records = kNoWeight, neuron_gates = kNoWeight;
+  WeightId predictor_down = kNoWeight, predictor_up = kNoWeight, predictor_bias = kNoWeight;
   WeightId router = kNoWeight;
   std::vector<ExpertWeights> experts;  // empty: a dense layer
 };

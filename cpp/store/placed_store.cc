@@ -4,6 +4,7 @@
 
 #include "store/demand_cache.h"
 #include "store/layer_stream.h"
+#include "store/neuron_window.h"
 #include "store/resident.h"
 
 namespace edge {
@@ -16,11 +17,12 @@ class PlacedStore final : public WeightStore {
 
   Status open(const std::string& path, const StorePlan& plan, const StoreOptions& options, Budget& budget) {
     std::vector<WeightId> kept;
-    bool any_demanded = plan.demand_bytes > 0;
+    bool any_demanded = plan.demand_bytes > 0, any_neurons = false;
     for (size_t i = 0; i < placement_.size(); ++i) {
       if (directory_.entries()[i].format == WeightFormat::kBytes) continue;
       if (placement_[i] == Placement::kResident) kept.push_back(static_cast<WeightId>(i));
       if (placement_[i] == Placement::kDemand) any_demanded = true;
+      if (placement_[i] == Placement::kNeurons) any_neurons = true;
     }
     // The fixed parts first: what the budget cannot hold is known before anything is read.
     if (any_demanded) {
@@ -30,7 +32,12 @@ class PlacedStore final : public WeightStore {
     if (!plan.stream_order.empty()) {
       EDGE_ASSIGN(ring, LayerStream::reserve_ring(directory_, plan, budget));
     }
+    if (any_neurons) {
+      EDGE_ASSIGN(neurons_, NeuronWindow::open(path, directory_, plan, options, budget));
+      if (options.progress != nullptr) options.progress->total_bytes += neurons_->load_bytes();
+    }
     EDGE_ASSIGN(resident_, Resident::load(path, directory_, std::move(kept), options, budget));
+    if (any_neurons) EDGE_TRY(neurons_->load(options.progress));
     // Last: its thread reads from here on, and would compete with the load.
     if (!plan.stream_order.empty()) {
       EDGE_ASSIGN(stream_, LayerStream::open(path, directory_, plan.stream_order, std::move(ring), options));
@@ -49,7 +56,14 @@ class PlacedStore final : public WeightStore {
 
   void rewind() override {
     if (stream_ != nullptr) stream_->rewind();
+    if (neurons_ != nullptr) neurons_->rollback();
   }
+
+  void commit(std::span<const int32_t> path) override {
+    if (neurons_ != nullptr) neurons_->commit(path);
+  }
+
+  NeuronWindow* neurons() override { return neurons_.get(); }
 
   StoreStats stats() const override {
     StoreStats sum = resident_->stats();
@@ -66,6 +80,7 @@ class PlacedStore final : public WeightStore {
     };
     add(demand_.get());
     add(stream_.get());
+    if (neurons_ != nullptr) neurons_->add_stats(&sum);
     return sum;
   }
 
@@ -80,6 +95,8 @@ class PlacedStore final : public WeightStore {
       // A few rows of a streamed weight (an embedding that is the head as well) are not worth a pass.
       case Placement::kStream:
         return !rows.empty() && is_tile_format(entry.format) ? static_cast<WeightStore*>(demand_.get()) : stream_.get();
+      case Placement::kNeurons:
+      case Placement::kUnused: return nullptr;
     }
     return nullptr;
   }
@@ -89,6 +106,7 @@ class PlacedStore final : public WeightStore {
   std::unique_ptr<Resident> resident_;
   std::unique_ptr<DemandCache> demand_;
   std::unique_ptr<LayerStream> stream_;
+  std::unique_ptr<NeuronWindow> neurons_;
 };
 
 Status check_plan(const PackDirectory& directory, const StorePlan& plan) {
@@ -108,8 +126,13 @@ Status check_plan(const PackDirectory& directory, const StorePlan& plan) {
   }
   for (size_t i = 0; i < plan.placement.size(); ++i) {
     const PackEntry& entry = directory.entries()[i];
-    if (entry.format == WeightFormat::kBytes) continue;
-    if (plan.placement[i] > Placement::kDemand) {
+    if (entry.format == WeightFormat::kBytes || plan.placement[i] == Placement::kUnused) continue;
+    const bool of_neurons = plan.placement[i] == Placement::kNeurons;
+    if (of_neurons != is_neuron_format(entry.format) || (of_neurons && i >= plan.neuron_slots.size())) {
+      return error(Code::kBadArgument, "store plan: %s: expected records of neurons where the plan has their slots",
+                   entry.name.c_str());
+    }
+    if (plan.placement[i] > Placement::kUnused) {
       return error(Code::kBadArgument, "store plan: %s has the unknown placement %d", entry.name.c_str(),
                    static_cast<int>(plan.placement[i]));
     }

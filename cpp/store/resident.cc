@@ -31,7 +31,7 @@ Result<std::unique_ptr<Resident>> Resident::load(const std::string& path, const 
   store->data_.resize(directory.entries().size());
   uint64_t total_bytes = 0;
   for (const WeightId weight : weights) total_bytes += directory.entry(weight).stored_bytes;
-  if (options.progress != nullptr) options.progress->total_bytes = total_bytes;
+  if (options.progress != nullptr) options.progress->total_bytes += total_bytes;
   if (total_bytes == 0) return store;
   EDGE_ASSIGN(store->memory_, budget.reserve(total_bytes, "weights"));
   std::byte* at = store->memory_.data();

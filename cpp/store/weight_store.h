@@ -13,6 +13,7 @@
 
 #include "core/status.h"
 #include "format/pack_directory.h"
+#include "store/neuron_policy.h"
 
 namespace edge {
 
@@ -62,7 +63,15 @@ struct StoreStats {
   uint64_t hits = 0;
   uint64_t misses = 0;
   double wait_seconds = 0;        // time acquire() stood waiting for the drive
+  // Of the neuron window; its bytes and its waiting are in the sums above as well.
+  uint64_t neurons_wanted = 0;
+  uint64_t neuron_hits = 0;
+  uint64_t neuron_bytes = 0;     // read from the drive
+  uint64_t neuron_requests = 0;  // reads of one or more neighbours
+  double neuron_wait_seconds = 0;
 };
+
+class NeuronWindow;
 
 class WeightStore {
  public:
@@ -76,6 +85,10 @@ class WeightStore {
   virtual StoreStats stats() const = 0;
   // Called after an abandoned pass so that streams start again at their first weight.
   virtual void rewind() {}
+  // Rows of the pass that ended which stay in the text, in its order: caches learn from these alone.
+  virtual void commit(std::span<const int32_t>) {}
+  // Feed-forward layers by neuron; null where the pack has none.
+  virtual NeuronWindow* neurons() { return nullptr; }
 };
 
 // Where each weight lives; decided by the plan, in Python, before anything is loaded.
@@ -83,6 +96,8 @@ enum class Placement : uint8_t {
   kResident = 0,  // read once, kept
   kStream = 1,    // read in order on every pass, through the ring
   kDemand = 2,    // read when acquired (embedding rows, experts), kept in a cache while there is room
+  kNeurons = 3,   // records of neurons, some or all of them in the slots of the neuron window
+  kUnused = 4,    // not read: what this way of running the model has no need of
 };
 
 struct StorePlan {
@@ -95,6 +110,13 @@ struct StorePlan {
   // piece between the others). A whole weight takes its stored bytes, a row lease DemandCache::row_lease_bytes. Row
   // leases of streamed weights are taken from it too.
   uint64_t demand_bytes = 0;
+  // Per weight of the directory, for those in kNeurons: how many of its records have a slot. May be empty when there
+  // are none. All of them: read once, kept.
+  std::vector<int64_t> neuron_slots;
+  // Where records that are read on demand land: NeuronWindow::staging_least_bytes at least; more lets more reads fly.
+  uint64_t neuron_staging_bytes = 0;
+  // Slots and tables of the window in all, as the plan counted them; refused when it takes more.
+  uint64_t neuron_bytes = 0;
 };
 
 // Read and written by other threads while the store loads.
@@ -109,6 +131,7 @@ struct StoreOptions {
   int io_depth = 32;
   bool io_direct = true;
   std::string io_fault;              // FaultPlan of every reader; tests only
+  float neuron_half_life_tokens = NeuronPolicy::kHalfLifeTokens;
   LoadProgress* progress = nullptr;  // must outlive open_store
 };
 

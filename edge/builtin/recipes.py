@@ -56,13 +56,13 @@ RECIPES: dict[str, Settings] = {
             head_dim=32,
             intermediate_size=320,
         ),
-        steps=1000,
+        steps=700,
         dropout=0.0,
         book_share=0.0,
         teacher="story",
         own_share=0.5,
     ),
     "moe": Settings(
-        model=ModelConfig(intermediate_size=192, num_local_experts=16, num_experts_per_tok=2), steps=600
+        model=ModelConfig(intermediate_size=192, num_local_experts=16, num_experts_per_tok=2), steps=400
     ),
 }

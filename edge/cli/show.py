@@ -52,6 +52,10 @@ def command(model: str, list_weights: bool, show_template: bool, as_json: bool) 
         "  bytes: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in by_format.most_common())
     )
     click.echo(f"  chat template: {'yes (--template prints it)' if template else 'none'}")
+    for extra in ("predictor", "medusa"):
+        if extra in pack.metadata:
+            said = ", ".join(f"{key} {value}" for key, value in pack.metadata[extra].items())
+            click.echo(f"  {extra}: {said}")
     for conversion in pack.metadata.get("conversions", []):
         click.echo(f"  {conversion_line(conversion)}")
     if list_weights:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from quant.formats import WeightFormat, q4_0, q8_0
 from quant.formats._tiles import F32, U8, halves
@@ -61,18 +62,23 @@ def _padded(values: F32) -> F32:
     return out
 
 
-def _blocks(weight_format: WeightFormat, values: F32) -> tuple[U8, U8]:
-    """Scales [n, groups, 16] as bytes and quants [n, groups, 8, 32] as stored: q + 128 or q + 8, unsigned."""
-    rows, k = values.shape
-    groups = k // GROUP_VALUES
+def _quantize(weight_format: WeightFormat, values: F32) -> U8:
+    """[n, k] f32 -> checkpoint blocks [n, blocks, bytes]."""
     if weight_format is WeightFormat.NEURON_Q8:
-        blocks = q8_0.quantize(values).reshape(rows, groups, _LANES, q8_0.BLOCK_BYTES)
-        quants = blocks[..., 2:] ^ np.uint8(0x80)
+        return q8_0.quantize(values).reshape(len(values), -1, q8_0.BLOCK_BYTES)
+    return q4_0.quantize(values).reshape(len(values), -1, q4_0.BLOCK_BYTES)
+
+
+def _split_blocks(weight_format: WeightFormat, blocks: U8) -> tuple[U8, U8]:
+    """Scales [n, groups, 16] as bytes and quants [n, groups, 8, 32] as stored: q + 128 or q + 8, unsigned."""
+    rows = len(blocks)
+    by_group = blocks.reshape(rows, -1, _LANES, blocks.shape[-1])
+    packed = by_group[..., 2:]
+    if weight_format is WeightFormat.NEURON_Q8:
+        quants = packed ^ np.uint8(0x80)
     else:
-        blocks = q4_0.quantize(values).reshape(rows, groups, _LANES, q4_0.BLOCK_BYTES)
-        packed = blocks[..., 2:]
         quants = np.concatenate([packed & 15, packed >> 4], axis=-1)
-    return np.ascontiguousarray(blocks[..., :2]).reshape(rows, groups, 16), quants
+    return np.ascontiguousarray(by_group[..., :2]).reshape(rows, -1, 16), quants
 
 
 def _dot_order(quants: U8) -> U8:
@@ -86,34 +92,65 @@ def _lane_order(data: U8) -> U8:
     return np.ascontiguousarray(split.swapaxes(-3, -2)).reshape(*data.shape[:-1], _LANES, _LANE_VALUES)
 
 
-def encode_dot(weight_format: WeightFormat, values: F32) -> U8:
-    """[n, hidden] f32 -> dot rows [n, row_bytes], rounded as the tile formats are."""
-    x = _padded(values)
-    rows = len(x)
-    if weight_format is WeightFormat.NEURON_F16:
-        lanes = x.reshape(rows, -1, _LANES, _LANE_VALUES).swapaxes(-1, -2)
-        with np.errstate(over="ignore"):
-            return np.ascontiguousarray(lanes).astype("<f2").reshape(rows, -1).view(np.uint8)
-    scales, quants = _blocks(weight_format, x)
+def _dot_rows(weight_format: WeightFormat, blocks: U8) -> U8:
+    scales, quants = _split_blocks(weight_format, blocks)
     data = _dot_order(quants)
     if weight_format is WeightFormat.NEURON_Q4:
         data = data[..., :128] | (data[..., 128:] << np.uint8(4))
-    return np.concatenate([scales, data], axis=-1).reshape(rows, -1)
+    return np.concatenate([scales, data], axis=-1).reshape(len(blocks), -1)
+
+
+def _column_rows(weight_format: WeightFormat, blocks: U8) -> U8:
+    scales, quants = _split_blocks(weight_format, blocks)
+    if weight_format is WeightFormat.NEURON_Q8:
+        data = quants ^ np.uint8(0x80)
+    else:
+        data = quants[..., :16] | (quants[..., 16:] << np.uint8(4))
+    return np.concatenate([scales, data.reshape(*data.shape[:2], -1)], axis=-1).reshape(len(blocks), -1)
+
+
+def _lanes_last(values: npt.NDArray[np.float16]) -> U8:
+    """f16 [n, k] in order -> dot rows."""
+    lanes = values.reshape(len(values), -1, _LANES, _LANE_VALUES).swapaxes(-1, -2)
+    return np.ascontiguousarray(lanes).reshape(len(values), -1).view(np.uint8)
+
+
+def encode_dot(weight_format: WeightFormat, values: F32) -> U8:
+    """[n, hidden] f32 -> dot rows [n, row_bytes], rounded as the tile formats are."""
+    x = _padded(values)
+    if weight_format is WeightFormat.NEURON_F16:
+        with np.errstate(over="ignore"):
+            return _lanes_last(x.astype("<f2"))
+    return _dot_rows(weight_format, _quantize(weight_format, x))
 
 
 def encode_column(weight_format: WeightFormat, values: F32) -> U8:
     """[n, hidden] f32, one down column per row -> column rows [n, row_bytes]."""
     x = _padded(values)
-    rows = len(x)
     if weight_format is WeightFormat.NEURON_F16:
         with np.errstate(over="ignore"):
             return x.astype("<f2").view(np.uint8)
-    scales, quants = _blocks(weight_format, x)
-    if weight_format is WeightFormat.NEURON_Q8:
-        data = quants ^ np.uint8(0x80)
-    else:
-        data = quants[..., :16] | (quants[..., 16:] << np.uint8(4))
-    return np.concatenate([scales, data.reshape(*data.shape[:2], -1)], axis=-1).reshape(rows, -1)
+    return _column_rows(weight_format, _quantize(weight_format, x))
+
+
+def from_blocks(weight_format: WeightFormat, raw: bytes, rows: int, hidden: int, column: bool) -> U8:
+    """Raw checkpoint rows of the format's own block type -> rows of records; every value keeps its bits."""
+    data = np.frombuffer(raw, np.uint8).reshape(rows, -1)
+    padded = -(-hidden // GROUP_VALUES) * GROUP_VALUES
+    if weight_format is WeightFormat.NEURON_F16:
+        halfs = np.zeros((rows, padded), "<f2")
+        halfs[:, :hidden] = data.view("<f2")
+        return halfs.view(np.uint8) if column else _lanes_last(halfs)
+    blocks = _quantize(weight_format, np.zeros((rows, padded), np.float32))
+    blocks[:, : hidden // _LANE_VALUES] = data.reshape(rows, -1, blocks.shape[-1])
+    return (_column_rows if column else _dot_rows)(weight_format, blocks)
+
+
+def record_finite(weight_format: WeightFormat, data: U8) -> bool:
+    """Whether no value of freshly rounded rows [n, row_bytes] is infinite or NaN."""
+    if weight_format is not WeightFormat.NEURON_F16:
+        data = data.reshape(len(data), -1, NEURON_FORMATS[weight_format].group_bytes)[..., :16]
+    return bool(((np.ascontiguousarray(data).view("<u2") & 0x7C00) != 0x7C00).all())
 
 
 def _split(weight_format: WeightFormat, data: U8) -> tuple[F32, U8]:

@@ -1,0 +1,247 @@
+#include "model/sparse_ffn.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+namespace edge {
+namespace {
+
+// Neurons whose dot products one thread takes at a time: their values for 64 rows fit its first cache.
+constexpr int64_t kDotNeurons = 32;
+// Neurons added in one go: for many rows their columns stay in the second cache.
+constexpr int64_t kColumnNeurons = 256;
+// Less than this is done before another core has noticed.
+constexpr int64_t kPieceBytes = 32 << 10;
+constexpr int64_t kPiecesPerThread = 8;
+
+}  // namespace
+
+Status SparseFfn::check(const LayerWeights& layer) const {
+  const bool exact =
+      window_.whole(layer.neuron_records) != nullptr || window_.whole(layer.neuron_gates) != nullptr;
+  if (exact || (layer.predictor_up != kNoWeight && linear_.vector(layer.predictor_bias).ok())) return {};
+  return error(Code::kBadArgument, "store plan: %s: expected all records, the gates or a predictor in memory, found none",
+               directory_.entry(layer.neuron_records).name.c_str());
+}
+
+Status SparseFfn::run(const LayerWeights& layer, const float* x, int64_t n_rows, float* out) {
+  const int64_t stride = pad16(config_.hidden_size);
+  for (int64_t row = 0; row < n_rows; row += Scratch::kNeuronRows) {
+    const int64_t n = std::min(Scratch::kNeuronRows, n_rows - row);
+    EDGE_TRY(block(layer, x + row * stride, n, out + row * stride));
+  }
+  return {};
+}
+
+Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t n_rows, float* out) {
+  EDGE_ASSIGN(Turn turn, begin(layer, x, n_rows));
+  const int64_t hidden = config_.hidden_size, out_stride = pad32(hidden);
+  if (const std::byte* rows = window_.whole(layer.neuron_records)) {
+    gates(turn, rows + turn.gate_offset, directory_.entry(layer.neuron_records).chunk_bytes);
+  } else if (const std::byte* alone = window_.whole(layer.neuron_gates)) {
+    gates(turn, alone, directory_.entry(layer.neuron_gates).chunk_bytes);
+  } else {
+    turn.exact = false;
+    EDGE_TRY(predict(turn));
+  }
+  collect(turn);
+  EDGE_TRY(window_.want(layer.neuron_records, {scratch_.neurons, turn.n_wanted},
+                        {scratch_.neuron_rows, turn.n_wanted}, scratch_.records));
+  std::fill_n(scratch_.computed, turn.n_wanted, false);
+  std::fill_n(scratch_.neuron_out, n_rows * out_stride, 0.0f);
+  // What is in memory is multiplied while the rest arrives; columns are added in order as they become known.
+  values(turn, 0, turn.n_wanted);
+  for (size_t done = 0; done < turn.n_wanted;) {
+    EDGE_ASSIGN(const size_t end, window_.take());
+    values(turn, done, end);
+    add_columns(turn, done, end);
+    done = end;
+  }
+  EDGE_ASSIGN(const float* down_bias, linear_.vector(layer.down_bias));
+  for (int64_t row = 0; row < n_rows; ++row) {
+    float* into = out + row * pad16(hidden);
+    std::memcpy(into, scratch_.neuron_out + row * out_stride, static_cast<size_t>(hidden) * sizeof(float));
+    std::fill(into + hidden, into + pad16(hidden), 0.0f);
+    if (down_bias != nullptr) kernels_.add(down_bias, hidden, into);
+  }
+  return {};
+}
+
+Result<SparseFfn::Turn> SparseFfn::begin(const LayerWeights& layer, const float* x, int64_t n_rows) {
+  const PackEntry& entry = directory_.entry(layer.neuron_records);
+  Turn turn = {};
+  turn.layer = &layer;
+  turn.x = x;
+  turn.n_rows = n_rows;
+  turn.format = entry.format;
+  turn.row_bytes = neuron_row_bytes(entry.format, entry.cols);
+  turn.gate_offset = 0;
+  turn.up_offset = config_.gated ? turn.row_bytes : 0;
+  turn.down_offset = turn.up_offset + turn.row_bytes;
+  turn.exact = true;
+  turn.act_stride = neuron_act_bytes(entry.format, entry.cols);
+  turn.gate_stride = pad16(entry.rows);
+  EDGE_ASSIGN(turn.up_bias, linear_.vector(layer.up_bias));
+  // Without a gate the up rows decide.
+  EDGE_ASSIGN(turn.gate_bias, linear_.vector(config_.gated ? layer.gate_bias : layer.up_bias));
+  const int64_t stride = pad16(config_.hidden_size);
+  pool_.parallel(n_rows, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) {
+      kernels_.neuron.act[neuron_index(turn.format)](x + row * stride, config_.hidden_size,
+                                                     scratch_.neuron_acts + row * turn.act_stride);
+    }
+  });
+  return turn;
+}
+
+void SparseFfn::gates(const Turn& turn, const std::byte* first, uint64_t stride_bytes) {
+  const int64_t n_neurons = config_.intermediate_size;
+  const int64_t n_pieces = std::clamp<int64_t>(n_neurons * turn.row_bytes * turn.n_rows / kPieceBytes, 1,
+                                               pool_.size() * kPiecesPerThread);
+  const int64_t grain = (n_neurons + n_pieces - 1) / n_pieces;
+  pool_.parallel(n_neurons, grain, [&](int64_t begin, int64_t end, int) {
+    std::array<const std::byte*, kDotNeurons> rows;
+    for (int64_t at = begin; at < end; at += kDotNeurons) {
+      const int64_t n = std::min(kDotNeurons, end - at);
+      for (int64_t i = 0; i < n; ++i) rows[static_cast<size_t>(i)] = first + static_cast<uint64_t>(at + i) * stride_bytes;
+      kernels_.neuron.dot[neuron_index(turn.format)](rows.data(), n, config_.hidden_size, scratch_.neuron_acts,
+                                                     turn.act_stride, turn.n_rows, scratch_.gate + at,
+                                                     turn.gate_stride);
+    }
+  });
+  if (turn.gate_bias == nullptr) return;
+  for (int64_t row = 0; row < turn.n_rows; ++row) {
+    kernels_.add(turn.gate_bias, n_neurons, scratch_.gate + row * turn.gate_stride);
+  }
+}
+
+Status SparseFfn::predict(const Turn& turn) {
+  const LayerWeights& layer = *turn.layer;
+  const int64_t rank = directory_.entry(layer.predictor_down).rows;
+  acts_.set(turn.x, pad16(config_.hidden_size), turn.n_rows, config_.hidden_size);
+  const Product down{layer.predictor_down, scratch_.up, pad16(rank)};
+  EDGE_TRY(linear_.run(acts_, {&down, 1}));
+  acts_.set(scratch_.up, pad16(rank), turn.n_rows, rank);
+  const Product up{layer.predictor_up, scratch_.gate, turn.gate_stride, layer.predictor_bias};
+  return linear_.run(acts_, {&up, 1});
+}
+
+void SparseFfn::collect(Turn& turn) {
+  const int64_t n_neurons = config_.intermediate_size;
+  uint64_t* used = scratch_.neuron_rows;
+  for (int64_t row = 0; row < turn.n_rows; ++row) {
+    const float* gate = scratch_.gate + row * turn.gate_stride;
+    if (row == 0) {
+      for (int64_t i = 0; i < n_neurons; ++i) used[i] = gate[i] > 0.0f;
+    } else {
+      for (int64_t i = 0; i < n_neurons; ++i) used[i] |= static_cast<uint64_t>(gate[i] > 0.0f) << row;
+    }
+  }
+  size_t n = 0;
+  for (int64_t i = 0; i < n_neurons; ++i) {
+    if (used[i] == 0) continue;
+    used[n] = used[i];
+    scratch_.neurons[n++] = static_cast<int32_t>(i);
+  }
+  turn.n_wanted = n;
+  if (!turn.exact) return;
+  for (int64_t row = 0; row < turn.n_rows; ++row) {
+    float* gate = scratch_.gate + row * turn.gate_stride;
+    for (size_t i = 0; i < n; ++i) gate[i] = gate[scratch_.neurons[i]];
+  }
+}
+
+void SparseFfn::dot(const Turn& turn, std::span<const int32_t> wanted, int64_t offset, const float* bias,
+                    float* out) const {
+  std::array<const std::byte*, kDotNeurons> rows;
+  const auto n = static_cast<int64_t>(wanted.size());
+  for (size_t i = 0; i < wanted.size(); ++i) rows[i] = scratch_.records[wanted[i]] + offset;
+  kernels_.neuron.dot[neuron_index(turn.format)](rows.data(), n, config_.hidden_size, scratch_.neuron_acts,
+                                                 turn.act_stride, turn.n_rows, out, kDotNeurons);
+  if (bias == nullptr) return;
+  for (int64_t row = 0; row < turn.n_rows; ++row) {
+    for (int64_t i = 0; i < n; ++i) out[row * kDotNeurons + i] += bias[scratch_.neurons[wanted[static_cast<size_t>(i)]]];
+  }
+}
+
+void SparseFfn::values(const Turn& turn, size_t begin, size_t end) {
+  const auto n = static_cast<int64_t>(end - begin);
+  const int64_t work_bytes = n * turn.row_bytes * turn.n_rows;
+  const int64_t n_pieces = std::clamp<int64_t>(work_bytes / kPieceBytes, 1, pool_.size() * kPiecesPerThread);
+  pool_.parallel(n, (n + n_pieces - 1) / n_pieces, [&](int64_t from, int64_t to, int) {
+    std::array<int32_t, kDotNeurons> wanted;
+    std::array<float, kDotNeurons * Scratch::kNeuronRows> gate, up;
+    size_t n_here = 0;
+    const auto finish = [&] {
+      const std::span<const int32_t> here(wanted.data(), n_here);
+      if (!turn.exact) dot(turn, here, turn.gate_offset, turn.gate_bias, gate.data());
+      if (config_.gated) dot(turn, here, turn.up_offset, turn.up_bias, up.data());
+      for (int64_t row = 0; row < turn.n_rows; ++row) {
+        float* value = scratch_.gate + row * turn.gate_stride;
+        for (size_t i = 0; i < n_here; ++i) {
+          const int64_t at = row * kDotNeurons + static_cast<int64_t>(i);
+          const bool used = (scratch_.neuron_rows[here[i]] >> row & 1) != 0;
+          const float g = turn.exact ? value[here[i]] : gate[static_cast<size_t>(at)];
+          const float u = config_.gated ? up[static_cast<size_t>(at)] : 1.0f;
+          value[here[i]] = used && g > 0.0f ? g * u : 0.0f;
+          scratch_.computed[here[i]] = true;
+        }
+      }
+      n_here = 0;
+    };
+    for (int64_t i = static_cast<int64_t>(begin) + from; i < static_cast<int64_t>(begin) + to; ++i) {
+      if (scratch_.computed[i] || scratch_.records[i] == nullptr) continue;
+      wanted[n_here++] = static_cast<int32_t>(i);
+      if (n_here == wanted.size()) finish();
+    }
+    if (n_here > 0) finish();
+  });
+}
+
+void SparseFfn::add_columns(const Turn& turn, size_t begin, size_t end) {
+  constexpr int64_t kBlock = 32;  // columns
+  const int64_t width = pad32(config_.hidden_size), n_blocks = width / kBlock;
+  struct Active {
+    std::array<const std::byte*, kColumnNeurons> column;
+    std::array<float, kColumnNeurons> value;
+    int64_t n;
+  };
+  for (size_t at = begin; at < end; at += kColumnNeurons) {
+    const size_t until = std::min(end, at + kColumnNeurons);
+    const auto pick = [&](int64_t row, Active* active) {
+      const float* value = scratch_.gate + row * turn.gate_stride;
+      active->n = 0;
+      for (size_t i = at; i < until; ++i) {
+        if (value[i] == 0.0f) continue;
+        active->column[static_cast<size_t>(active->n)] = scratch_.records[i] + turn.down_offset;
+        active->value[static_cast<size_t>(active->n++)] = value[i];
+      }
+    };
+    const auto add = [&](int64_t row, const Active& active, int64_t first, int64_t last) {
+      kernels_.neuron.axpy[neuron_index(turn.format)](active.column.data(), active.value.data(), active.n,
+                                                      first * kBlock, last * kBlock,
+                                                      scratch_.neuron_out + row * width);
+    };
+    if (turn.n_rows >= pool_.size() && turn.n_rows > 1) {
+      pool_.parallel(turn.n_rows, 1, [&](int64_t from, int64_t to, int) {
+        Active active;
+        for (int64_t row = from; row < to; ++row) {
+          pick(row, &active);
+          add(row, active, 0, n_blocks);
+        }
+      });
+      continue;
+    }
+    for (int64_t row = 0; row < turn.n_rows; ++row) {
+      Active active;
+      pick(row, &active);
+      const int64_t work_bytes = active.n * turn.row_bytes;
+      const int64_t n_pieces = std::clamp<int64_t>(work_bytes / kPieceBytes, 1, pool_.size());
+      pool_.parallel(n_blocks, (n_blocks + n_pieces - 1) / n_pieces,
+                     [&](int64_t from, int64_t to, int) { add(row, active, from, to); });
+    }
+  }
+}
+
+}  // namespace edge

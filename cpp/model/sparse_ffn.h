@@ -1,0 +1,74 @@
+// A feed-forward layer by neuron ("LLM in a flash", arXiv 2312.11514, section 3): find the neurons that relu leaves
+// active, fetch their records alone, and add their down columns in neuron order. A neuron left out would have added
+// nothing, so the bits are those of the whole layer, wherever the records live.
+#pragma once
+
+#include <span>
+
+#include "core/thread_pool.h"
+#include "kernels/kernels.h"
+#include "model/decoder_config.h"
+#include "model/linear.h"
+#include "model/scratch.h"
+#include "model/weights.h"
+#include "store/neuron_window.h"
+
+namespace edge {
+
+class SparseFfn {
+ public:
+  // The references must outlive it.
+  SparseFfn(const DecoderConfig& config, const PackDirectory& directory, NeuronWindow& window, const Kernels& kernels,
+            ThreadPool& pool, Linear& linear, ActRows& acts, const Scratch& scratch)
+      : config_(config), directory_(directory), window_(window), kernels_(kernels), pool_(pool), linear_(linear),
+        acts_(acts), scratch_(scratch) {}
+
+  // kBadArgument when the plan left the layer neither its gate rows nor a predictor.
+  Status check(const LayerWeights& layer) const;
+
+  // out[n_rows][pad16(hidden)] = down(relu(gate(x)) * up(x)), or down(relu(up(x))); x is [n_rows][pad16(hidden)].
+  Status run(const LayerWeights& layer, const float* x, int64_t n_rows, float* out);
+
+ private:
+  // One layer for at most Scratch::kNeuronRows rows.
+  struct Turn {
+    const LayerWeights* layer;
+    const float* x;
+    int64_t n_rows;
+    WeightFormat format;
+    int64_t row_bytes;     // of one dot row or column
+    int64_t gate_offset;   // in a record
+    int64_t up_offset;
+    int64_t down_offset;
+    bool exact;            // gates are known for all neurons; else a predictor says which records to read
+    const float* gate_bias;  // null: none
+    const float* up_bias;
+    int64_t act_stride;
+    int64_t gate_stride;   // floats between rows of scratch.gate
+    size_t n_wanted;
+  };
+
+  Status block(const LayerWeights& layer, const float* x, int64_t n_rows, float* out);
+  Result<Turn> begin(const LayerWeights& layer, const float* x, int64_t n_rows);
+  // scratch.gate[row][neuron] of every neuron: above zero where it is active, or held likely to be.
+  void gates(const Turn& turn, const std::byte* first, uint64_t stride_bytes);
+  Status predict(const Turn& turn);
+  // The neurons that any row uses, their gates moved together.
+  void collect(Turn& turn);
+  // scratch.gate[row][i] = relu(gate) * up of the wanted neurons [begin, end) whose records are here and not yet used.
+  void values(const Turn& turn, size_t begin, size_t end);
+  void dot(const Turn& turn, std::span<const int32_t> wanted, int64_t offset, const float* bias, float* out) const;
+  // scratch.neuron_out += value * down column, for wanted neurons [begin, end) in order.
+  void add_columns(const Turn& turn, size_t begin, size_t end);
+
+  const DecoderConfig& config_;
+  const PackDirectory& directory_;
+  NeuronWindow& window_;
+  const Kernels& kernels_;
+  ThreadPool& pool_;
+  Linear& linear_;
+  ActRows& acts_;
+  const Scratch& scratch_;
+};
+
+}  // namespace edge

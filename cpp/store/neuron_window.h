@@ -1,0 +1,145 @@
+// Records of neurons ("LLM in a flash", arXiv 2312.11514, section 3): some of each layer's have a slot in memory, chosen
+// by what the text uses; the others are read when a token wants them, neighbours together, several reads in flight.
+//
+// A pass over one layer: want() names the neurons of all its rows, in order, and starts the reads; take() hands them out
+// in that order, in groups, while later reads are on their way. A record is used where it landed; if it earns a slot
+// it is copied there afterwards, over the record that is worth least (slots are reached by pointer, so nothing has to
+// move up when one leaves).
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/budget.h"
+#include "io/block_reader.h"
+#include "store/neuron_policy.h"
+#include "store/weight_store.h"
+
+namespace edge {
+
+class NeuronWindow {
+ public:
+  // Reserves everything; load() reads. kBadArgument when the plan does not fit the directory, kOverBudget.
+  // The directory and the budget must outlive the window.
+  static Result<std::unique_ptr<NeuronWindow>> open(const std::string& path, const PackDirectory& directory,
+                                                    const StorePlan& plan, const StoreOptions& options,
+                                                    Budget& budget);
+  ~NeuronWindow();
+
+  // Fills the slots with the first records of each entry: all of them where all have a slot.
+  Status load(LoadProgress* progress);
+  uint64_t load_bytes() const { return load_bytes_; }
+
+  // Slots and tables of a plan, staging not included; and the least staging that one record needs (twice: one is used
+  // while the next arrives).
+  static uint64_t plan_bytes(const PackDirectory& directory, const StorePlan& plan);
+  static uint64_t staging_least_bytes(const PackEntry& entry);
+
+  // Every record of an entry, one after the other, where all have a slot; null where not.
+  const std::byte* whole(WeightId weight) const;
+
+  // Starts on `neurons` (ascending) of an entry in kNeurons. rows[i] has a bit for each row of the batch that uses
+  // neurons[i] (row modulo 64). found[i] becomes the record where it has a slot, null where it is being read.
+  // Ends the turn of the layer before. kBadArgument, kDiskError.
+  Status want(WeightId weight, std::span<const int32_t> neurons, std::span<const uint64_t> rows,
+              const std::byte** found);
+  // Waits for the next group: fills `found` up to the index it returns. Records of the group before may go, except
+  // those with a slot. Returns the number of neurons when all have been handed out.
+  // After an error (kDiskError, kCorrupt with layer and neuron) nothing is wanted and the slots are intact.
+  Result<size_t> take();
+
+  // The batch rows that stay in the text, in its order: what they used gains worth, what only others used does not.
+  void commit(std::span<const int32_t> path);
+  // Forgets what was used since the last commit, and what is being read.
+  void rollback();
+
+  void add_stats(StoreStats* stats) const;
+
+ private:
+  struct Layer {
+    WeightId weight = kNoWeight;
+    const PackEntry* entry = nullptr;
+    uint64_t record_bytes = 0;
+    int64_t n_neurons = 0;
+    int64_t n_slots = 0;
+    std::byte* slots = nullptr;  // [n_slots][record_bytes]
+    // Only where not every record has a slot:
+    int32_t* slot_of = nullptr;   // [n_neurons], -1: none
+    int32_t* held = nullptr;      // [n_slots], the neuron in each
+    float* key = nullptr;         // [n_neurons], of the policy
+    uint64_t* used_by = nullptr;  // [n_neurons], batch rows since the last commit
+    int32_t* touched = nullptr;   // [n_neurons], those with bits in used_by
+    int64_t n_touched = 0;
+    bool is_whole() const { return n_slots == n_neurons; }
+  };
+  // One request: the records of misses [first, end).
+  struct Run {
+    size_t first = 0;
+    size_t end = 0;
+    uint64_t file_offset = 0;
+    uint64_t bytes = 0;
+    uint64_t at = 0;  // in the staging
+    bool landed = false;
+  };
+  struct Miss {
+    int32_t index = 0;  // into the wanted neurons
+    int32_t neuron = 0;
+    int32_t slot = -1;  // it will be copied there
+    float worth = 0;    // its key, should this use stay in the text
+  };
+
+  NeuronWindow(std::string path, const PackDirectory& directory, const StoreOptions& options);
+
+  Status reserve(const StorePlan& plan, Budget& budget);
+  Status load_layer(Layer& layer, LoadProgress* progress);
+  Status open_reader_again();
+  void give_slots(Layer& layer);
+  const std::byte* staged(const Run& run, const Miss& miss) const;
+  // Copies the records of the last group that earned a slot, and frees where they landed.
+  void settle();
+  // Starts reads while there is room for them.
+  Status pump();
+  Run next_run() const;
+  std::optional<uint64_t> room(uint64_t bytes) const;
+  Status wait_one();
+  // Checks the records of a run and shows them to the caller.
+  Status land(const Run& run);
+  Status check_record(const PackEntry& entry, int64_t neuron, const std::byte* record) const;
+  void abandon();
+
+  const std::string path_;
+  const PackDirectory& directory_;
+  const StoreOptions options_;
+  const NeuronPolicy policy_;
+  Block slots_, tables_, staging_;
+  std::vector<Layer> layers_;
+  std::vector<int32_t> layer_of_;  // per weight of the directory, -1: not here
+  int64_t n_committed_ = 0;        // tokens, the policy's clock
+  uint64_t load_bytes_ = 0;
+
+  // The turn of one layer.
+  Layer* layer_ = nullptr;
+  std::span<const int32_t> wanted_;
+  const std::byte** found_ = nullptr;
+  // In tables_: [most neurons] twice, [most slots].
+  Miss* misses_ = nullptr;
+  int32_t* by_worth_ = nullptr;
+  int32_t* leaving_ = nullptr;
+  size_t n_misses_ = 0;
+  size_t next_miss_ = 0;      // the first in no run yet
+  std::deque<Run> runs_;      // in order, each in one piece of the staging, which is a ring
+  uint64_t first_run_ = 0;    // number of runs_.front(), the tag of its read
+  size_t n_taken_ = 0;        // runs of the group handed out last
+  bool handed_out_ = false;   // the last group was the end
+  size_t n_flying_ = 0;
+
+  std::atomic<uint64_t> n_wanted_{0}, n_hits_{0}, n_requests_{0}, flash_bytes_{0}, wait_ns_{0};
+  std::unique_ptr<BlockReader> reader_;  // last: destroyed first, while what it reads into still stands
+};
+
+}  // namespace edge

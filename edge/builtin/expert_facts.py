@@ -1,0 +1,128 @@
+"""How the mixture of experts routes held-out text, and what a cache of its experts would hit while decoding.
+
+python -m edge.builtin.expert_facts --family DIR --corpora DIR [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edge.builtin.activations import Trained, held_out_ids, load_trained
+from edge.builtin.data import load_held_out
+from edge.builtin.state import write_atomic
+from flashload.errors import ArgumentError, EdgeError
+
+CACHED_SHARES = (0.125, 0.25, 0.5, 0.75)  # of all experts of all layers
+POLICIES = ("lru", "lfu", "belady")
+Trace = list[tuple[int, int]]
+Simulate = Callable[[Trace, int, str], float]
+
+
+def route(trained: Trained, text: str) -> list[Tensor]:
+    """Of each held-out story the experts its tokens go through: [T, layers, experts per token]."""
+    model = trained.model
+    if not model.config.num_local_experts:
+        raise ArgumentError("expert facts: expected a mixture of experts, found a dense model")
+    stories = []
+    for ids in held_out_ids(trained, text):
+        with torch.no_grad():
+            model.hidden(ids[None])
+        stories.append(torch.stack([layer.block_sparse_moe.chosen for layer in model.layers], dim=1))
+    return stories
+
+
+def balance(stories: Sequence[Tensor], n_experts: int) -> list[list[float]]:
+    """Share of the choices that fall on each expert, per layer."""
+    chosen = torch.cat(list(stories))
+    shares = []
+    for layer in range(chosen.shape[1]):
+        counts = torch.bincount(chosen[:, layer].flatten(), minlength=n_experts)
+        shares.append([round(value, 4) for value in (counts / counts.sum()).tolist()])
+    return shares
+
+
+def decode_trace(stories: Sequence[Tensor]) -> Trace:
+    """(layer, expert) in the order that decoding touches them: token after token, through all layers."""
+    return [
+        (layer, expert)
+        for story in stories
+        for token in story.tolist()
+        for layer, experts in enumerate(token)
+        for expert in experts
+    ]
+
+
+def facts(trained: Trained, text: str, simulate: Simulate) -> dict[str, Any]:
+    """Balance per layer, and hit rates by policy and by the share of all experts that the cache holds."""
+    stories = route(trained, text)
+    n_layers, n_experts = len(trained.model.layers), trained.model.config.num_local_experts
+    trace = decode_trace(stories)
+    shares = balance(stories, n_experts)
+    return {
+        "held_out_tokens": sum(map(len, stories)),
+        "experts": n_experts,
+        "per_token": trained.model.config.num_experts_per_tok,
+        "balance": shares,
+        "busiest": [round(max(layer) * n_experts, 3) for layer in shares],  # 1: perfectly even
+        "cached": list(CACHED_SHARES),
+        "hit_rate": {
+            policy: [
+                round(simulate(trace, round(share * n_layers * n_experts), policy), 4)
+                for share in CACHED_SHARES
+            ]
+            for policy in POLICIES
+        },
+    }
+
+
+def show(figures: dict[str, Any]) -> str:
+    """The figures as a table."""
+    lines = [
+        f"{figures['held_out_tokens']:,} tokens, {figures['per_token']} of {figures['experts']} experts a layer"
+    ]
+    for layer, shares in enumerate(figures["balance"]):
+        even = 1 / len(shares)
+        lines.append(
+            f"layer {layer}: busiest expert {max(shares) / even:.2f}x its even share, idlest {min(shares) / even:.2f}x"
+        )
+    lines.append(
+        "hit rate  " + "".join(f"{share:>8.1%}" for share in figures["cached"]) + " of all experts cached"
+    )
+    for policy, rates in figures["hit_rate"].items():
+        lines.append(f"{policy:<10}" + "".join(f"{rate:>8.1%}" for rate in rates))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the facts; --json also writes them."""
+    parser = argparse.ArgumentParser(prog="python -m edge.builtin.expert_facts", description=main.__doc__)
+    parser.add_argument("--family", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--corpora", type=Path, required=True, help="folder of the corpora")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    from flashload.expert_policy import simulate  # type: ignore[import-not-found,unused-ignore]
+
+    try:
+        figures = facts(load_trained(args.family / "moe" / "hf"), load_held_out(args.corpora), simulate)
+    except EdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(show(figures))
+    if args.json:
+        write_atomic(args.json, (json.dumps(figures, indent=1) + "\n").encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The rule for feed-forward layers stored by neuron ("LLM in a flash", arXiv 2312.11514): who decides which neurons are
+active, and how many records of each layer have a slot in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+_PAGE_BYTES = 4096
+#: Records on their way in: as many reads as keep a drive busy, less in a small budget.
+_STAGING_MOST_BYTES, _STAGING_SHARE = 4 << 20, 32
+#: The core's tables: per neuron who holds it, its worth, which rows use it, who was touched; per slot its neuron; and,
+#: once for all layers, the misses of one turn.
+_TABLE_PER_NEURON, _TABLE_PER_SLOT = 8 + 3 * 4, 4
+_TURN_PER_NEURON, _TURN_PER_SLOT = 16 + 4, 4
+#: Below this share of the neurons in memory a predictor, which frees the place of the gate rows (a third of the layer,
+#: or half), saves more reads than its false alarms cost.
+_EXACT_LEAST_SHARE = 0.15
+
+
+class Weight(Protocol):
+    """What the rule needs to know of an entry of the directory."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def stored_bytes(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def chunk_bytes(self) -> int: ...
+
+
+def is_extra(name: str) -> bool:
+    """Whether plain runs have no need of an entry: predictors and draft heads."""
+    return ".predictor." in name or name.startswith("medusa.")
+
+
+def is_neurons(name: str) -> bool:
+    """Whether an entry holds records of neurons."""
+    return ".neurons." in name
+
+
+@dataclass(frozen=True)
+class NeuronPlacement:
+    """How a pack's neurons live in memory.
+
+    Attributes:
+        mode: "exact" (resident gate rows decide, the text is that of the whole model) or "predictor" (a low-rank guess
+            decides; neurons it misses count as zero).
+        slots: records in memory, by weight id; of the gates all or (not listed) none.
+        bytes: slots and the core's tables.
+        staging_bytes: where records land that are read on demand; 0 when every record has a slot.
+        resident: predictor weights that are loaded.
+    """
+
+    mode: str
+    slots: dict[int, int]
+    bytes: int
+    staging_bytes: int
+    resident: list[int] = field(default_factory=list)
+
+
+class NeuronModel:
+    """The entries of a pack that belong to neurons."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self.records = [w for w in weights if w.name.endswith(".neurons.records")]
+        self.gates = [w for w in weights if w.name.endswith(".neurons.gates")]
+        predictors = [w for w in weights if ".predictor." in w.name]
+        layers = {w.layer for w in predictors}
+        #: All three weights of every layer, or none at all.
+        self.predictors = predictors if all(w.layer in layers for w in self.records) else []
+
+    def whole(self) -> NeuronPlacement:
+        """Every record in memory; the gate rows are in the records, nobody has to guess."""
+        return NeuronPlacement(
+            "exact", {w.id: w.rows for w in self.records}, sum(w.stored_bytes for w in self.records), 0
+        )
+
+    def modes(self, predictor: bool) -> list[str]:
+        """What may decide, in the order of preference when memory is short."""
+        return ["predictor", "exact"] if predictor and self.predictors else ["exact"]
+
+    def least_bytes(self, mode: str) -> int:
+        """Memory with no slot at all: whoever decides, tables and the smallest staging."""
+        decides = sum(w.stored_bytes for w in (self.gates if mode == "exact" else self.predictors))
+        return decides + _tables(self.records, [0] * len(self.records)) + self._staging_least_bytes
+
+    def window(
+        self, mode: str, room_bytes: int, use: Sequence[float] | None = None
+    ) -> NeuronPlacement | None:
+        """Slots for what fits into ``room_bytes``; None when not even the least does.
+
+        Args:
+            use: how much each layer's neurons are used, in the order of the layers; None takes them as equal.
+        """
+        spare = room_bytes - self.least_bytes(mode)
+        if spare < 0:
+            return None
+        staging = min(_STAGING_MOST_BYTES, room_bytes // _STAGING_SHARE) // _PAGE_BYTES * _PAGE_BYTES
+        staging = min(max(staging, self._staging_least_bytes), self._staging_least_bytes + spare)
+        spare -= staging - self._staging_least_bytes + _PAGE_BYTES * (len(self.records) + 1)
+        share = use if use is not None else [1.0] * len(self.records)
+        slots = _share_out(self.records, share, spare)
+        held = {w.id: n for w, n in zip(self.records, slots, strict=True)}
+        if mode == "exact":
+            held |= {w.id: w.rows for w in self.gates}
+        slab_bytes = sum(_page(n * w.chunk_bytes) for w, n in zip(self.records, slots, strict=True))
+        gate_bytes = sum(w.stored_bytes for w in self.gates) if mode == "exact" else 0
+        resident = [w.id for w in self.predictors] if mode == "predictor" else []
+        return NeuronPlacement(
+            mode, held, slab_bytes + gate_bytes + _tables(self.records, slots), staging, resident
+        )
+
+    def enough(self, placement: NeuronPlacement) -> bool:
+        """Whether exact slots are so many that a predictor would not pay."""
+        held = sum(placement.slots[w.id] for w in self.records)
+        return held >= _EXACT_LEAST_SHARE * sum(w.rows for w in self.records)
+
+    def resident_bytes(self, placement: NeuronPlacement) -> int:
+        """Bytes of the predictor weights that a placement loads."""
+        return sum(w.stored_bytes for w in self.predictors if w.id in set(placement.resident))
+
+    @property
+    def _staging_least_bytes(self) -> int:
+        return max((2 * (_page(w.chunk_bytes) + _PAGE_BYTES) for w in self.records), default=0)
+
+
+def _page(n_bytes: int) -> int:
+    return -(-n_bytes // _PAGE_BYTES) * _PAGE_BYTES
+
+
+def _tables(records: Sequence[Weight], slots: Sequence[int]) -> int:
+    """As the core counts them (cpp/store/neuron_window.cc)."""
+    windowed = [(w.rows, n) for w, n in zip(records, slots, strict=True) if n < w.rows]
+    if not windowed:
+        return 0
+    n_bytes = sum(_TABLE_PER_NEURON * rows + _TABLE_PER_SLOT * n for rows, n in windowed)
+    n_bytes += _TURN_PER_NEURON * max(rows for rows, _ in windowed) + _TURN_PER_SLOT * max(
+        n for _, n in windowed
+    )
+    return _page(n_bytes)
+
+
+def _share_out(records: Sequence[Weight], use: Sequence[float], room_bytes: int) -> list[int]:
+    """Slots per layer, in proportion to its use; what a full layer leaves goes to the others."""
+    slots = [0] * len(records)
+    left = max(0, room_bytes)
+    open_layers = [i for i in range(len(records)) if use[i] > 0]
+    while open_layers and left > 0:
+        total = sum(use[i] for i in open_layers)
+        portion = left / total
+        full = []
+        for i in open_layers:
+            cost = records[i].chunk_bytes + _TABLE_PER_SLOT + _TURN_PER_SLOT
+            n = min(int(portion * use[i]) // cost, records[i].rows - slots[i])
+            slots[i] += n
+            left -= n * cost
+            if slots[i] == records[i].rows:
+                full.append(i)
+        if not full:
+            break
+        open_layers = [i for i in open_layers if i not in full]
+    return slots
