@@ -26,6 +26,7 @@ class Settings:
     book_end: float = 0.6  # ...at this share of the run
     fork: float = 0.0  # share of the run at which fork.bin is saved for the model that starts from it
     start: str = ""  # model whose fork.bin this one starts from
+    upcycle: str = ""  # dense model whose finished weights the experts are made of
     teacher: str = ""  # model this one is distilled from...
     teacher_from: float = 0.0  # ...from this share of the run on
     text_share: float = 0.1  # weight of the text's own next token beside the teacher's distribution
@@ -63,6 +64,11 @@ RECIPES: dict[str, Settings] = {
         own_share=0.5,
     ),
     "moe": Settings(
-        model=ModelConfig(intermediate_size=192, num_local_experts=16, num_experts_per_tok=2), steps=400
+        model=ModelConfig(intermediate_size=192, num_local_experts=16, num_experts_per_tok=2),
+        steps=400,
+        upcycle="twin",
+        book_share=0.0,
+        muon_lr=0.01,
+        adam_lr=1.5e-3,
     ),
 }

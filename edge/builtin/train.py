@@ -72,10 +72,10 @@ def _prepare(args: argparse.Namespace) -> Trainer:
         settings = replace(settings, steps=args.steps)
     check_memory(settings)
     own = load_own_text(args.family / settings.teacher / "own") if settings.own_share else None
-    if settings.teacher and not (args.family / settings.teacher / "hf" / "config.json").exists():
-        raise ArgumentError(
-            f"{args.family / settings.teacher / 'hf'}: expected the teacher; train {settings.teacher} first"
-        )
+    for needed in (settings.teacher, settings.upcycle):
+        folder = args.family / needed / "hf"
+        if needed and not (folder / "config.json").exists():
+            raise ArgumentError(f"{folder}: expected a trained model, found none; train {needed} first")
     trainer = Trainer(args.model, settings, load_corpus(args.corpora), args.family, own)
     if args.resume:
         trainer.load()

@@ -22,6 +22,7 @@ from edge.builtin.objectives import Balanced, Distil, Objective, Plain, Sparse
 from edge.builtin.recipes import Settings
 from edge.builtin.state import load_checkpoint, save_checkpoint, write_atomic
 from edge.builtin.tokens import Ids, RowSource, encode_all, mixed_batch, save_tokenizer, train_tokenizer
+from edge.builtin.upcycle import upcycle
 from flashload.errors import ArgumentError
 
 
@@ -66,7 +67,10 @@ class Trainer:
         if own:
             self.sources["own"] = RowSource(own, length, settings.seed + 2)
         self.objective = _objective(settings, family, self.device)
-        self.model = Decoder(settings.model, settings.dropout).to(self.device).train()
+        model = Decoder(settings.model, settings.dropout)
+        if settings.upcycle:
+            upcycle(model, load_hf(family / settings.upcycle / "hf"), settings.seed)
+        self.model = model.to(self.device).train()
         self.optimiser = MuonAdamW(
             self.model.named_parameters(),
             muon_lr=settings.muon_lr,
