@@ -103,7 +103,7 @@ def fit_predictor(
     importance: Callable[[Tensor], Tensor] | None = None,
     recall: float = 0.96,
     steps: int = 400,
-    batch: int = 2048,
+    batch: int = 4096,
     lr: float = 2e-3,
     seed: int = 0,
     show: Callable[[float], None] = lambda _: None,
@@ -119,30 +119,41 @@ def fit_predictor(
     _check(x, active, rank)
     kept = max(1, len(x) // 10)
     start = _start(x[:-kept], active[:-kept], rank, gate)
-    factors = [start.down.clone(), start.up.clone(), start.bias.clone()]
-    for factor in factors:
-        factor.requires_grad_()
-    optimiser = torch.optim.AdamW(factors, lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
+    factors = Predictor(start.down.clone(), start.up.clone(), start.bias.clone())
+    tensors = [factors.down, factors.up, factors.bias]
+    optimiser = torch.optim.AdamW(tensors, lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed)
     open_share = active.float().mean().item()
-    positive = torch.tensor((1 - open_share) / open_share)
+    balance = (1 - open_share) / open_share
     for step in range(steps):
         rows = torch.randint(0, len(x) - kept, (min(batch, len(x) - kept),), generator=generator)
-        labels = active[rows].float()
-        weights = positive
+        labels, weights = active[rows], torch.full((), balance, dtype=torch.bfloat16)
         if importance is not None:
             costs = importance(x[rows])
-            weights = positive * costs * (labels.sum() / (costs * labels).sum().clamp_min(1e-12))
-        scores = F.linear(F.linear(x[rows], factors[0]), factors[1], factors[2])
-        loss = F.binary_cross_entropy_with_logits(scores, labels, pos_weight=weights)
-        loss.backward()
+            weights = (costs * (balance / costs[labels].mean().clamp_min(1e-12))).bfloat16()
+        _set_gradients(factors, x[rows].bfloat16(), labels, weights)
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - step / steps)
         optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
         show((step + 1) / steps)
-    fitted = Predictor(*(factor.detach() for factor in factors))
-    return calibrate(fitted, x[-kept:], active[-kept:], recall)
+    for tensor in tensors:
+        tensor.grad = None
+    return calibrate(factors, x[-kept:], active[-kept:], recall)
+
+
+def _set_gradients(factors: Predictor, x: Tensor, labels: Tensor, weights: Tensor) -> None:
+    """Of the mean binary cross entropy with open neurons weighted; products and scores in bfloat16.
+
+    By hand, because a loss in float32 over all [B, F] scores takes five times the time of all the products.
+    """
+    down, up = factors.down.bfloat16(), factors.up.bfloat16()
+    inner = x @ down.T
+    chances = torch.addmm(factors.bias.bfloat16(), inner, up.T).sigmoid_()
+    slopes = torch.where(labels, (chances - 1) * weights, chances)
+    scale = 1 / slopes.numel()
+    factors.up.grad = (slopes.T @ inner).float() * scale
+    factors.bias.grad = slopes.sum(0, dtype=torch.float32) * scale
+    factors.down.grad = ((slopes @ up).T @ x).float() * scale
 
 
 def calibrate(predictor: Predictor, x: Tensor, active: Tensor, recall: float) -> Predictor:

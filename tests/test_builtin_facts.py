@@ -187,13 +187,23 @@ def test_rank_search_takes_the_smallest_that_will_do(monkeypatch: pytest.MonkeyP
     gate = model.layers[0].mlp.gate_proj.weight
     with torch.no_grad():
         gate[:, 8:] *= 0.02  # eight directions decide, nearly
-    settings = predictor.FitSettings(excess=1.15, steps=30)
-    found = predictor.fit_layer(model, 0, x, settings)
     active = x @ gate.detach().T > 0
-    assert found.rank == 8
-    assert measure(found, x, active).predicted <= 1.15 * active.float().mean() + 0.01
+    limit = active.float().mean().item() + 0.05
+    found = predictor.fit_layer(model, 0, x, predictor.FitSettings(steps=30), limit)
+    assert found.rank == 8 and measure(found, x, active).predicted <= limit
     given = predictor.fit_layer(model, 1, x, predictor.FitSettings(ranks=(4, 12), steps=2))
     assert given.rank == 12
+
+
+def test_layers_may_predict_as_much_above_what_opens(target: Trained) -> None:
+    assert predictor.predicted_limits([0.02, 0.06, 0.1], 0.08) == pytest.approx([0.04, 0.08, 0.12])
+    with pytest.raises(ArgumentError, match=r"above the 6.0% of neurons that open, found 5.0%"):
+        predictor.predicted_limits([0.02, 0.06, 0.1], 0.05)
+    inputs = [
+        torch.cat(parts) for parts in zip(*ffn_inputs(target.model, held_out_ids(target, TEXT)), strict=True)
+    ]
+    zeros = [layer["zeros"] for layer in neuron_facts.facts(target, TEXT)["layers"]]
+    assert predictor.open_shares(target.model, inputs) == pytest.approx([1 - z for z in zeros], abs=1e-3)
 
 
 def test_weighing_misses_changes_what_is_fitted() -> None:
@@ -219,8 +229,10 @@ def test_weighing_misses_changes_what_is_fitted() -> None:
         (("--rank", "20"), "multiples of 32 up to 32, found 20"),
         (("--rank", "64"), "found 64"),
         (("--rank", "32", "32", "32"), "one per layer (2), found 3"),
+        (("--share", "0.1"), "of neurons that open, found 10.0%"),
     ],
 )
+@pytest.mark.usefixtures("short")
 def test_wrong_ranks_are_one_line(
     family: Path, corpora: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
 ) -> None:

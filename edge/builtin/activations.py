@@ -49,8 +49,13 @@ def held_out_ids(trained: Trained, text: str) -> list[Tensor]:
     return [torch.tensor([trained.bos_id, *encoding.ids][:length]) for encoding in encodings]
 
 
-def ffn_inputs(model: Decoder, batches: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """For each batch of tokens [B, T] or [T]: what the feed-forward of each layer is given, [N, D]."""
+def ffn_inputs(
+    model: Decoder, batches: Iterable[Tensor], *, autocast: bool = False
+) -> Iterator[list[Tensor]]:
+    """For each batch of tokens [B, T] or [T]: what the feed-forward of each layer is given, [N, D].
+
+    autocast: products in bfloat16, as in training; several times faster where the processor has them.
+    """
     inputs: list[Tensor] = []
     hooks = [
         layer.ffn.register_forward_pre_hook(lambda _module, given: inputs.append(given[0].flatten(0, 1)))
@@ -59,7 +64,7 @@ def ffn_inputs(model: Decoder, batches: Iterable[Tensor]) -> Iterator[list[Tenso
     try:
         for tokens in batches:
             inputs.clear()
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 model.hidden(tokens.view(-1, tokens.shape[-1]))
             yield list(inputs)
     finally:

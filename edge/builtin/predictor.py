@@ -3,7 +3,8 @@
     python -m edge.builtin.predictor --family DIR --corpora DIR [--rank N ...]
 
 Reads FAMILY/story/hf; writes edge_predictor.safetensors there and the figures to FAMILY/story/predictor.json.
-Without --rank each layer takes the smallest rank that predicts at most --excess times the neurons that open.
+Without --rank each layer takes the smallest rank with which, on average over the layers, no more than --share of the
+neurons are predicted.
 """
 
 from __future__ import annotations
@@ -36,17 +37,18 @@ from quant.predictor import Predictor, PredictorFigures, fit_predictor, measure
 
 RANK_STEP = 32  # a rank is a row length of the packed matrices, whose blocks hold 32 values
 _ROWS = 8  # sequences computed at once
+_SOME_TOKENS = 20_000  # enough to measure shares by
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How predictors are fitted; ranks empty: found per layer by `excess`."""
+    """How predictors are fitted; ranks empty: found per layer by `share`."""
 
     ranks: tuple[int, ...] = ()
     recall: float = 0.96  # of open neurons, on training text; held-out text gives a little less
-    excess: float = 1.65
-    tokens: int = 200_000
-    steps: int = 400
+    share: float = 0.12  # of all neurons, predicted on average over the layers
+    tokens: int = 120_000
+    steps: int = 300
     weigh_misses: bool = False
     seed: int = 7
 
@@ -87,8 +89,28 @@ def collect(trained: Trained, stories: Sequence[str], settings: FitSettings) -> 
             rows = [source.row(n)[:-1] for n in range(first, min(first + _ROWS, count))]
             yield torch.from_numpy(np.stack(rows))
 
-    parts = [[x.half() for x in inputs] for inputs in ffn_inputs(trained.model, batches())]
+    parts = [[x.half() for x in inputs] for inputs in ffn_inputs(trained.model, batches(), autocast=True)]
     return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+
+def open_shares(model: Decoder, inputs: Sequence[Tensor]) -> list[float]:
+    """Share of the neurons that open, per layer, over the last tokens of its inputs [N, D]."""
+    gates = [layer.mlp.gate_proj.weight.detach() for layer in model.layers]
+    return [
+        (x[-_SOME_TOKENS:].float() @ gate.T > 0).float().mean().item()
+        for x, gate in zip(inputs, gates, strict=True)
+    ]
+
+
+def predicted_limits(shares: Sequence[float], wanted: float) -> list[float]:
+    """Share of each layer's neurons that may be predicted: all layers as much above what opens."""
+    mean = sum(shares) / len(shares)
+    if wanted <= mean:
+        raise ArgumentError(
+            f"predictor: expected a share above the {mean:.1%} of neurons that open, found {wanted:.1%};"
+            " give --share or --rank"
+        )
+    return [share + wanted - mean for share in shares]
 
 
 def fit_layer(
@@ -96,9 +118,13 @@ def fit_layer(
     index: int,
     x: Tensor,
     settings: FitSettings,
+    limit: float = 0.0,
     show: Callable[[float], None] = lambda _: None,
 ) -> Predictor:
-    """The predictor of one layer from its inputs x [N, D]; the rank is searched unless it is given."""
+    """The predictor of one layer from its inputs x [N, D].
+
+    Unless a rank is given, the smallest with which at most the share `limit` of the neurons is predicted.
+    """
     mlp = model.layers[index].mlp
     gate, up = mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()
     reach = mlp.down_proj.weight.detach().norm(
@@ -133,8 +159,7 @@ def fit_layer(
     while low < high:
         middle = (low + high) // 2
         found = fit(middle * RANK_STEP)
-        figures = measure(found, x[-len(x) // 10 :], active[-len(x) // 10 :])
-        if figures.predicted <= settings.excess * figures.active:
+        if measure(found, x[-_SOME_TOKENS:], active[-_SOME_TOKENS:]).predicted <= limit:
             best, high = found, middle
         else:
             low = middle + 1
@@ -205,7 +230,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--corpora", type=Path, required=True, help="folder of the corpora")
     parser.add_argument("--rank", type=int, nargs="+", default=[], help="one, or one per layer")
     parser.add_argument("--recall", type=float, default=FitSettings.recall)
-    parser.add_argument("--excess", type=float, default=FitSettings.excess)
+    parser.add_argument("--share", type=float, default=FitSettings.share, help="of neurons predicted")
     parser.add_argument("--tokens", type=int, default=FitSettings.tokens, help="of training text")
     parser.add_argument("--steps", type=int, default=FitSettings.steps)
     parser.add_argument("--weigh-misses", action="store_true", help="by what the missed neuron contributes")
@@ -217,7 +242,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Fits, writes and measures; returns what predictor.json holds."""
     settings = FitSettings(
-        tuple(args.rank), args.recall, args.excess, args.tokens, args.steps, args.weigh_misses, args.seed
+        tuple(args.rank), args.recall, args.share, args.tokens, args.steps, args.weigh_misses, args.seed
     )
     folder = args.family / "story" / "hf"
     trained = load_trained(folder)
@@ -228,6 +253,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         task = bar.add_task("inputs", total=None)
         inputs = collect(trained, corpus.stories, settings)
         bar.remove_task(task)
+        limits = [0.0] * n_layers
+        if not settings.ranks:
+            limits = predicted_limits(open_shares(trained.model, inputs), settings.share)
         predictors = []
         for index in range(n_layers):
             task = bar.add_task(f"layer {index + 1} of {n_layers}", total=1.0)
@@ -237,6 +265,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     index,
                     inputs[index],
                     settings,
+                    limits[index],
                     lambda done, task=task: bar.update(task, completed=done),  # type: ignore[misc]
                 )
             )
