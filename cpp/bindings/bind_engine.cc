@@ -63,6 +63,7 @@ py::dict stats(Engine& engine) {
   dict["staging_bytes"] = store.staging_bytes;
   dict["hits"] = store.hits;
   dict["misses"] = store.misses;
+  dict["pass_expert_bytes"] = store.pass_expert_bytes;
   dict["wait_seconds"] = store.wait_seconds;
   dict["neurons_wanted"] = store.neurons_wanted;
   dict["neuron_hits"] = store.neuron_hits;

@@ -123,6 +123,12 @@ class StoreTest {
   }
 
   void prefetch(WeightId weight, const std::vector<int32_t>& rows) { store_->prefetch(weight, rows); }
+  void expect(const std::vector<WeightId>& weights) {
+    without_gil([&] { store_->expect(weights); });
+  }
+  size_t first_ready(const std::vector<WeightId>& weights) {
+    return without_gil([&] { return store_->first_ready(weights); });
+  }
   void rewind() {
     without_gil([&] { store_->rewind(); });
   }
@@ -136,6 +142,7 @@ class StoreTest {
     dict["staging_bytes"] = stats.staging_bytes;
     dict["hits"] = stats.hits;
     dict["misses"] = stats.misses;
+    dict["pass_expert_bytes"] = stats.pass_expert_bytes;
     dict["wait_seconds"] = stats.wait_seconds;
     dict["io_engine"] = stats.io_engine;
     dict["io_direct"] = stats.io_direct;
@@ -232,6 +239,8 @@ void bind(py::module_& module) {
            py::keep_alive<0, 1>())
       .def("bytes", &StoreTest::bytes, py::arg("lease"), py::arg("n_rows") = 0)
       .def("prefetch", &StoreTest::prefetch, py::arg("weight"), py::arg("rows") = std::vector<int32_t>())
+      .def("expect", &StoreTest::expect, py::arg("weights"))
+      .def("first_ready", &StoreTest::first_ready, py::arg("weights"))
       .def("rewind", &StoreTest::rewind)
       .def("stats", &StoreTest::stats)
       .def("memory", &StoreTest::memory, "Budgeted bytes per tag.");

@@ -67,29 +67,60 @@ Status Decoder::mixture(const LayerWeights& layer, const float* x) {
     }
     for (int64_t i = 0; i < top_k; ++i) chosen[order[i]].push_back({row, probability[order[i]] / sum});
   }
+  // Ascending; first_slot: where the expert's rows begin when every (row, expert) has a slot.
+  struct Chosen {
+    int64_t expert, first_slot;
+  };
+  std::vector<Chosen> experts;
+  std::vector<WeightId> weights, gates;
+  int64_t n_slots = 0;
   for (int64_t e = 0; e < n_experts; ++e) {
     if (chosen[e].empty()) continue;
     const ExpertWeights& expert = layer.experts[static_cast<size_t>(e)];
-    for (WeightId weight : {expert.gate, expert.up, expert.down}) store_.prefetch(weight, {});
+    weights.insert(weights.end(), {expert.gate, expert.up, expert.down});
+    gates.push_back(expert.gate);
+    experts.push_back({e, n_slots});
+    n_slots += static_cast<int64_t>(chosen[e].size());
   }
+  store_.expect(weights);
 
-  std::fill_n(scratch_.projected, n_rows_ * stride, 0.0f);
-  for (int64_t e = 0; e < n_experts; ++e) {
+  const auto run = [&](int64_t e, float* out) -> Status {
     const std::vector<Choice>& rows = chosen[static_cast<size_t>(e)];
-    if (rows.empty()) continue;
     const ExpertWeights& expert = layer.experts[static_cast<size_t>(e)];
-    const int64_t n = static_cast<int64_t>(rows.size());
-    for (int64_t i = 0; i < n; ++i) std::copy_n(x + rows[i].row * stride, hidden, scratch_.expert_in + i * stride);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      std::copy_n(x + rows[i].row * stride, hidden, scratch_.expert_in + static_cast<int64_t>(i) * stride);
+    }
     LayerWeights dense;
     dense.gate = expert.gate;
     dense.up = expert.up;
     dense.down = expert.down;
-    EDGE_TRY(ffn(dense, scratch_.expert_in, n, scratch_.expert_out));
-    for (int64_t i = 0; i < n; ++i) {
-      kernels_.scale_add(scratch_.expert_out + i * stride, rows[i].weight, hidden,
+    return ffn(dense, scratch_.expert_in, static_cast<int64_t>(rows.size()), out);
+  };
+  const auto add = [&](int64_t e, const float* out) {
+    const std::vector<Choice>& rows = chosen[static_cast<size_t>(e)];
+    for (size_t i = 0; i < rows.size(); ++i) {
+      kernels_.scale_add(out + static_cast<int64_t>(i) * stride, rows[i].weight, hidden,
                          scratch_.projected + rows[i].row * stride);
     }
+  };
+  std::fill_n(scratch_.projected, n_rows_ * stride, 0.0f);
+  if (n_slots > max_rows()) {
+    // Too many for slots (a prompt chunk): in ascending order, each added at once.
+    for (const Chosen& one : experts) {
+      EDGE_TRY(run(one.expert, scratch_.expert_out));
+      add(one.expert, scratch_.expert_out);
+    }
+    return {};
   }
+  // What is in memory first, while the rest is read; then as it lands.
+  std::vector<Chosen> left = experts;
+  while (!left.empty()) {
+    const size_t i = store_.first_ready(gates);
+    EDGE_TRY(run(left[i].expert, scratch_.expert_out + left[i].first_slot * stride));
+    left.erase(left.begin() + static_cast<std::ptrdiff_t>(i));
+    gates.erase(gates.begin() + static_cast<std::ptrdiff_t>(i));
+  }
+  for (const Chosen& one : experts) add(one.expert, scratch_.expert_out + one.first_slot * stride);
   return {};
 }
 

@@ -1,45 +1,15 @@
 #include "store/demand_cache.h"
 
 #include <algorithm>
-#include <chrono>
-#include <cstring>
+
+#include "store/wait_timer.h"
 
 namespace edge {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 unsigned long long ull(uint64_t value) { return value; }
 
-// Adds the time it lives to a counter.
-class WaitTimer {
- public:
-  explicit WaitTimer(std::atomic<uint64_t>* total_ns) : total_ns_(total_ns) {}
-  ~WaitTimer() { *total_ns_ += static_cast<uint64_t>(std::chrono::nanoseconds(Clock::now() - start_).count()); }
-
- private:
-  std::atomic<uint64_t>* total_ns_;
-  Clock::time_point start_ = Clock::now();
-};
-
-// Whole chunks around the tiles that hold these rows, in file order, those that touch joined.
-std::vector<ChunkSpan> row_spans(const PackEntry& entry, WeightId weight, RowSet rows) {
-  const uint64_t tile_bytes = row_tile_bytes(entry);
-  std::vector<ChunkSpan> spans;
-  for (const int32_t row : rows) {
-    const uint64_t first = static_cast<uint64_t>(row / kTileRows) * tile_bytes;
-    spans.push_back({weight, first / entry.chunk_bytes * entry.chunk_bytes,
-                     std::min(round_up(first + tile_bytes, entry.chunk_bytes), entry.stored_bytes)});
-  }
-  std::sort(spans.begin(), spans.end(), [](const ChunkSpan& a, const ChunkSpan& b) { return a.begin < b.begin; });
-  size_t n = 0;
-  for (const ChunkSpan& span : spans) {
-    if (n > 0 && span.begin <= spans[n - 1].end) spans[n - 1].end = std::max(spans[n - 1].end, span.end);
-    else spans[n++] = span;
-  }
-  spans.resize(n);
-  return spans;
-}
+constexpr int kMaxRecordWeights = 32;  // bits of Cached::unused
 
 }  // namespace
 
@@ -55,20 +25,69 @@ Result<std::unique_ptr<DemandCache>> DemandCache::open(const std::string& path, 
   return store;
 }
 
+DemandCache::DemandCache(const PackDirectory& directory, uint64_t bytes) : directory_(directory), pool_(bytes) {
+  int n_experts = 0;
+  size_t n_entries = 0;
+  for (size_t i = 0; i < directory.entries().size(); ++i) {
+    const PackEntry& entry = directory.entries()[i];
+    if (entry.layer < 0 || entry.expert < 0) continue;
+    n_experts = std::max(n_experts, entry.expert + 1);
+    if (static_cast<size_t>(entry.layer) >= policy_layers_.size()) policy_layers_.resize(entry.layer + 1u, -1);
+    policy_layers_[static_cast<size_t>(entry.layer)] = 0;
+    expert_bytes_ = std::max(expert_bytes_, record_of(static_cast<WeightId>(i)).bytes);
+    ++n_entries;
+  }
+  int n_layers = 0;
+  for (int& layer : policy_layers_) {
+    if (layer == 0) layer = n_layers++;
+  }
+  // Numbers out of a file: tables are made only where there are as many experts as they say.
+  if (n_layers > 0 && static_cast<size_t>(n_layers) * static_cast<size_t>(n_experts) <= n_entries) {
+    policy_.emplace(n_layers, n_experts);
+  }
+}
+
 DemandCache::~DemandCache() = default;
 
-uint64_t DemandCache::row_lease_bytes(const PackEntry& entry, size_t n_rows) {
-  const uint64_t tile = row_tile_bytes(entry);
-  const uint64_t read = std::min(round_up(tile, entry.chunk_bytes) + entry.chunk_bytes, entry.stored_bytes);
-  return std::min(n_rows * read, entry.stored_bytes) + (n_rows > 1 ? round_up(n_rows * tile, kReadAlign) : 0);
+DemandCache::Record DemandCache::record_of(WeightId weight) const {
+  const PackEntry& entry = directory_.entry(weight);
+  Record record{weight, 1, entry.stored_bytes};
+  if (entry.layer < 0 || entry.expert < 0) return record;
+  const auto joined = [&](WeightId a, WeightId b) {
+    const PackEntry &one = directory_.entry(a), &two = directory_.entry(b);
+    return one.layer == two.layer && one.expert == two.expert && one.offset + one.stored_bytes == two.offset &&
+           one.format != WeightFormat::kBytes && two.format != WeightFormat::kBytes;
+  };
+  while (record.first > 0 && record.n_weights < kMaxRecordWeights && joined(record.first - 1, record.first)) {
+    --record.first;
+    ++record.n_weights;
+    record.bytes += directory_.entry(record.first).stored_bytes;
+  }
+  const auto n = static_cast<WeightId>(directory_.entries().size());
+  while (record.first + record.n_weights < n && record.n_weights < kMaxRecordWeights &&
+         joined(record.first + record.n_weights - 1, record.first + record.n_weights)) {
+    record.bytes += directory_.entry(record.first + record.n_weights).stored_bytes;
+    ++record.n_weights;
+  }
+  return record;
+}
+
+int DemandCache::policy_layer(WeightId weight) const {
+  const PackEntry& entry = directory_.entry(weight);
+  return policy_ && entry.expert >= 0 && entry.layer >= 0 ? policy_layers_[static_cast<size_t>(entry.layer)] : -1;
+}
+
+uint64_t DemandCache::extent_bytes(const Record& record) const {
+  if (directory_.entry(record.first).expert < 0 || expert_bytes_ > memory_.bytes()) return record.bytes;
+  return std::max(record.bytes, expert_bytes_);
 }
 
 Status DemandCache::pump() {
   while (!queue_.empty() && !free_flights_.empty()) {
     Load* const load = queue_.front();
     const size_t slot = free_flights_.back();
-    flights_[slot] = {load, std::move(load->waiting.front())};
-    load->waiting.pop_front();
+    flights_[slot] = {load, std::move(load->waiting.back())};
+    load->waiting.pop_back();
     if (load->waiting.empty()) queue_.pop_front();
     const Status submitted = reader_->submit(flights_[slot].run.request(slot));
     if (!submitted.ok()) {
@@ -91,37 +110,58 @@ Status DemandCache::step() {
   --load.n_flying;
   free_flights_.push_back(completion.tag);
   flash_bytes_ += flight.run.bytes;
-  if (load.status.ok()) load.status = completion.status.ok() ? check_run(flight.run, directory_) : completion.status;
-  if (!load.status.ok() && !load.waiting.empty()) {
-    std::erase(queue_, &load);
-    load.waiting.clear();
+  for (size_t n = 0; n < flight.run.spans.size(); ++n) {
+    const Status status = completion.status.ok() ? check_span(flight.run, n, directory_) : completion.status;
+    if (!status.ok()) load.failures.emplace_back(flight.run.spans[n].weight, status);
   }
+  if (load.landed()) std::vector<ReadRun>().swap(load.waiting);
   return pump();
 }
 
 std::optional<DemandCache::Entries::iterator> DemandCache::victim(bool demanded) {
-  std::optional<Entries::iterator> found;
+  std::optional<Entries::iterator> least, least_expected;
+  double least_worth = 0;
+  // From the least recently used on: it goes first among equals.
   for (auto it = cached_.end(); it != cached_.begin();) {
     --it;
     if (it->n_leases > 0 || !it->load.landed()) continue;
-    if (!it->wanted) return it;
-    if (demanded && !found) found = it;
+    if (expected(*it)) {
+      if (!least_expected) least_expected = it;
+      continue;
+    }
+    const int layer = policy_layer(it->record.first);
+    if (layer < 0) return it;
+    const double worth = policy_->worth(layer, directory_.entry(it->record.first).expert);
+    if (!least || worth < least_worth) {
+      least = it;
+      least_worth = worth;
+    }
   }
-  return found;
+  return least || !demanded ? least : least_expected;
 }
 
 void DemandCache::drop(Entries::iterator cached) {
   pool_.give_back(cached->offset);
-  by_weight_.erase(cached->weight);
+  cached_bytes_ -= extent_bytes(cached->record);
+  by_first_.erase(cached->record.first);
   cached_.erase(cached);
 }
 
-Result<uint64_t> DemandCache::make_room(uint64_t bytes, const PackEntry& entry, bool demanded) {
+void DemandCache::release(Entries::iterator cached) {
+  if (--cached->n_leases == 0 && cached->stale) drop(cached);
+}
+
+Result<uint64_t> DemandCache::make_room(uint64_t bytes, uint64_t spare_bytes, const PackEntry& entry, bool demanded) {
   for (;;) {
-    if (const auto offset = pool_.take(bytes)) return *offset;
-    if (const auto old = victim(demanded)) {
+    if (cached_bytes_ + bytes + spare_bytes <= memory_.bytes()) {
+      if (const auto offset = pool_.take(bytes)) return *offset;
+    }
+    const auto old = victim(demanded);
+    if (spare_bytes > 0 && (!old || expected(**old))) {
+      spare_bytes = 0;
+    } else if (old) {
       drop(*old);
-    } else if (demanded && free_flights_.size() < flights_.size()) {
+    } else if (demanded && flying()) {
       EDGE_TRY(step());  // what is being fetched ahead can be dropped once it has landed
     } else {
       return error(Code::kOverBudget,
@@ -131,19 +171,29 @@ Result<uint64_t> DemandCache::make_room(uint64_t bytes, const PackEntry& entry, 
   }
 }
 
-Result<DemandCache::Entries::iterator> DemandCache::start(WeightId weight, bool demanded) {
-  const PackEntry& entry = directory_.entry(weight);
-  EDGE_ASSIGN(const uint64_t offset, make_room(entry.stored_bytes, entry, demanded));
+Result<DemandCache::Entries::iterator> DemandCache::start(const Record& record, bool demanded) {
+  const PackEntry& first = directory_.entry(record.first);
+  const uint64_t bytes = extent_bytes(record);
+  EDGE_ASSIGN(const uint64_t offset, make_room(bytes, row_bytes_, first, demanded));
   cached_.emplace_front();
   const auto cached = cached_.begin();
-  cached->weight = weight;
+  cached->record = record;
   cached->offset = offset;
-  by_weight_.emplace(weight, cached);
-  for (uint64_t begin = 0; begin < entry.stored_bytes;) {
-    ReadRun run;
-    extend_run(&run, directory_, weight, memory_.data() + offset, &begin);
-    cached->load.waiting.push_back(std::move(run));
+  cached->unused = record.n_weights == kMaxRecordWeights ? UINT32_MAX : (uint32_t{1} << record.n_weights) - 1;
+  cached->expectation = expectation_;
+  cached_bytes_ += bytes;
+  by_first_.emplace(record.first, cached);
+  std::vector<ReadRun>& runs = cached->load.waiting;
+  ReadRun run;
+  for (WeightId weight = record.first; weight < record.first + record.n_weights; ++weight) {
+    std::byte* const into = memory_.data() + offset + (directory_.entry(weight).offset - first.offset);
+    for (uint64_t begin = 0; !extend_run(&run, directory_, weight, into, &begin);) {
+      runs.push_back(std::move(run));
+      run = {};
+    }
   }
+  runs.push_back(std::move(run));
+  std::reverse(runs.begin(), runs.end());
   if (demanded) queue_.push_front(&cached->load);
   else queue_.push_back(&cached->load);
   return cached;
@@ -151,12 +201,69 @@ Result<DemandCache::Entries::iterator> DemandCache::start(WeightId weight, bool 
 
 void DemandCache::prefetch(WeightId weight, RowSet rows) {
   if (weight < 0 || static_cast<size_t>(weight) >= directory_.entries().size() || !rows.empty()) return;
-  if (const auto known = by_weight_.find(weight); known != by_weight_.end()) {
-    known->second->wanted = true;
+  const Record record = record_of(weight);
+  if (const auto known = by_first_.find(record.first); known != by_first_.end()) {
+    known->second->expectation = expectation_;
     return;
   }
   // An error is told by the acquire that follows.
-  if (start(weight, /*demanded=*/false).ok() && !pump().ok()) return;
+  if (start(record, /*demanded=*/false).ok() && !pump().ok()) return;
+}
+
+void DemandCache::expect(std::span<const WeightId> weights) {
+  ++expectation_;
+  expected_.clear();
+  std::vector<int32_t> chosen;
+  uint64_t chosen_bytes = 0;
+  int layer = -1;
+  for (const WeightId weight : weights) {
+    if (weight < 0 || static_cast<size_t>(weight) >= directory_.entries().size()) continue;
+    const Record record = record_of(weight);
+    if (const auto known = by_first_.find(record.first); known != by_first_.end()) {
+      known->second->expectation = expectation_;
+      cached_.splice(cached_.begin(), cached_, known->second);
+    } else if (expected_.empty() || expected_.back().first != record.first) {
+      expected_.push_back(record);
+    }
+    const int expert = directory_.entry(weight).expert;
+    if (policy_layer(weight) < 0 || (!chosen.empty() && policy_layer(weight) != layer)) continue;
+    layer = policy_layer(weight);
+    if (std::find(chosen.begin(), chosen.end(), expert) != chosen.end()) continue;
+    chosen.push_back(expert);
+    chosen_bytes += record.bytes;
+  }
+  if (!chosen.empty()) {
+    policy_->visit(layer, chosen);
+    pass_bytes_ = (layer > last_layer_ ? pass_bytes_ : 0) + chosen_bytes;
+    last_layer_ = layer;
+    if (layer + 1 == policy_->n_layers()) pass_expert_bytes_ = pass_bytes_;
+  }
+  start_expected();
+}
+
+// Room is made only from what is not expected; the rest starts when something expected has been used.
+void DemandCache::start_expected() {
+  while (!expected_.empty()) {
+    const Record& record = expected_.front();
+    if (!by_first_.contains(record.first) && !start(record, /*demanded=*/false).ok()) break;
+    expected_.pop_front();
+  }
+  if (!pump().ok()) return;  // told by the acquire that follows
+}
+
+size_t DemandCache::first_ready(std::span<const WeightId> weights) {
+  WaitTimer timer(&wait_ns_);
+  for (;;) {
+    bool coming = false;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      if (weights[i] < 0 || static_cast<size_t>(weights[i]) >= directory_.entries().size()) continue;
+      const auto known = by_first_.find(record_of(weights[i]).first);
+      if (known == by_first_.end()) continue;
+      if (known->second->load.landed()) return i;
+      coming = true;
+    }
+    if (!coming || !step().ok()) return 0;  // an error is told by the acquire that follows
+  }
 }
 
 Result<Lease> DemandCache::acquire(WeightId weight, RowSet rows) {
@@ -167,86 +274,48 @@ Result<Lease> DemandCache::acquire(WeightId weight, RowSet rows) {
   return acquire_whole(weight);
 }
 
+void DemandCache::to_front(Load* load) {
+  if (const auto queued = std::find(queue_.begin(), queue_.end(), load); queued != queue_.end()) {
+    queue_.erase(queued);
+    queue_.push_front(load);
+  }
+}
+
 Result<Lease> DemandCache::acquire_whole(WeightId weight) {
-  const auto known = by_weight_.find(weight);
+  const Record record = record_of(weight);
+  const auto known = by_first_.find(record.first);
   Entries::iterator cached;
-  if (known != by_weight_.end()) {
+  if (known != by_first_.end()) {
     cached = known->second;
   } else {
     WaitTimer timer(&wait_ns_);
-    EDGE_ASSIGN(cached, start(weight, /*demanded=*/true));
+    EDGE_ASSIGN(cached, start(record, /*demanded=*/true));
   }
-  if (cached->load.landed()) {
-    ++hits_;
-  } else {
-    ++misses_;
+  const uint32_t bit = uint32_t{1} << (weight - record.first);
+  ++(cached->unused & bit ? misses_ : hits_);
+  cached->unused &= ~bit;
+  if (!cached->load.landed()) {
     WaitTimer timer(&wait_ns_);
-    // Demanded now: before what is fetched ahead.
-    if (const auto queued = std::find(queue_.begin(), queue_.end(), &cached->load); queued != queue_.end()) {
-      queue_.erase(queued);
-      queue_.push_front(&cached->load);
-    }
+    to_front(&cached->load);  // demanded now: before what is fetched ahead
     while (!cached->load.landed()) EDGE_TRY(step());
   }
-  if (!cached->load.status.ok()) {
-    const Status status = cached->load.status;
-    drop(cached);
+  Status status = cached->load.status;
+  for (const auto& [failed, why] : cached->load.failures) {
+    if (status.ok() && failed == weight) status = why;
+  }
+  if (!status.ok()) {
+    if (cached->n_leases == 0) drop(cached);
+    else cached->stale = true;  // another weight of the record is in use, and sound
     return status;
   }
-  cached->wanted = false;
   cached_.splice(cached_.begin(), cached_, cached);
   ++cached->n_leases;
-  return Lease(memory_.data() + cached->offset, &directory_.entry(weight), [cached] { --cached->n_leases; });
-}
-
-Result<Lease> DemandCache::acquire_rows(WeightId weight, RowSet rows) {
   const PackEntry& entry = directory_.entry(weight);
-  EDGE_TRY(check_rows(entry, rows));
-  const uint64_t tile_bytes = row_tile_bytes(entry);
-  std::vector<ChunkSpan> spans = row_spans(entry, weight, rows);
-  uint64_t read_bytes = 0;
-  for (const ChunkSpan& span : spans) read_bytes += span.end - span.begin;
-
-  ++misses_;
-  WaitTimer timer(&wait_ns_);
-  // One extent: the gathered tiles, when there are several, then the chunks they are taken from.
-  const uint64_t gathered_bytes = rows.size() > 1 ? round_up(rows.size() * tile_bytes, kReadAlign) : 0;
-  EDGE_ASSIGN(const uint64_t extent, make_room(gathered_bytes + read_bytes, entry, /*demanded=*/true));
-  const uint64_t chunks = extent + gathered_bytes;
-  // A node of its own: should the reader itself break down, reads still in flight keep a live target.
-  const auto load = row_loads_.emplace(row_loads_.end());
-  uint64_t at = chunks;
-  for (const ChunkSpan& span : spans) {
-    const uint64_t bytes = span.end - span.begin;
-    load->waiting.push_back({entry.offset + span.begin, bytes, memory_.data() + at, {span}});
-    at += bytes;
-  }
-  queue_.push_front(&*load);
-  while (!load->landed()) EDGE_TRY(step());
-  const Status status = load->status;
-  row_loads_.erase(load);
-  if (!status.ok()) {
-    pool_.give_back(extent);
-    return status;
-  }
-  // Where a tile lies among the chunks read: spans are sorted and tiles never straddle two of them.
-  const auto tile_data = [&](int32_t row) {
-    const uint64_t first = static_cast<uint64_t>(row / kTileRows) * tile_bytes;
-    const std::byte* data = memory_.data() + chunks;
-    for (const ChunkSpan& span : spans) {
-      if (first < span.end) return data + (first - span.begin);
-      data += span.end - span.begin;
-    }
-    return data;
-  };
-  const std::byte* data = tile_data(rows[0]);
-  if (rows.size() > 1) {
-    std::byte* const into = memory_.data() + extent;
-    for (size_t i = 0; i < rows.size(); ++i) std::memcpy(into + i * tile_bytes, tile_data(rows[i]), tile_bytes);
-    pool_.shrink(extent, gathered_bytes);
-    data = into;
-  }
-  return Lease(data, &entry, [this, extent] { pool_.give_back(extent); });
+  const std::byte* const data = memory_.data() + cached->offset + (entry.offset - directory_.entry(record.first).offset);
+  Lease lease(data, &entry, [this, cached] { release(cached); });
+  cached->expectation = 0;
+  start_expected();
+  return lease;
 }
 
 StoreStats DemandCache::stats() const {
@@ -255,6 +324,7 @@ StoreStats DemandCache::stats() const {
   stats.staging_bytes = memory_.bytes();
   stats.hits = hits_;
   stats.misses = misses_;
+  stats.pass_expert_bytes = pass_expert_bytes_;
   stats.wait_seconds = 1e-9 * static_cast<double>(wait_ns_.load());
   stats.io_engine = reader_->engine();
   stats.io_direct = reader_->direct();

@@ -1,5 +1,6 @@
-// Weights read when they are asked for: rows of an embedding, experts of a mixture. Whole weights stay until the least
-// recently used make room. One block of memory, fixed at open; no thread of its own.
+// Weights read when they are asked for: rows of an embedding, experts of a mixture. The weights of one expert are one
+// record, read and dropped together; which records stay while there is no room for all is ExpertPolicy's to say.
+// One block of memory, fixed at open; no thread of its own.
 #pragma once
 
 #include <atomic>
@@ -9,9 +10,11 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "core/budget.h"
+#include "store/expert_policy.h"
 #include "store/extent_pool.h"
 #include "store/read_run.h"
 
@@ -28,25 +31,37 @@ class DemandCache final : public WeightStore {
   // tiles when there are several.
   static uint64_t row_lease_bytes(const PackEntry& entry, size_t n_rows);
 
-  // Whole weights: starts the read where room can be made without dropping what was fetched and not yet used.
+  // Whole weights: starts the read where room can be made without dropping what is expected and not yet used.
   // Rows: nothing; a row is one short read.
   void prefetch(WeightId weight, RowSet rows) override;
   Result<Lease> acquire(WeightId weight, RowSet rows) override;
+  void expect(std::span<const WeightId> weights) override;
+  size_t first_ready(std::span<const WeightId> weights) override;
+  // A hit is an acquire that needed no read, a miss one whose bytes were read for it, waited for or not.
   StoreStats stats() const override;
 
  private:
+  // Neighbours in the file that belong to one expert; else one weight.
+  struct Record {
+    WeightId first = kNoWeight;
+    int n_weights = 0;
+    uint64_t bytes = 0;
+  };
   // Something being read into the pool.
   struct Load {
-    std::deque<ReadRun> waiting;
+    std::vector<ReadRun> waiting;  // next at the back
     int n_flying = 0;
-    Status status;
+    Status status;                                        // of the reader: nothing of this load can be trusted
+    std::vector<std::pair<WeightId, Status>> failures;    // of single weights
     bool landed() const { return n_flying == 0 && waiting.empty(); }
   };
   struct Cached {
-    WeightId weight = kNoWeight;
+    Record record;
     uint64_t offset = 0;  // in the pool
     int n_leases = 0;
-    bool wanted = true;  // fetched ahead, not acquired yet
+    uint32_t unused = 0;       // bit i: weight i was read and not acquired yet
+    uint64_t expectation = 0;  // equal to expectation_: expected now, not to make way for others
+    bool stale = false;        // dropped with its last lease
     Load load;
   };
   using Entries = std::list<Cached>;  // most recently used first
@@ -55,31 +70,53 @@ class DemandCache final : public WeightStore {
     ReadRun run;
   };
 
-  DemandCache(const PackDirectory& directory, uint64_t bytes) : directory_(directory), pool_(bytes) {}
+  DemandCache(const PackDirectory& directory, uint64_t bytes);
+
+  Record record_of(WeightId weight) const;
+  // The layer as the policy counts them; -1 for what is no expert.
+  int policy_layer(WeightId weight) const;
+  uint64_t extent_bytes(const Record& record) const;
 
   Result<Lease> acquire_whole(WeightId weight);
   Result<Lease> acquire_rows(WeightId weight, RowSet rows);
-  Result<Entries::iterator> start(WeightId weight, bool demanded);
+  Result<Entries::iterator> start(const Record& record, bool demanded);
+  void start_expected();
+  void to_front(Load* load);
+  void release(Entries::iterator cached);
   void drop(Entries::iterator cached);
+  bool expected(const Cached& cached) const { return cached.expectation == expectation_; }
   std::optional<Entries::iterator> victim(bool demanded);
-  // Room for `bytes`, made by dropping cached weights; kOverBudget when leases hold too much.
-  Result<uint64_t> make_room(uint64_t bytes, const PackEntry& entry, bool demanded);
+  // Room for `bytes`, made by dropping records; kOverBudget when leases hold too much. Leaves `spare_bytes` where that
+  // costs nothing that is expected.
+  Result<uint64_t> make_room(uint64_t bytes, uint64_t spare_bytes, const PackEntry& entry, bool demanded);
 
   // Submits waiting runs while the reader takes them without blocking.
   Status pump();
   // Waits for one read and accounts for it. An error here is the reader's own; that of a read is its load's.
   Status step();
+  bool flying() const { return free_flights_.size() < flights_.size(); }
 
   const PackDirectory& directory_;
   Block memory_;
   ExtentPool pool_;
   Entries cached_;
-  std::unordered_map<WeightId, Entries::iterator> by_weight_;
+  std::unordered_map<WeightId, Entries::iterator> by_first_;  // of the record's first weight
   std::list<Load> row_loads_;
   std::deque<Load*> queue_;  // loads with runs waiting; demanded ones first
   std::vector<Flight> flights_;
   std::vector<size_t> free_flights_;
-  std::atomic<uint64_t> flash_bytes_{0}, hits_{0}, misses_{0}, wait_ns_{0};
+
+  std::optional<ExpertPolicy> policy_;  // none where the pack's experts are no full grid of layers x experts
+  std::vector<int> policy_layers_;      // by the pack's layer; -1 for those without experts
+  uint64_t expert_bytes_ = 0;           // of the largest expert: each takes as much, so that any fits any gap
+  uint64_t cached_bytes_ = 0;           // taken by records
+  uint64_t row_bytes_ = 0;              // of the last row lease: the next one finds as much free
+  uint64_t expectation_ = 1;
+  std::deque<Record> expected_;  // not started yet
+  int last_layer_ = -1;
+  uint64_t pass_bytes_ = 0;
+
+  std::atomic<uint64_t> flash_bytes_{0}, hits_{0}, misses_{0}, wait_ns_{0}, pass_expert_bytes_{0};
   std::unique_ptr<BlockReader> reader_;  // last: destroyed first, while what it reads into still stands
 };
 

@@ -49,6 +49,20 @@ class PlacedStore final : public WeightStore {
     if (WeightStore* store = route(weight, rows)) store->prefetch(weight, rows);
   }
 
+  void expect(std::span<const WeightId> weights) override {
+    if (weights.empty()) return;
+    WeightStore* const store = route(weights[0], {});
+    const auto is_there = [&](WeightId weight) { return route(weight, {}) == store; };
+    const bool together = std::all_of(weights.begin(), weights.end(), is_there);
+    if (together && store != nullptr) store->expect(weights);
+    else WeightStore::expect(weights);
+  }
+
+  size_t first_ready(std::span<const WeightId> weights) override {
+    WeightStore* const store = route(weights[0], {});
+    return store == nullptr ? 0 : store->first_ready(weights);
+  }
+
   Result<Lease> acquire(WeightId weight, RowSet rows) override {
     if (WeightStore* store = route(weight, rows)) return store->acquire(weight, rows);
     return error(Code::kBadArgument, "weight %d is not placed in any store", weight);
@@ -74,6 +88,7 @@ class PlacedStore final : public WeightStore {
       sum.staging_bytes += stats.staging_bytes;
       sum.hits += stats.hits;
       sum.misses += stats.misses;
+      sum.pass_expert_bytes += stats.pass_expert_bytes;
       sum.wait_seconds += stats.wait_seconds;
       sum.io_engine = stats.io_engine;
       sum.io_direct = stats.io_direct;

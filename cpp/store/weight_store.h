@@ -62,6 +62,7 @@ struct StoreStats {
   bool io_direct = false;
   uint64_t hits = 0;
   uint64_t misses = 0;
+  uint64_t pass_expert_bytes = 0;  // distinct experts that the last pass chose of the demand cache; may exceed its room
   double wait_seconds = 0;        // time acquire() stood waiting for the drive
   // Of the neuron window; its bytes and its waiting are in the sums above as well.
   uint64_t neurons_wanted = 0;
@@ -82,6 +83,13 @@ class WeightStore {
   // One thread acquires and drops leases; at most 8 are held at once, and none outlives the store. kOverBudget when the
   // leases held leave no room for this one; kBadArgument for a weight or row that is not there.
   virtual Result<Lease> acquire(WeightId weight, RowSet rows) = 0;
+  // The weights of one layer that are acquired next, in any order: what is missing is read as far as there is room, and
+  // none of them makes way for another. A hint as prefetch is.
+  virtual void expect(std::span<const WeightId> weights) {
+    for (const WeightId weight : weights) prefetch(weight, {});
+  }
+  // Which of some expected weights is best acquired now: one that is here, else the first to land. At least one weight.
+  virtual size_t first_ready(std::span<const WeightId>) { return 0; }
   virtual StoreStats stats() const = 0;
   // Called after an abandoned pass so that streams start again at their first weight.
   virtual void rewind() {}
