@@ -12,6 +12,8 @@ from edge.builtin.model import Attention, Decoder, dropout, rope_tables, rotate 
 from edge.builtin.muon import orthogonalise  # noqa: E402
 from edge.builtin.objectives import Balanced, Distil, Plain, Sparse, SparsitySettings  # noqa: E402
 from edge.builtin.tokens import train_tokenizer  # noqa: E402
+from edge.builtin.upcycle import upcycle  # noqa: E402
+from flashload.errors import ArgumentError  # noqa: E402
 from tests.builtin_family import one_thread, random_decoder, story, tiny_config  # noqa: E402, F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,6 +69,24 @@ def test_experts_are_mixed_as_defined() -> None:
             chances += shares / 18
             assert torch.allclose(row, want, atol=1e-5)
     assert balance == pytest.approx(4 * (counts / 36 * chances).sum().item(), rel=1e-4)
+
+
+def test_upcycled_experts_hold_every_dense_neuron_alike_often() -> None:
+    dense = random_decoder(intermediate_size=64)
+    experts = random_decoder(1, num_local_experts=8, intermediate_size=16)
+    routers = [layer.block_sparse_moe.gate.weight.clone() for layer in experts.layers]
+    upcycle(experts, dense, seed=0)
+    assert torch.equal(experts.embed_tokens.weight, dense.embed_tokens.weight)
+    for layer, old, router in zip(experts.layers, dense.layers, routers, strict=True):
+        assert torch.equal(layer.self_attn.q_proj.weight, old.self_attn.q_proj.weight)
+        moe, mlp = layer.block_sparse_moe, old.mlp
+        assert torch.equal(moe.gate.weight, router)
+        slots = (moe.w1[:, :, None] == mlp.gate_proj.weight).all(-1).int().argmax(-1)  # [experts, width]
+        assert torch.equal(slots.flatten().bincount(), torch.full((64,), 2))
+        assert torch.equal(moe.w3, mlp.up_proj.weight[slots])
+        assert torch.allclose(moe.w2, 0.5 * 64 / 16 * mlp.down_proj.weight.T[slots].transpose(1, 2))
+    with pytest.raises(ArgumentError, match="8 experts of 15 neurons to hold whole copies of 64"):
+        upcycle(random_decoder(num_local_experts=8, intermediate_size=15), dense, seed=0)
 
 
 def test_expert_balance_is_part_of_what_is_minimised() -> None:

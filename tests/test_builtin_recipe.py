@@ -110,8 +110,8 @@ def test_story_goes_on_where_the_twin_was(corpus: Corpus, family: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["twin", "moe"])
-def test_training_lowers_the_loss(name: str, corpus: Corpus, tmp_path: Path) -> None:
-    trainer = start(name, corpus, tmp_path, steps=40, eval_steps=20)
+def test_training_lowers_the_loss(name: str, corpus: Corpus, family: Path) -> None:
+    trainer = start(name, corpus, family, steps=40, eval_steps=20)
     run_training(trainer)
     assert sum(trainer.losses[-5:]) / 5 < trainer.losses[0] - 1.0
     assert trainer.evals[-1]["bits_per_byte"] < trainer.evals[0]["bits_per_byte"]
@@ -120,7 +120,7 @@ def test_training_lowers_the_loss(name: str, corpus: Corpus, tmp_path: Path) -> 
 def test_settings_of_the_family_hang_together() -> None:
     assert set(RECIPES) == set(NAMES)
     for recipe in RECIPES.values():
-        for other in filter(None, (recipe.start, recipe.teacher)):
+        for other in filter(None, (recipe.start, recipe.teacher, recipe.upcycle)):
             assert RECIPES[other].model.vocab_size == recipe.model.vocab_size
     assert RECIPES["story"].model == replace(RECIPES["twin"].model, hidden_act="relu")
     assert (RECIPES["story"].steps, RECIPES["story"].rows) == (RECIPES["twin"].steps, RECIPES["twin"].rows)
@@ -362,18 +362,19 @@ def test_missing_corpus_is_one_line(command: Command, tmp_path: Path) -> None:
 
 
 def test_missing_beginnings_are_one_line(command: Command, tmp_path: Path) -> None:
-    assert_one_line(command("story", tmp_path), "teacher", "train twin first")
+    assert_one_line(command("story", tmp_path), "found none; train twin first")
     save_hf(random_decoder(), tmp_path / "twin" / "hf", bos_id=0)
     assert_one_line(command("story", tmp_path), "fork.bin", "twin", "found none")
     assert_one_line(command("draft", tmp_path), "own", "found none")
     assert_one_line(command("moe", tmp_path, "--resume"), "checkpoint.bin", "found none")
+    assert_one_line(command("moe", tmp_path / "empty"), "found none; train twin first")
 
 
 def test_missing_teacher_is_one_line(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "load_own_text", lambda _path: OWN)
-    assert_one_line(command("draft", tmp_path), "teacher", "train story first")
+    assert_one_line(command("draft", tmp_path), "found none; train story first")
 
 
 def test_too_little_memory_is_one_line(

@@ -1,7 +1,7 @@
 """Starts a mixture of experts from a trained dense model (sparse upcycling, Komatsuzaki et al. 2022, arXiv 2212.05055).
 
 Attention, norms and embeddings are copied. The fine-grained experts are dealt the dense model's neurons: as many
-copies of each as fill them, no expert with two of the same.
+copies of each as fill them, each copy shuffled by itself.
 """
 
 from __future__ import annotations
