@@ -323,16 +323,19 @@ def test_neuron_facts_command(
 # Experts
 
 
-def lru(trace: expert_facts.Trace, capacity: int, _policy: str = "lru") -> float:
+def lru(visits: list[tuple[int, tuple[int, ...]]], capacity: int) -> float:
+    """Hit rate of a cache that drops what was used longest ago, of one visit the lower number first."""
     cached: OrderedDict[tuple[int, int], None] = OrderedDict()
-    hits = 0
-    for access in trace:
-        hits += access in cached
-        cached[access] = None
-        cached.move_to_end(access)
-        if len(cached) > capacity:
+    hits = uses = 0
+    for layer, chosen in visits:
+        hits += sum((layer, expert) in cached for expert in chosen)
+        uses += len(chosen)
+        for expert in sorted(chosen):
+            cached[layer, expert] = None
+            cached.move_to_end((layer, expert))
+        while len(cached) > capacity:
             cached.popitem(last=False)
-    return hits / len(trace)
+    return hits / uses
 
 
 def test_routing_is_that_of_the_router(family: Path) -> None:
@@ -348,10 +351,12 @@ def test_routing_is_that_of_the_router(family: Path) -> None:
 
 def test_decode_goes_through_all_layers_token_after_token() -> None:
     stories = [torch.tensor([[[3, 1], [0, 2]], [[2, 1], [1, 0]]]), torch.tensor([[[0, 1], [3, 2]]])]
-    assert expert_facts.decode_trace(stories) == [
-        *[(0, 3), (0, 1), (1, 0), (1, 2)],
-        *[(0, 2), (0, 1), (1, 1), (1, 0)],
-        *[(0, 0), (0, 1), (1, 3), (1, 2)],
+    trace = expert_facts.decode_trace(stories, 4)
+    assert (trace.n_layers, trace.n_experts) == (2, 4)
+    assert list(trace.visits) == [
+        *[(0, (3, 1)), (1, (0, 2))],
+        *[(0, (2, 1)), (1, (1, 0))],
+        *[(0, (0, 1)), (1, (3, 2))],
     ]
     assert expert_facts.balance(stories, 4) == [
         [round(n / 6, 4) for n in (1, 3, 1, 1)],
@@ -361,20 +366,19 @@ def test_decode_goes_through_all_layers_token_after_token() -> None:
 
 def test_hit_rates_are_simulated_at_shares_of_all_experts(family: Path) -> None:
     trained = load_trained(family / "moe" / "hf")
-    asked: list[tuple[int, str]] = []
-
-    def simulate(trace: expert_facts.Trace, capacity: int, policy: str) -> float:
-        asked.append((capacity, policy))
-        return lru(trace, capacity)
-
-    found = expert_facts.facts(trained, TEXT, simulate)
-    assert sorted(set(asked)) == sorted((c, p) for c in (1, 2, 4, 6) for p in ("lru", "lfu", "belady"))
-    rates = found["hit_rate"]["lru"]
-    assert rates == sorted(rates) and rates[0] < rates[-1] < 1.0
-    trace = expert_facts.decode_trace(expert_facts.route(trained, TEXT))
-    assert len(trace) == 6 * 32 * 2 * 2 and rates[2] == pytest.approx(lru(trace, 4), abs=1e-4)
+    found = expert_facts.facts(trained, TEXT)
+    trace = expert_facts.decode_trace(expert_facts.route(trained, TEXT), 4)
+    assert len(trace.visits) == 6 * 32 * 2 and all(len(chosen) == 2 for _, chosen in trace.visits)
+    rates = found["hit_rate"]
+    for at, capacity in ((1, 2), (2, 4), (3, 6)):
+        assert rates["lru"][at] == pytest.approx(lru(list(trace.visits), capacity), abs=1e-4)
+    for name in rates:
+        assert rates[name] == sorted(rates[name]) and rates[name][0] < rates[name][-1] < 1.0
+        assert all(one <= best for one, best in zip(rates[name], rates["clairvoyant"], strict=True))
     assert all(sum(layer) == pytest.approx(1.0, abs=1e-3) for layer in found["balance"])
-    assert "lru" in expert_facts.show(found)
+    assert found["busiest"] == [pytest.approx(4 * max(layer), abs=1e-3) for layer in found["balance"]]
+    shown = expert_facts.show(found)
+    assert f"{rates['clairvoyant'][1]:.1%}" in shown and "clairvoyant" in shown
     with pytest.raises(ArgumentError, match="found a dense model"):
         expert_facts.route(load_trained(family / "story" / "hf"), TEXT)
 
@@ -382,11 +386,10 @@ def test_hit_rates_are_simulated_at_shares_of_all_experts(family: Path) -> None:
 def test_expert_facts_command(
     family: Path, corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("flashload.expert_policy")
     arguments = ["--family", str(family), "--corpora", str(corpora), "--json", str(tmp_path / "facts.json")]
     assert expert_facts.main(arguments) == 0
     rates = json.loads((tmp_path / "facts.json").read_text())["hit_rate"]
-    for lru_rate, best in zip(rates["lru"], rates["belady"], strict=True):
+    for lru_rate, best in zip(rates["lru"], rates["clairvoyant"], strict=True):
         assert 0 <= lru_rate <= best <= 1
     assert "hit rate" in capsys.readouterr().out
     assert expert_facts.main(["--family", str(tmp_path), "--corpora", str(corpora)]) == 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,9 @@ from edge.builtin.activations import Trained, held_out_ids, load_trained
 from edge.builtin.data import load_held_out
 from edge.builtin.state import write_atomic
 from flashload.errors import ArgumentError, EdgeError
+from flashload.expert_policy import POLICIES, Trace, simulate
 
 CACHED_SHARES = (0.125, 0.25, 0.5, 0.75)  # of all experts of all layers
-POLICIES = ("lru", "lfu", "belady")
-Trace = list[tuple[int, int]]
-Simulate = Callable[[Trace, int, str], float]
 
 
 def route(trained: Trained, text: str) -> list[Tensor]:
@@ -49,22 +47,22 @@ def balance(stories: Sequence[Tensor], n_experts: int) -> list[list[float]]:
     return shares
 
 
-def decode_trace(stories: Sequence[Tensor]) -> Trace:
-    """(layer, expert) in the order that decoding touches them: token after token, through all layers."""
-    return [
-        (layer, expert)
+def decode_trace(stories: Sequence[Tensor], n_experts: int) -> Trace:
+    """The experts in the order that decoding touches them: token after token, through all layers."""
+    visits = [
+        (layer, tuple(chosen))
         for story in stories
         for token in story.tolist()
-        for layer, experts in enumerate(token)
-        for expert in experts
+        for layer, chosen in enumerate(token)
     ]
+    return Trace(stories[0].shape[1], n_experts, visits)
 
 
-def facts(trained: Trained, text: str, simulate: Simulate) -> dict[str, Any]:
+def facts(trained: Trained, text: str) -> dict[str, Any]:
     """Balance per layer, and hit rates by policy and by the share of all experts that the cache holds."""
     stories = route(trained, text)
-    n_layers, n_experts = len(trained.model.layers), trained.model.config.num_local_experts
-    trace = decode_trace(stories)
+    n_experts = trained.model.config.num_local_experts
+    trace = decode_trace(stories, n_experts)
     shares = balance(stories, n_experts)
     return {
         "held_out_tokens": sum(map(len, stories)),
@@ -74,11 +72,11 @@ def facts(trained: Trained, text: str, simulate: Simulate) -> dict[str, Any]:
         "busiest": [round(max(layer) * n_experts, 3) for layer in shares],  # 1: perfectly even
         "cached": list(CACHED_SHARES),
         "hit_rate": {
-            policy: [
-                round(simulate(trace, round(share * n_layers * n_experts), policy), 4)
+            name: [
+                round(simulate(trace, max(1, round(share * trace.total_experts)), policy(trace)), 4)
                 for share in CACHED_SHARES
             ]
-            for policy in POLICIES
+            for name, policy in POLICIES.items()
         },
     }
 
@@ -94,10 +92,10 @@ def show(figures: dict[str, Any]) -> str:
             f"layer {layer}: busiest expert {max(shares) / even:.2f}x its even share, idlest {min(shares) / even:.2f}x"
         )
     lines.append(
-        "hit rate  " + "".join(f"{share:>8.1%}" for share in figures["cached"]) + " of all experts cached"
+        "hit rate    " + "".join(f"{share:>8.1%}" for share in figures["cached"]) + " of all experts cached"
     )
     for policy, rates in figures["hit_rate"].items():
-        lines.append(f"{policy:<10}" + "".join(f"{rate:>8.1%}" for rate in rates))
+        lines.append(f"{policy:<12}" + "".join(f"{rate:>8.1%}" for rate in rates))
     return "\n".join(lines)
 
 
@@ -111,10 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    from flashload.expert_policy import simulate  # type: ignore[import-not-found,unused-ignore]
-
     try:
-        figures = facts(load_trained(args.family / "moe" / "hf"), load_held_out(args.corpora), simulate)
+        figures = facts(load_trained(args.family / "moe" / "hf"), load_held_out(args.corpora))
     except EdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
