@@ -44,14 +44,16 @@ def measure_point(
     drives: list[float] = []
     memories: list[float] = []
     warm_share = 0.0
+    files = sorted(request.model.glob("*.safetensors")) if request.model.is_dir() else [request.model]
+    largest = max(files, key=lambda file: file.stat().st_size)
     for number in range(rounds):
-        before = machine.drive_rate(request.model)["bytes_per_second"]
+        before = machine.drive_rate(largest)["bytes_per_second"]
         memories.append(machine.read_bandwidth(request.threads)["median"])
-        how = machine.drop_cache(request.model)
-        warm_share = max(warm_share, machine.cached_share(request.model))
+        how = ", ".join(sorted({machine.drop_cache(file) for file in files}))
+        warm_share = max(warm_share, *(machine.cached_share(file) for file in files))
         run = peers.run(system, request)
         runs.append(run)
-        drives.append(max(before, machine.drive_rate(request.model)["bytes_per_second"]))
+        drives.append(max(before, machine.drive_rate(largest)["bytes_per_second"]))
         print(f"{percent:g} %, {system}, run {number + 1}/{rounds}: {peers.brief(run)}", file=sys.stderr)
     done = [run.result for run in runs if run.result]
     drive, memory = Spread.of(drives), Spread.of(memories)
