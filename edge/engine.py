@@ -43,6 +43,7 @@ class Engine:
         tokenizer: Tokenizer,
         metadata: Mapping[str, Any],
         load_seconds: float,
+        drafting: speculation.Drafting | None = None,
     ) -> None:
         self.plan = plan
         self.tokenizer = tokenizer
@@ -50,6 +51,7 @@ class Engine:
         self.load_seconds = load_seconds
         self._core: _edge.Engine | None = core
         self._sequence: _edge.Sequence | None = _edge.Sequence(core)
+        self._drafting: speculation.Drafting | None = drafting or speculation.Drafting()
         self._speculators: dict[speculation.Speculation, _edge.Speculator] = {}
         self._turns = Turns()
         self._cancelled = threading.Event()
@@ -140,8 +142,23 @@ class Engine:
     # -- life -------------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """Bytes by use, flash traffic and cache hits since load."""
-        return dict(self._open_core().stats())
+        """Bytes by use (a draft model's under "draft"), flash traffic and cache hits since load."""
+        stats = dict(self._open_core().stats())
+        if self._drafting is not None and self._drafting.draft is not None:
+            used_bytes = self._drafting.draft.stats()["used_bytes"]
+            stats["by_tag"] = stats["by_tag"] | {"draft": used_bytes}
+            for key in ("used_bytes", "peak_bytes", "budget_bytes"):
+                stats[key] += used_bytes
+        return stats
+
+    def can_draft(self, drafter: str) -> bool:
+        """Whether ``speculation=drafter`` has what it needs: a draft model, or heads that came with the model."""
+        return self._drafting is not None and self._drafting.has(drafter)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be had inside the budget, a sentence each."""
+        return () if self._drafting is None else self._drafting.notes
 
     def close(self) -> None:
         """Returns all memory. Waits for a running request; call :meth:`cancel` first to cut it short.
@@ -151,6 +168,7 @@ class Engine:
         self._turns.take_last(self._cancelled.is_set)
         try:
             self._speculators.clear()
+            self._drafting = None
             self._sequence = None
             self._core = None
         finally:
@@ -194,8 +212,9 @@ class Engine:
             return None
         if settings not in self._speculators:
             self._speculators.clear()
+            assert self._drafting is not None
             self._speculators[settings] = speculation.make_speculator(
-                self._open_core(), settings, self.plan.context
+                self._open_core(), settings, self.plan.context, self._drafting
             )
         return self._speculators[settings]
 

@@ -78,7 +78,9 @@ def default_memory_bytes() -> int:
     return int(0.9 * (room if limit is None else min(room, limit - rss_bytes())))
 
 
-def _open_core(options: dict[str, Any], on_load: Progress | None) -> _edge.Engine:
+def _open_core(
+    options: dict[str, Any], on_load: Progress | None, partner: _edge.Engine | None = None
+) -> _edge.Engine:
     """Reads the weights in a thread of their own, so that this one sees Ctrl-C and can show how far they are."""
     progress = _edge.LoadProgress()
     opened: list[_edge.Engine] = []
@@ -88,7 +90,7 @@ def _open_core(options: dict[str, Any], on_load: Progress | None) -> _edge.Engin
 
     def read() -> None:
         try:
-            opened.append(_edge.Engine(options, progress))
+            opened.append(_edge.Engine(options, progress, partner))
         except BaseException as error:
             failed.append(error)
         finally:
@@ -122,6 +124,15 @@ class Host:
     host_bytes: int
     peak_bytes: int
     pack_seconds: float
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """The draft model asked for, and how it is packed when it has to be."""
+
+    model: str | os.PathLike[str]
+    weights: str
+    on_pack: Progress | None
 
 
 def prepare(
@@ -226,6 +237,7 @@ def load(
     io: str = "auto",
     predictor: str = "auto",
     exact: bool = False,
+    draft: str | os.PathLike[str] | None = None,
     whole_process: bool = False,
     on_pack: Progress | None = None,
     on_load: Progress | None = None,
@@ -244,6 +256,8 @@ def load(
         io: "auto", "io_uring" or "pread".
         predictor: "auto" lets the predictor that came with a sparse model guess which neurons are active where memory
             is too short to know (a small loss); "off" never does.
+        draft: a smaller model of the same vocabulary whose guesses speculation verifies; held in memory inside the
+            same budget, or left out with a note (``Engine.notes``) where it does not fit.
         exact: nothing that changes the text, whatever it costs; the same as ``predictor="off"``.
         whole_process: the ceiling bounds the whole process, as on the command line.
         on_pack: called with (bytes done, bytes) while a checkpoint is packed.
@@ -265,7 +279,8 @@ def load(
     start = time.perf_counter()
     host = prepare(model, weights=weights, whole_process=whole_process, on_pack=on_pack)
     try:
-        return _load(host, start, memory, context, threads, isa, io, guess, on_load)
+        drafts = None if draft is None else DraftRequest(draft, weights, on_pack)
+        return _load(host, start, memory, context, threads, isa, io, guess, on_load, drafts)
     finally:
         host.pack.close()
 
@@ -280,11 +295,30 @@ def _load(
     io: str,
     predictor: bool,
     on_load: Progress | None,
+    drafts: DraftRequest | None,
 ) -> Engine:
+    from edge.draft import open_draft, reserve
     from edge.engine import Engine
+    from edge.speculation import Drafting
 
     pack = host.pack
+    if memory is None:
+        memory = default_memory_bytes() + host.host_bytes
     plan = plan_host(host, memory=memory, context=context, threads=threads, predictor=predictor)
+    draft = None
+    if drafts is not None:
+        draft = open_draft(
+            pack, drafts.model, plan, weights=drafts.weights, io=io, isa=isa, on_pack=drafts.on_pack
+        )
+    reserved = reserve(
+        host,
+        plan,
+        lambda grown, n_context: plan_host(
+            grown, memory=memory, context=n_context, threads=threads, predictor=predictor
+        ),
+        draft,
+    )
+    plan = reserved.plan
     options = {
         "pack_path": str(pack.path),
         "decoder": pack.config.to_json(),
@@ -300,8 +334,10 @@ def _load(
         "isa": isa,
         "context": plan.context,
         "max_rows": plan.max_rows,
-        "budget_bytes": plan.core_bytes,
+        "budget_bytes": plan.core_bytes + reserved.core_bytes,
     }
     core = _open_core(options, on_load)
+    draft_core = None if reserved.draft is None else _open_core(reserved.draft.options, None, core)
     load_seconds = time.perf_counter() - start - host.pack_seconds
-    return Engine(core, plan, host.tokenizer, pack.metadata, load_seconds)
+    drafting = Drafting(draft_core, reserved.medusa, bool(plan.stream_order), tuple(reserved.notes))
+    return Engine(core, plan, host.tokenizer, pack.metadata, load_seconds, drafting)

@@ -6,20 +6,21 @@ same token for token whether it is on or off: only time changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from flashload.errors import ArgumentError
+from flashload.errors import ArgumentError, BudgetError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import _edge
 
-DRAFTERS = ("lookup",)
+DRAFTERS = ("lookup", "draft", "medusa", "lookahead")
+ACCEPTANCES = ("coupling", "rejection", "typical")
 _OFF = "off"
 _AUTO = "auto"
 #: Tokens of the text that look-ups remember; 16 bytes each.
-_LOOKUP_WINDOW_TOKENS = 8192
+LOOKUP_WINDOW_TOKENS = 8192
 _LONGEST_DEPTH, _MOST_ROWS = 16, 128
 
 
@@ -28,24 +29,45 @@ class Speculation:
     """Settings of speculation; a dict with these keys is what ``speculation=`` takes in its long form.
 
     Attributes:
-        drafters: who guesses: "lookup" (what followed the same words before). Guesses are merged into one tree.
+        drafters: who guesses: "lookup" (what followed the same words before), "draft" (the smaller model given to
+            :func:`edge.load`), "medusa" (heads that came with the model), "lookahead" (the model's own n-grams, at the
+            price of many rows a pass). Empty: all there are, lookahead only where weights stream. Their guesses are
+            merged into one tree.
+        acceptance: "coupling" gives the very tokens of the plain run. "rejection" is exact in distribution, but its
+            tokens depend on what was drafted. "typical" is lossy: it takes what is likely enough.
         depth: how far ahead each guesses; 0 leaves depth and tree to the controller, which turns drafters off that
             do not pay.
         max_rows: rows of one verification pass at most.
+        lookahead_window, lookahead_n, lookahead_grams: columns of the window, tokens of an n-gram, and n-grams kept
+            for one first token; a pass carries window * (n - 1) rows for it.
     """
 
-    drafters: tuple[str, ...] = DRAFTERS
+    drafters: tuple[str, ...] = ()
+    acceptance: str = "coupling"
     depth: int = 0
-    max_rows: int = 17
+    max_rows: int = 33
+    lookahead_window: int = 5
+    lookahead_n: int = 4
+    lookahead_grams: int = 3
 
     def __post_init__(self) -> None:
         drafters = (self.drafters,) if isinstance(self.drafters, str) else self.drafters
-        if not isinstance(drafters, (list, tuple)) or not drafters or not set(drafters) <= set(DRAFTERS):
+        if not isinstance(drafters, (list, tuple)) or not all(name in DRAFTERS for name in drafters):
             raise ArgumentError(
                 f"speculation: drafters: expected names of {', '.join(DRAFTERS)}, found {self.drafters!r}"
             )
         object.__setattr__(self, "drafters", tuple(dict.fromkeys(drafters)))
-        for name, low, high in (("depth", 0, _LONGEST_DEPTH), ("max_rows", 2, _MOST_ROWS)):
+        if self.acceptance not in ACCEPTANCES:
+            raise ArgumentError(
+                f"speculation: acceptance: expected one of {', '.join(ACCEPTANCES)}, found {self.acceptance!r}"
+            )
+        for name, low, high in (
+            ("depth", 0, _LONGEST_DEPTH),
+            ("max_rows", 2, _MOST_ROWS),
+            ("lookahead_window", 1, 32),
+            ("lookahead_n", 2, 8),
+            ("lookahead_grams", 1, 32),
+        ):
             found = getattr(self, name)
             if isinstance(found, bool) or not isinstance(found, int) or not low <= found <= high:
                 raise ArgumentError(
@@ -77,13 +99,74 @@ def parse(setting: object) -> Speculation | None:
     raise ArgumentError(f"speculation: expected one of {names}, or a mapping of settings, found {setting!r}")
 
 
-def make_speculator(core: _edge.Engine, settings: Speculation, context: int) -> _edge.Speculator:
-    """The core's speculator for these settings, its memory inside the engine's budget."""
+@dataclass(frozen=True)
+class Drafting:
+    """What an engine has to draft with, besides the text itself.
+
+    Attributes:
+        draft: the core of a draft model.
+        medusa: whether the model's heads may be loaded.
+        streams: whether weights come from the drive in every pass, so that rows cost next to nothing.
+        notes: why something that was asked for is missing.
+    """
+
+    draft: _edge.Engine | None = None
+    medusa: bool = False
+    streams: bool = False
+    notes: tuple[str, ...] = ()
+
+    def has(self, drafter: str) -> bool:
+        return {"draft": self.draft is not None, "medusa": self.medusa}.get(drafter, True)
+
+
+_MISSING = {
+    "draft": "a draft model: load the model with draft=",
+    "medusa": "a model that comes with Medusa heads",
+}
+
+
+def make_speculator(
+    core: _edge.Engine, settings: Speculation, context: int, drafting: Drafting
+) -> _edge.Speculator:
+    """The core's speculator for these settings, its memory inside the engine's budget.
+
+    Raises:
+        ArgumentError: a drafter was named that this engine has not.
+        BudgetError: it does not fit.
+    """
     import _edge
 
-    speculator = _edge.Speculator(core, depth=settings.depth, max_rows=settings.max_rows)
-    if "lookup" in settings.drafters:
-        speculator.add_lookup(min(context, _LOOKUP_WINDOW_TOKENS))
+    for name in settings.drafters:
+        if not drafting.has(name):
+            why = "; ".join(drafting.notes)
+            raise ArgumentError(
+                f"speculation: {name}: expected {_MISSING[name]}, found none" + (f" ({why})" if why else "")
+            )
+    drafters = settings.drafters or [
+        name for name in DRAFTERS if drafting.has(name) and (name != "lookahead" or drafting.streams)
+    ]
+    speculator = _edge.Speculator(
+        core, depth=settings.depth, max_rows=settings.max_rows, acceptance=settings.acceptance
+    )
+    adders: dict[str, Callable[[], None]] = {
+        "draft": lambda: speculator.add_draft(drafting.draft),  # type: ignore[arg-type]
+        "medusa": speculator.add_medusa,
+        "lookup": lambda: speculator.add_lookup(min(context, LOOKUP_WINDOW_TOKENS)),
+        "lookahead": lambda: speculator.add_lookahead(
+            settings.lookahead_window,
+            settings.lookahead_n,
+            settings.lookahead_grams,
+            "lookahead" in settings.drafters,
+        ),
+    }
+    # A draft model first: under rejection what was drawn from a distribution comes before mere guesses.
+    for name in sorted(drafters, key=list(adders).index):
+        try:
+            adders[name]()
+        except (BudgetError, UnsupportedModelError):
+            # Nobody asked for this one by name.
+            if settings.drafters:
+                raise
     return speculator
 
 

@@ -120,7 +120,14 @@ def test_no_drafter_changes_the_text(engines: dict[str, edge.Engine], placement:
             assert found.text == plain.text and found.finish_reason == plain.finish_reason
             assert found.logprobs == plain.logprobs, name
             assert sequence_of(engine) == text
-        for setting in ("auto", "lookup", {"drafters": "lookup", "depth": 6}):
+        small = {"lookahead_window": 3, "lookahead_n": 3, "lookahead_grams": 2}
+        for setting in (
+            "auto",
+            "lookup",
+            {"drafters": "lookup", "depth": 6},
+            "lookahead",
+            {"depth": 4, **small},
+        ):
             found = engine.generate(prompt, speculation=setting, **asked)
             assert (found.tokens, found.logprobs) == (plain.tokens, plain.logprobs)
 
@@ -282,10 +289,21 @@ def test_look_ups_find_what_repeats(engine: edge.Engine) -> None:
     assert found.stats["speculation"]["drafters"]["lookup"]["acceptance"] > 0.6
 
 
+def test_lookahead_learns_what_the_model_repeats(engine: edge.Engine) -> None:
+    asked: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, **GREEDY}
+    plain = engine.generate([1, 5], speculation="off", **asked)
+    found = engine.generate([1, 5], speculation={"drafters": "lookahead", "lookahead_n": 3}, **asked)
+    assert found.tokens == plain.tokens
+    done = found.stats["speculation"]
+    # A greedy text of a small model soon goes round in circles.
+    assert done["tokens_per_pass"] > 1.5 and done["drafters"]["lookahead"]["accepted"] > 10
+
+
 def test_settings_are_read() -> None:
     assert speculation.parse("off") is None
     assert speculation.parse("auto") == speculation.Speculation()
     assert speculation.parse("lookup") == speculation.Speculation(drafters=("lookup",))
+    assert speculation.parse({"drafters": []}) == speculation.Speculation()
     assert speculation.parse({"drafters": ["lookup", "lookup"], "depth": 3}) == speculation.Speculation(
         drafters=("lookup",), depth=3
     )
@@ -300,7 +318,10 @@ BAD: list[Any] = [
     ["lookup"],
     {"drafter": "lookup"},
     {"drafters": "wild"},
-    {"drafters": []},
+    {"drafters": ["lookup", 3]},
+    {"acceptance": "always"},
+    "draft",
+    "medusa",
     {"drafters": 3},
     {"depth": 17},
     {"depth": -1},
@@ -313,6 +334,8 @@ BAD: list[Any] = [
 
 @pytest.mark.parametrize("setting", BAD, ids=str)
 def test_nonsense_is_refused_in_one_line(engine: edge.Engine, setting: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"speculation: .*expected.*found|speculation: unknown") as refusal:
+    with pytest.raises(
+        ArgumentError, match=r"speculation: .*expected.*found|speculation: unknown"
+    ) as refusal:
         engine.generate([1], max_tokens=1, speculation=setting)
     assert "\n" not in str(refusal.value)

@@ -46,10 +46,10 @@ bool signal_pending() {
   return PyErr_CheckSignals() != 0;
 }
 
-std::unique_ptr<Engine> open(const py::dict& dict, LoadProgress* progress) {
+std::unique_ptr<Engine> open(const py::dict& dict, LoadProgress* progress, Engine* partner) {
   EngineOptions options = options_from(dict);
   options.store.progress = progress;
-  auto engine = value(run([&] { return Engine::open(options); }));
+  auto engine = value(run([&] { return Engine::open(options, partner); }));
   engine->interrupted = signal_pending;
   return engine;
 }
@@ -85,7 +85,9 @@ py::array_t<float> to_array(const std::vector<float>& values) {
 
 void bind(py::module_& module) {
   py::class_<Engine>(module, "Engine", "A loaded model inside its budget.")
-      .def(py::init(&open), py::arg("options"), py::arg("progress").none(true) = nullptr)
+      .def(py::init(&open), py::arg("options"), py::arg("progress").none(true) = nullptr,
+           py::arg("partner").none(true) = nullptr, "partner: an engine that never computes at the same time; its "
+           "threads serve this one too.")
       .def("cancel", &Engine::cancel, py::call_guard<py::gil_scoped_release>())
       .def("resume", &Engine::resume, py::call_guard<py::gil_scoped_release>())
       .def("stats", &stats);
@@ -108,6 +110,10 @@ void bind(py::module_& module) {
            [](Sequence& self, std::vector<int32_t> tokens) {
              return value(run([&] { return self.score(std::move(tokens)); }));
            })
+      .def("keep_hidden", &Sequence::keep_hidden)
+      .def("hidden",
+           [](const Sequence& self) { return to_array({self.hidden().begin(), self.hidden().end()}); },
+           "Final-normed state [hidden_size] that the newest token was drawn from, after keep_hidden().")
       .def("truncate", [](Sequence& self, int64_t n_tokens) { check(self.truncate(n_tokens)); })
       .def("shift", [](Sequence& self, int64_t keep_first, int64_t keep_last) {
         check(self.shift(keep_first, keep_last));

@@ -78,14 +78,26 @@ py::tuple sample(Sampler& sampler, const Floats& logits, const std::vector<int32
   return py::make_tuple(drawn.token, drawn.logprob, drawn.top);
 }
 
+std::vector<std::pair<int32_t, double>> distribution(Sampler& sampler, const Floats& logits,
+                                                    const std::vector<int32_t>& history, uint64_t position) {
+  std::vector<float> work(logits.data(), logits.data() + logits.size());
+  std::vector<std::pair<int32_t, double>> pairs;
+  for (const TokenProbability& one : value(sampler.distribution(work, history, position))) {
+    pairs.emplace_back(one.token, one.probability);
+  }
+  return pairs;
+}
+
 const Binding kBinding("sample", [](py::module_& module) {
   py::class_<Sampler>(module, "Sampler", "Draws tokens: Sampler(config, vocab_size).")
       .def(py::init(&make_sampler), py::arg("config"), py::arg("vocab_size"))
       .def("sample", &sample, py::arg("logits"), py::arg("history"), py::arg("position"),
-           "(token, logprob, [(id, logprob), ...]) for logits [vocab_size]; history and position as in a text.");
+           "(token, logprob, [(id, logprob), ...]) for logits [vocab_size]; history and position as in a text.")
+      .def("distribution", &distribution, py::arg("logits"), py::arg("history"), py::arg("position"),
+           "[(id, probability), ...] that sample() draws from, by ascending id.");
   module.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"), "Philox4x32-10 of four and two words.");
-  module.def("philox", &philox, py::arg("seed"), py::arg("position"), py::arg("id"),
-             "The four random words of one token at one position.");
+  module.def("philox", [](uint64_t seed, uint64_t position, int32_t id) { return philox(seed, position, id); },
+             py::arg("seed"), py::arg("position"), py::arg("id"), "The four random words of one token at one position.");
   module.def("gumbel", &gumbel, py::arg("seed"), py::arg("position"), py::arg("id"),
              "The standard Gumbel variate of one token at one position.");
   module.def(

@@ -2,7 +2,9 @@
 #include "bindings/binding.h"
 #include "bindings/run.h"
 #include "engine/speculator.h"
+#include "speculate/lookahead_drafter.h"
 #include "speculate/lookup_drafter.h"
+#include "speculate/rejection.h"
 
 namespace py = pybind11;
 
@@ -44,6 +46,21 @@ class CallbackDrafter final : public Drafter {
   py::object propose_;
 };
 
+AcceptRule rule_of(const std::string& name) {
+  if (name == "coupling") return AcceptRule::kCoupling;
+  if (name == "rejection") return AcceptRule::kRejection;
+  if (name == "typical") return AcceptRule::kTypical;
+  raise(error(Code::kBadArgument, "acceptance: expected coupling, rejection or typical, found %s", name.c_str()));
+}
+
+using Pairs = std::vector<std::pair<int32_t, double>>;
+
+std::vector<TokenProbability> probabilities(const Pairs& pairs) {
+  std::vector<TokenProbability> all;
+  for (const auto& [token, probability] : pairs) all.push_back({token, probability});
+  return all;
+}
+
 py::dict stats(const Speculator& speculator) {
   const SpeculationStats found = speculator.stats();
   py::dict drafters;
@@ -66,16 +83,30 @@ py::dict stats(const Speculator& speculator) {
 
 const Binding kBinding("speculation", [](py::module_& module) {
   py::class_<Speculator>(module, "Speculator", "Drafters, verification and their controller for one engine.")
-      .def(py::init([](Engine& engine, int64_t depth, int64_t max_rows) {
+      .def(py::init([](Engine& engine, int64_t depth, int64_t max_rows, const std::string& acceptance) {
              SpeculationOptions options;
+             options.acceptance = rule_of(acceptance);
              options.depth = depth;
              options.max_rows = max_rows;
              return std::make_unique<Speculator>(engine, options);
            }),
-           py::arg("engine"), py::arg("depth") = 0, py::arg("max_rows") = 17, py::keep_alive<1, 2>())
+           py::arg("engine"), py::arg("depth") = 0, py::arg("max_rows") = 33,
+           py::arg("acceptance") = "coupling", py::keep_alive<1, 2>())
       .def("add_lookup",
            [](Speculator& self, int64_t window_tokens) {
              self.add(value(LookupDrafter::create(window_tokens, self.budget())));
+           })
+      .def("add_draft",
+           [](Speculator& self, Engine& draft) { check(self.add_draft(draft)); }, py::keep_alive<1, 2>())
+      .def("add_medusa", [](Speculator& self) { check(run([&] { return self.add_medusa(); })); })
+      .def("add_lookahead",
+           [](Speculator& self, int64_t window, int64_t n, int64_t n_grams, bool always) {
+             if (window < 1 || window > 32 || n < 2 || n > 8 || n_grams < 1 || n_grams > 32) {
+               raise(error(Code::kBadArgument, "lookahead: expected a window of 1..32, n of 2..8 and 1..32 n-grams, found "
+                           "%lld, %lld and %lld", static_cast<long long>(window), static_cast<long long>(n),
+                           static_cast<long long>(n_grams)));
+             }
+             self.add(std::make_unique<LookaheadDrafter>(window, n, n_grams, always));
            })
       .def("add_callback",
            [](Speculator& self, py::object propose) {
@@ -91,7 +122,30 @@ const Binding kBinding("speculation", [](py::module_& module) {
              }
              return list;
            })
+      .def("proposed",
+           [](const Speculator& self) {
+             std::vector<std::pair<int32_t, int32_t>> nodes;
+             for (int32_t node = 1; node < self.proposed().size(); ++node) {
+               nodes.emplace_back(self.proposed().tokens()[node], self.proposed().parents()[node]);
+             }
+             return nodes;
+           },
+           "(token, parent) of every guess of the last step; parent 0 is the token before them.")
       .def("stats", &stats);
+  module.def(
+      "draw_without_replacement",
+      [](const Pairs& q, size_t n, uint64_t seed, uint64_t position) {
+        return draw_without_replacement(probabilities(q), n, seed, position);
+      },
+      "Tokens drawn one after the other from q [(id, probability)].");
+  module.def(
+      "draw_by_rejection",
+      [](const Pairs& p, const Pairs& q, const std::vector<int32_t>& drawn, const std::vector<int32_t>& guesses,
+         uint64_t seed, uint64_t position) {
+        std::vector<TokenProbability> work = probabilities(p);
+        return draw_by_rejection(work, probabilities(q), drawn, guesses, seed, position);
+      },
+      "The next token under p [(id, probability), by ascending id], given children drawn from q and other guesses.");
 });
 
 }  // namespace

@@ -23,10 +23,11 @@ FixedBytes fixed_bytes(const DecoderConfig& config, int64_t context, int64_t max
   return fixed;
 }
 
-Engine::Engine(EngineOptions options)
-    : options_(std::move(options)), budget_(options_.budget_bytes), pool_(options_.n_threads) {}
+Engine::Engine(EngineOptions options, Engine* partner)
+    : options_(std::move(options)), budget_(options_.budget_bytes),
+      pool_(partner != nullptr ? partner->pool_ : std::make_shared<ThreadPool>(options_.n_threads)) {}
 
-Result<std::unique_ptr<Engine>> Engine::open(EngineOptions options) {
+Result<std::unique_ptr<Engine>> Engine::open(EngineOptions options, Engine* partner) {
   if (options.n_threads < 1 || options.n_threads > 1024) {
     return error(Code::kBadArgument, "threads: expected 1..1024, found %d", options.n_threads);
   }
@@ -35,7 +36,7 @@ Result<std::unique_ptr<Engine>> Engine::open(EngineOptions options) {
                  static_cast<long long>(options.context), static_cast<long long>(options.max_rows));
   }
   EDGE_TRY(options.decoder.validate());
-  std::unique_ptr<Engine> engine(new Engine(std::move(options)));
+  std::unique_ptr<Engine> engine(new Engine(std::move(options), partner));
   const EngineOptions& settings = engine->options_;
   EDGE_ASSIGN(engine->kernels_, settings.isa.empty() ? default_kernels() : kernels_for(settings.isa));
   EDGE_ASSIGN(engine->directory_, PackDirectory::open(settings.pack_path));
@@ -45,7 +46,7 @@ Result<std::unique_ptr<Engine>> Engine::open(EngineOptions options) {
   EDGE_ASSIGN(engine->store_, open_store(settings.pack_path, engine->directory_, settings.plan, settings.store,
                                          engine->budget_));
   EDGE_ASSIGN(engine->decoder_, Decoder::create(settings.decoder, {settings.max_rows, settings.context},
-                                                engine->directory_, *engine->store_, *engine->kernels_, engine->pool_,
+                                                engine->directory_, *engine->store_, *engine->kernels_, *engine->pool_,
                                                 engine->budget_));
   engine->options_.store.progress = nullptr;  // the caller's, and only for the load
   Engine* self = engine.get();

@@ -39,13 +39,16 @@ FixedBytes fixed_bytes(const DecoderConfig& config, int64_t context, int64_t max
 
 class Engine {
  public:
-  static Result<std::unique_ptr<Engine>> open(EngineOptions options);
+  // partner: an engine that never computes at the same time; its threads serve this one too.
+  static Result<std::unique_ptr<Engine>> open(EngineOptions options, Engine* partner = nullptr);
 
   Budget& budget() { return budget_; }
   WeightStore& store() { return *store_; }
   Decoder& decoder() { return *decoder_; }
   KvPool& kv_pool() { return *kv_pool_; }
   const Kernels& kernels() const { return *kernels_; }
+  const PackDirectory& directory() const { return directory_; }
+  ThreadPool& pool() { return *pool_; }
   const EngineOptions& options() const { return options_; }
 
   // From any thread: the running call returns kCancelled at the next layer. Cleared by resume().
@@ -55,11 +58,11 @@ class Engine {
   std::function<bool()> interrupted;
 
  private:
-  explicit Engine(EngineOptions options);
+  Engine(EngineOptions options, Engine* partner);
 
   EngineOptions options_;
   Budget budget_;
-  ThreadPool pool_;
+  std::shared_ptr<ThreadPool> pool_;
   PackDirectory directory_;
   const Kernels* kernels_ = nullptr;
   std::unique_ptr<WeightStore> store_;

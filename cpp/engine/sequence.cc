@@ -161,7 +161,7 @@ Result<Verified> Sequence::verify(const DraftTree& tree, Acceptor& acceptor, con
     engine_.store().rewind();
     return status;
   }
-  kv_.commit(verified->path);
+  engine_.decoder().commit(verified->path, kv_);
   has_logits_ = false;
   return verified;
 }

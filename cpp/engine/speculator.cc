@@ -3,13 +3,24 @@
 #include <algorithm>
 #include <chrono>
 
+#include "speculate/medusa_drafter.h"
+#include "speculate/model_drafter.h"
+#include "speculate/rejection.h"
+#include "store/placed_store.h"
+
 namespace edge {
 namespace {
 
+constexpr int64_t kDeepest = Acceptance::kMaxDepth;
+constexpr int64_t kFirstProbe = 64;
 constexpr int64_t kLongestProbe = 2048;
 constexpr int64_t kProbeDepth = 2;
 // Until a drafter's time was measured, as a share of a plain pass.
 constexpr double kDraftPrior = 0.1;
+// A pass that carries a drafter's own rows is not even tried when they cost more than this share of a plain one.
+constexpr double kDearestRiders = 0.6;
+// What a further row costs until it was measured, as a share of a plain pass, where weights stream.
+constexpr double kStreamedRow = 0.02;
 constexpr double kFresh = 0.2;
 
 double now_ms() {
@@ -18,6 +29,10 @@ double now_ms() {
 
 }  // namespace
 
+Speculator::Speculator(Engine& engine, SpeculationOptions options) : engine_(engine), options_(options) {
+  if (!engine.options().plan.stream_order.empty()) controller_.cost.set_row_prior(kStreamedRow);
+}
+
 void Speculator::add(std::unique_ptr<Drafter> drafter) {
   drafter->set_first_source(n_sources_);
   for (int i = 0; i < drafter->n_sources(); ++i) controller_.acceptance.set_prior(n_sources_++, drafter->prior(i));
@@ -25,6 +40,35 @@ void Speculator::add(std::unique_ptr<Drafter> drafter) {
   turn.stats.name = drafter->name();
   turn.drafter = std::move(drafter);
   turns_.push_back(std::move(turn));
+}
+
+Status Speculator::add_draft(Engine& draft) {
+  // A cancelled request ends in the draft model's layers too.
+  draft.decoder().interrupted = engine_.decoder().interrupted;
+  EDGE_ASSIGN(auto drafter, ModelDrafter::create(draft.decoder(), draft.kv_pool(), draft.options().context,
+                                                 static_cast<int32_t>(engine_.decoder().config().vocab_size),
+                                                 draft.budget()));
+  add(std::move(drafter));
+  return {};
+}
+
+Status Speculator::add_medusa() {
+  const EngineOptions& options = engine_.options();
+  const WeightId head = engine_.decoder().head();
+  if (options.plan.placement[static_cast<size_t>(head)] == Placement::kStream) {
+    return error(Code::kUnsupported, "medusa: expected the output head in memory, found it streamed");
+  }
+  const PackDirectory& directory = engine_.directory();
+  StorePlan plan;
+  plan.placement.assign(directory.entries().size(), Placement::kUnused);
+  for (size_t i = 0; i < plan.placement.size(); ++i) {
+    if (directory.entries()[i].name.starts_with("medusa.")) plan.placement[i] = Placement::kResident;
+  }
+  EDGE_ASSIGN(auto store, open_store(options.pack_path, directory, plan, options.store, engine_.budget()));
+  EDGE_ASSIGN(auto drafter, MedusaDrafter::create(engine_.decoder(), directory, std::move(store), engine_.kernels(),
+                                                  engine_.pool(), engine_.budget()));
+  add(std::move(drafter));
+  return {};
 }
 
 void Speculator::follow(Sequence& sequence) {
@@ -48,14 +92,65 @@ Result<std::vector<SampledToken>> Speculator::plain(Sequence& sequence, Sampler&
   return std::vector<SampledToken>{std::move(token)};
 }
 
-// How deep this drafter's guesses may be worth its time, as things are.
-int64_t Speculator::depth_for(Turn& turn) const {
-  if (options_.depth > 0) return options_.depth;
-  constexpr int64_t kDeepest = Acceptance::kMaxDepth;
-  if (turn.drafter->is_free()) return kDeepest;
-  if (!controller_.may_spend()) return 0;
-  const double ms = turn.ms_per_depth > 0 ? turn.ms_per_depth : kDraftPrior * controller_.cost(1);
-  return controller_.chain_depth(turn.drafter->first_source(), ms, kDeepest);
+// What a drafter whose guesses take time promises, as things are.
+Controller::Chain Speculator::promise(const Turn& turn) const {
+  const Drafter& drafter = *turn.drafter;
+  if (!controller_.may_spend()) return {};
+  const double riders_ms = controller_.cost(1 + drafter.rider_rows()) - controller_.cost(1);
+  const double ms = riders_ms + (turn.ms_per_guess > 0 ? turn.ms_per_guess : kDraftPrior * controller_.cost(1));
+  std::array<double, kDeepest> rates;
+  for (int64_t depth = 1; depth <= kDeepest; ++depth) {
+    const Drafter::Sources sources = drafter.chain_sources(depth);
+    rates[static_cast<size_t>(depth) - 1] = controller_.acceptance.rate(sources.first, sources.count, depth);
+  }
+  if (drafter.costs_by_depth()) return controller_.chain(rates, 0, ms);
+  Controller::Chain chain = controller_.chain(rates, ms, 0);
+  if (chain.depth > 0) chain.depth = kDeepest;
+  return chain;
+}
+
+// Whether a drafter that does not seem to pay is asked all the same, now and then, to see whether it would by now.
+bool Speculator::probes(Turn& turn) {
+  if (!controller_.may_spend()) return false;
+  if (turn.probe_steps_left > 0) {
+    --turn.probe_steps_left;
+    return true;
+  }
+  if (++turn.idle_tokens < turn.probe_after_tokens) return false;
+  turn.idle_tokens = 0;
+  turn.probe_after_tokens = std::min(2 * turn.probe_after_tokens, kLongestProbe);
+  const double plain_ms = controller_.cost(1);
+  if (controller_.cost(1 + turn.drafter->rider_rows()) - plain_ms > kDearestRiders * plain_ms) return false;
+  turn.probe_steps_left = turn.drafter->probe_steps() - 1;
+  const int first = turn.drafter->first_source();
+  for (int i = 0; i < turn.drafter->n_sources(); ++i) controller_.acceptance.fade(static_cast<uint8_t>(first + i));
+  return true;
+}
+
+int32_t Speculator::deepest(const Turn& turn) const {
+  const Drafter& drafter = *turn.drafter;
+  int32_t deepest = 0;
+  for (int32_t node = 1; node < tree_.size(); ++node) {
+    const int source = tree_.source(node) - drafter.first_source();
+    if (source >= 0 && source < drafter.n_sources()) deepest = std::max(deepest, tree_.depth(node));
+  }
+  return deepest;
+}
+
+Status Speculator::ask(Turn& turn, DraftContext context, int64_t depth) {
+  const double ms_per_depth = turn.drafter->costs_by_depth() ? turn.ms_per_guess : 0;
+  context.depth = depth;
+  context.least_reach = controller_.cost.known() ? controller_.least_reach(ms_per_depth) : 0;
+  const bool lags = turn.drafter->lag(context.text) > 32;
+  const double start = now_ms();
+  EDGE_TRY(turn.drafter->propose(context, tree_));
+  const double ms = now_ms() - start;
+  turn.stats.ms += ms;
+  if (lags) return {};  // reading a prompt is not the price of a guess
+  turn.ms = ms;
+  const double per_guess = turn.drafter->costs_by_depth() ? ms / std::max(1, deepest(turn)) : ms;
+  turn.ms_per_guess += (turn.ms_per_guess > 0 ? kFresh : 1.0) * (per_guess - turn.ms_per_guess);
+  return {};
 }
 
 Status Speculator::propose(Sequence& sequence, Sampler& sampler) {
@@ -63,27 +158,35 @@ Status Speculator::propose(Sequence& sequence, Sampler& sampler) {
   context.text = sequence.tokens();
   context.sampler = &sampler;
   context.hidden = sequence.hidden();
+  context.wants_distributions = options_.acceptance == AcceptRule::kRejection;
+  for (Turn& turn : turns_) turn.ms = 0;
+  if (options_.depth > 0) {
+    for (Turn& turn : turns_) EDGE_TRY(ask(turn, context, options_.depth));
+    return {};
+  }
+  context.acceptance = &controller_.acceptance;
   for (Turn& turn : turns_) {
-    turn.ms = 0;
-    context.depth = depth_for(turn);
-    if (context.depth == 0) {
-      if (++turn.idle_tokens < turn.probe_after_tokens || !controller_.may_spend()) continue;
-      turn.probe_after_tokens = std::min(2 * turn.probe_after_tokens, kLongestProbe);
-      for (int i = 0; i < turn.drafter->n_sources(); ++i) controller_.acceptance.fade(turn.drafter->first_source() + i);
-      context.depth = kProbeDepth;
-    } else if (!turn.drafter->is_free()) {
-      turn.probe_after_tokens = 64;
+    if (turn.drafter->is_free() || turn.drafter->always()) EDGE_TRY(ask(turn, context, kDeepest));
+  }
+  // Of those whose guesses take time the one that promises most, if it is more than is there for nothing.
+  Controller::Chain best{0, controller_.rate(tree_)};
+  const Turn* chosen = nullptr;
+  for (const Turn& turn : turns_) {
+    if (turn.drafter->is_free() || turn.drafter->always()) continue;
+    const Controller::Chain chain = promise(turn);
+    if (chain.depth == 0 || chain.rate <= best.rate) continue;
+    best = chain;
+    chosen = &turn;
+  }
+  for (Turn& turn : turns_) {
+    if (turn.drafter->is_free() || turn.drafter->always()) continue;
+    if (&turn == chosen) {
+      turn.probe_after_tokens = kFirstProbe;
+      turn.idle_tokens = 0;
+      EDGE_TRY(ask(turn, context, best.depth));
+    } else if (probes(turn)) {
+      EDGE_TRY(ask(turn, context, kProbeDepth));
     }
-    turn.idle_tokens = 0;
-    const bool lags = turn.drafter->lag(context.text) > 32;
-    const double start = now_ms();
-    EDGE_TRY(turn.drafter->propose(context, tree_));
-    const double ms = now_ms() - start;
-    turn.stats.ms += ms;
-    if (lags) continue;  // reading a prompt is not the price of a guess
-    turn.ms = ms;
-    const double per_depth = ms / static_cast<double>(context.depth);
-    turn.ms_per_depth += (turn.ms_per_depth > 0 ? kFresh : 1.0) * (per_depth - turn.ms_per_depth);
   }
   return {};
 }
@@ -107,8 +210,10 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
   for (const Turn& turn : turns_) draft_ms += turn.ms;
   proposed_ = tree_;
   if (options_.depth == 0) {
-    if (controller_.may_spend()) controller_.prune(tree_);
-    else tree_.keep(std::vector<bool>(static_cast<size_t>(tree_.size()), false));
+    bool always = false;
+    for (const Turn& turn : turns_) always = always || turn.drafter->always();
+    if (always || controller_.may_spend()) controller_.prune(tree_);
+    else tree_.reset(sequence.tokens().back(), tree_limits);
   }
 
   std::vector<SampledToken> tokens;
@@ -119,10 +224,10 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
   } else {
     bool wants_best = false;
     for (const Turn& turn : turns_) wants_best = wants_best || turn.drafter->wants_best();
-    CouplingAcceptor acceptor(sampler);
+    const std::unique_ptr<Acceptor> acceptor = make_acceptor(sampler);
     VerifyLimits within = limits;
     within.max_tokens = room;
-    EDGE_ASSIGN(Verified verified, sequence.verify(tree_, acceptor, within, wants_best));
+    EDGE_ASSIGN(Verified verified, sequence.verify(tree_, *acceptor, within, wants_best));
     const double ms = now_ms() - start;
     controller_.cost.record(tree_.size(), ms);
     if (controller_.cost.known()) controller_.account(static_cast<int64_t>(verified.tokens.size()), ms + draft_ms);
@@ -134,6 +239,15 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
   for (const SampledToken& token : tokens) ids.push_back(token.token);
   controller_.learn(proposed_, ids);
   return tokens;
+}
+
+std::unique_ptr<Acceptor> Speculator::make_acceptor(Sampler& sampler) const {
+  switch (options_.acceptance) {
+    case AcceptRule::kRejection: return std::make_unique<RejectionAcceptor>(sampler);
+    case AcceptRule::kTypical: return std::make_unique<TypicalAcceptor>(sampler, options_.epsilon, options_.delta);
+    case AcceptRule::kCoupling: break;
+  }
+  return std::make_unique<CouplingAcceptor>(sampler);
 }
 
 void Speculator::count(const DraftTree& tree, const Verified& verified) {

@@ -12,10 +12,15 @@
 
 namespace edge {
 
+// How a verified node's next token is decided (speculate/acceptor.h, speculate/rejection.h).
+enum class AcceptRule { kCoupling, kRejection, kTypical };
+
 struct SpeculationOptions {
+  AcceptRule acceptance = AcceptRule::kCoupling;
+  double epsilon = 0.09, delta = 0.3;  // of kTypical
   // Fixed sizes instead of the controller's choice: guesses deep (0: the controller chooses), and rows of a pass.
   int64_t depth = 0;
-  int64_t max_rows = 17;
+  int64_t max_rows = 33;
 };
 
 struct DrafterStats {
@@ -37,13 +42,19 @@ struct SpeculationStats {
 class Speculator {
  public:
   // The engine must outlive it. One sequence at a time; drafters start again with another.
-  Speculator(Engine& engine, SpeculationOptions options) : engine_(engine), options_(options) {}
+  Speculator(Engine& engine, SpeculationOptions options);
 
   void add(std::unique_ptr<Drafter> drafter);
+  // draft: an engine of the same vocabulary, opened with this one as its partner; it must outlive the speculator.
+  Status add_draft(Engine& draft);
+  // The heads of the engine's own pack, read into its budget. kUnsupported: it has none, or its output head streams.
+  Status add_medusa();
   // Draws 1 or more tokens and appends them to the sequence, exactly as so many Sequence::next() would with the same
   // sampler. At most limits.max_tokens; none after a stop token.
   Result<std::vector<SampledToken>> step(Sequence& sequence, Sampler& sampler, const VerifyLimits& limits);
   SpeculationStats stats() const;
+  // What the drafters proposed in the last step, before it was cut to what pays.
+  const DraftTree& proposed() const { return proposed_; }
   Budget& budget() { return engine_.budget(); }
 
  private:
@@ -51,15 +62,20 @@ class Speculator {
   struct Turn {
     std::unique_ptr<Drafter> drafter;
     DrafterStats stats;
-    double ms_per_depth = 0;  // 0: not measured
+    double ms_per_guess = 0;  // of a depth, or of all where depth costs nothing; 0: not measured
     int64_t idle_tokens = 0;
     int64_t probe_after_tokens = 64;
+    int64_t probe_steps_left = 0;
     double ms = 0;  // of this step
   };
 
   void follow(Sequence& sequence);
   Status propose(Sequence& sequence, Sampler& sampler);
-  int64_t depth_for(Turn& turn) const;
+  Status ask(Turn& turn, DraftContext context, int64_t depth);
+  Controller::Chain promise(const Turn& turn) const;
+  bool probes(Turn& turn);
+  int32_t deepest(const Turn& turn) const;  // of its guesses in the tree
+  std::unique_ptr<Acceptor> make_acceptor(Sampler& sampler) const;
   Result<std::vector<SampledToken>> plain(Sequence& sequence, Sampler& sampler, bool decodes);
   void count(const DraftTree& tree, const Verified& verified);
 

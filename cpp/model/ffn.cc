@@ -72,19 +72,17 @@ Status Decoder::mixture(const LayerWeights& layer, const float* x) {
     int64_t expert, first_slot;
   };
   std::vector<Chosen> experts;
-  std::vector<ExpectedWeight> weights;
-  std::vector<WeightId> gates;
+  std::vector<WeightId> weights, gates;
   int64_t n_slots = 0;
   for (int64_t e = 0; e < n_experts; ++e) {
     if (chosen[e].empty()) continue;
     const ExpertWeights& expert = layer.experts[static_cast<size_t>(e)];
-    const auto n = static_cast<int32_t>(chosen[e].size());
-    weights.insert(weights.end(), {{expert.gate, n}, {expert.up, n}, {expert.down, n}});
+    weights.insert(weights.end(), {expert.gate, expert.up, expert.down});
     gates.push_back(expert.gate);
     experts.push_back({e, n_slots});
-    n_slots += n;
+    n_slots += static_cast<int64_t>(chosen[e].size());
   }
-  store_.expect(weights, n_rows_);
+  store_.expect(weights);
 
   const auto run = [&](int64_t e, float* out) -> Status {
     const std::vector<Choice>& rows = chosen[static_cast<size_t>(e)];

@@ -20,15 +20,19 @@ inline PhiloxWords philox4x32(PhiloxWords counter, std::array<uint32_t, 2> key) 
   return counter;
 }
 
+// What numbers are drawn for: numbers of different purposes are independent.
+enum class Purpose : uint32_t { kToken = 0, kDraft = 1, kAccept = 2, kResidual = 3 };
+
 // The block that belongs to one token at one position of the text under one seed.
-inline PhiloxWords philox(uint64_t seed, uint64_t position, int32_t id) {
+inline PhiloxWords philox(uint64_t seed, uint64_t position, int32_t id, Purpose purpose = Purpose::kToken) {
   const auto low = [](uint64_t word) { return static_cast<uint32_t>(word); };
-  return philox4x32({static_cast<uint32_t>(id), low(position), low(position >> 32), 0}, {low(seed), low(seed >> 32)});
+  return philox4x32({static_cast<uint32_t>(id), low(position), low(position >> 32), static_cast<uint32_t>(purpose)},
+                    {low(seed), low(seed >> 32)});
 }
 
 // Uniform on the centres of 2^52 cells of (0, 1): never 0 or 1, and 1 - u is exact.
-inline double philox_uniform(uint64_t seed, uint64_t position, int32_t id) {
-  const PhiloxWords words = philox(seed, position, id);
+inline double philox_uniform(uint64_t seed, uint64_t position, int32_t id, Purpose purpose = Purpose::kToken) {
+  const PhiloxWords words = philox(seed, position, id, purpose);
   const uint64_t bits = (uint64_t{words[1]} << 32 | words[0]) >> 12;
   return (static_cast<double>(bits) + 0.5) * 0x1p-52;
 }

@@ -142,7 +142,7 @@ std::span<Candidate> Sampler::filter(std::span<const float> logits, const Weight
 int32_t Sampler::draw(std::span<const float> logits, float max, uint64_t position) {
   const Weighting weight(max, config_.temperature);
   Race race(config_.seed, position);
-  if (config_.top_k == 0 && config_.typical_p == 1 && config_.top_p == 1) {
+  if (!filters()) {
     const double least = static_cast<double>(config_.min_p);
     for (size_t i = 0; i < logits.size(); i += 2) {
       const Double2 weights = weight(logits[i], logits[std::min(i + 1, logits.size() - 1)]);
@@ -155,7 +155,8 @@ int32_t Sampler::draw(std::span<const float> logits, float max, uint64_t positio
   return race.winner();
 }
 
-Result<SampledToken> Sampler::sample(std::span<float> logits, std::span<const int32_t> history, uint64_t position) {
+// The part of the text that penalties see; checks the arguments and makes room.
+Result<std::span<const int32_t>> Sampler::window(std::span<const float> logits, std::span<const int32_t> history) {
   EDGE_TRY(status_);
   std::span<const int32_t> window;
   if (config_.has_penalties()) {
@@ -164,27 +165,81 @@ Result<SampledToken> Sampler::sample(std::span<float> logits, std::span<const in
   }
   EDGE_TRY(check(logits, window));
   EDGE_TRY(reserve());
+  return window;
+}
+
+// Fills in the most likely tokens; returns the logarithm of the sum that log-probabilities are taken against.
+Result<double> Sampler::describe(std::span<const float> logits, uint64_t position, SampledToken& token) {
   const float max = max_logit(logits);
   EDGE_TRY(check_max(max, position));
-  SampledToken result;
   const double log_total = static_cast<double>(max) + portable_log(exp_sum(logits, max, 1.0));
   if (config_.n_logprobs > 0) {
     Candidate* room = candidates_.as<Candidate>();
     const size_t n = keep_top_k(logits, config_.n_logprobs, room);
     for (size_t i = 0; i < n; ++i) {
-      result.top.emplace_back(room[i].id, static_cast<double>(room[i].logit) - log_total);
+      token.top.emplace_back(room[i].id, static_cast<double>(room[i].logit) - log_total);
     }
   }
-  adjust(logits, window);
+  return log_total;
+}
+
+Result<SampledToken> Sampler::report(std::span<const float> logits, int32_t token, uint64_t position) {
+  EDGE_ASSIGN([[maybe_unused]] const auto unseen, window(logits, {}));
+  SampledToken result;
+  EDGE_ASSIGN(const double log_total, describe(logits, position, result));
+  result.token = token;
+  result.logprob = static_cast<double>(logits[static_cast<size_t>(token)]) - log_total;
+  return result;
+}
+
+Result<SampledToken> Sampler::sample(std::span<float> logits, std::span<const int32_t> history, uint64_t position) {
+  EDGE_ASSIGN(const auto seen, window(logits, history));
+  SampledToken result;
+  EDGE_ASSIGN(const double log_total, describe(logits, position, result));
+  adjust(logits, seen);
   const float adjusted_max = max_logit(logits);
   const Status usable = check_max(adjusted_max, position);
   if (usable.ok()) {
     result.token = config_.temperature > 0 ? draw(logits, adjusted_max, position) : first_of(logits, adjusted_max);
   }
-  restore(logits, window);
+  restore(logits, seen);
   EDGE_TRY(usable);
   result.logprob = static_cast<double>(logits[static_cast<size_t>(result.token)]) - log_total;
   return result;
+}
+
+Result<std::span<TokenProbability>> Sampler::distribution(std::span<float> logits, std::span<const int32_t> history,
+                                                          uint64_t position) {
+  EDGE_ASSIGN(const auto seen, window(logits, history));
+  if (probabilities_.data() == nullptr) {
+    EDGE_ASSIGN(probabilities_,
+                budget_->reserve(static_cast<uint64_t>(vocab_size_) * sizeof(TokenProbability), "sampler"));
+  }
+  TokenProbability* out = probabilities_.as<TokenProbability>();
+  size_t n = 0;
+  adjust(logits, seen);
+  const float max = max_logit(logits);
+  const Status usable = check_max(max, position);
+  if (usable.ok() && config_.temperature == 0) {
+    out[n++] = {first_of(logits, max), 1};
+  } else if (usable.ok()) {
+    const Weighting weight(max, config_.temperature);
+    if (filters()) {
+      for (const Candidate& kept : filter(logits, weight)) out[n++] = {kept.id, weight(kept.logit)};
+      std::sort(out, out + n, [](const auto& a, const auto& b) { return a.token < b.token; });
+    } else {
+      for (size_t id = 0; id < logits.size(); ++id) {
+        const double w = weight(logits[id]);
+        if (w > 0 && w >= static_cast<double>(config_.min_p)) out[n++] = {static_cast<int32_t>(id), w};
+      }
+    }
+    double total = 0;
+    for (size_t i = 0; i < n; ++i) total += out[i].probability;
+    for (size_t i = 0; i < n; ++i) out[i].probability /= total;
+  }
+  restore(logits, seen);
+  EDGE_TRY(usable);
+  return std::span<TokenProbability>(out, n);
 }
 
 }  // namespace edge

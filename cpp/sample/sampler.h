@@ -29,6 +29,11 @@ struct SampledToken {
   std::vector<std::pair<int32_t, double>> top;  // the n_logprobs most likely tokens of that distribution
 };
 
+struct TokenProbability {
+  int32_t token;
+  double probability;
+};
+
 // Standard Gumbel variate of one token at one position.
 double gumbel(uint64_t seed, uint64_t position, int32_t id);
 
@@ -42,6 +47,13 @@ class Sampler {
   // position: index of the new token.
   // -inf masks a token; kCorrupt when a logit is NaN or +inf or no token is left, kBadArgument for a wrong size or id.
   Result<SampledToken> sample(std::span<float> logits, std::span<const int32_t> history, uint64_t position);
+
+  // The distribution that sample() draws from, normalised, by ascending token; tokens of probability 0 are left out.
+  // In memory of the sampler's: the caller may change it, until the next call.
+  Result<std::span<TokenProbability>> distribution(std::span<float> logits, std::span<const int32_t> history,
+                                                   uint64_t position);
+  // What sample() reports besides the token, for a token drawn by another rule.
+  Result<SampledToken> report(std::span<const float> logits, int32_t token, uint64_t position);
 
   const SamplingConfig& config() const { return config_; }
 
@@ -58,6 +70,9 @@ class Sampler {
   void restore(std::span<float> logits, std::span<const int32_t> window) const;
   std::span<Candidate> filter(std::span<const float> logits, const Weighting& weight);
   int32_t draw(std::span<const float> logits, float max, uint64_t position);
+  bool filters() const { return config_.top_k > 0 || config_.typical_p < 1 || config_.top_p < 1; }
+  Result<double> describe(std::span<const float> logits, uint64_t position, SampledToken& token);
+  Result<std::span<const int32_t>> window(std::span<const float> logits, std::span<const int32_t> history);
 
   SamplingConfig config_;
   int64_t vocab_size_;
@@ -66,6 +81,7 @@ class Sampler {
   Budget* budget_;
   Block candidates_;  // Candidate[]
   Block changes_;     // Change[vocab_size]
+  Block probabilities_;  // TokenProbability[vocab_size], for distribution()
 };
 
 }  // namespace edge

@@ -28,6 +28,8 @@ struct SamplingConfig {
   // kBadArgument: the first value out of range, with its name and range. Token ids must lie below vocab_size.
   Status validate(int64_t vocab_size = std::numeric_limits<int32_t>::max()) const;
 
+  bool operator==(const SamplingConfig&) const = default;
+
   bool has_penalties() const {
     return penalty_last_n != 0 && (repetition_penalty != 1.0f || presence_penalty != 0.0f || frequency_penalty != 0.0f);
   }

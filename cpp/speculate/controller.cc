@@ -7,10 +7,10 @@ namespace edge {
 namespace {
 
 // Weight of a new measurement, and how far off one may be: another process may take the core in the middle of a pass.
-constexpr double kFresh = 0.15;
+// It can only take too long, never too short: lower figures are believed sooner.
+constexpr double kFresh = 0.12;
+constexpr double kFreshLower = 0.35;
 constexpr double kOutlier = 2.5;
-// What a further row costs, as a share of the first, until it was measured.
-constexpr double kRowPrior = 0.15;
 constexpr double kDecay = 0.97;
 constexpr double kPriorWeight = 3;
 // A tree must promise this much more than it costs: estimates err.
@@ -18,13 +18,15 @@ constexpr double kWorthwhile = 1.03;
 constexpr double kLossShare = 0.02;
 constexpr double kLossPasses = 3;
 constexpr double kWinPasses = 30;
+constexpr int64_t kLongestRetry = 1024;
 
 }  // namespace
 
 void PassCost::record(int64_t rows, double ms) {
   if (rows < 1 || rows > kMaxRows || !(ms > 0)) return;
   double& known = ms_[static_cast<size_t>(rows)];
-  known = known > 0 ? known + kFresh * (std::min(ms, kOutlier * known) - known) : ms;
+  const double weight = ms < known ? kFreshLower : kFresh;
+  known = known > 0 ? known + weight * (std::min(ms, kOutlier * known) - known) : ms;
 }
 
 double PassCost::operator()(int64_t rows) const {
@@ -36,7 +38,7 @@ double PassCost::operator()(int64_t rows) const {
   const double low = ms_[static_cast<size_t>(below)];
   const double slope = above <= kMaxRows
                            ? (ms_[static_cast<size_t>(above)] - low) / static_cast<double>(above - below)
-                           : std::max(kRowPrior * ms_[1], below > 1 ? (low - ms_[1]) / static_cast<double>(below - 1) : 0.0);
+                           : std::max(row_prior_ * ms_[1], below > 1 ? (low - ms_[1]) / static_cast<double>(below - 1) : 0.0);
   return low + slope * static_cast<double>(rows - below);
 }
 
@@ -60,51 +62,81 @@ double Acceptance::rate(uint8_t source, int64_t depth) const {
   return (count.accepted + kPriorWeight * prior_[source]) / (count.tried + kPriorWeight);
 }
 
+double Acceptance::rate(uint8_t source, int n_sources, int64_t depth) const {
+  double tried = 0, accepted = 0;
+  for (int i = source; i < std::min(source + n_sources, kMaxSources); ++i) {
+    const Count& count = counts_[static_cast<size_t>(i)][static_cast<size_t>(std::min(depth, kMaxDepth) - 1)];
+    tried += count.tried;
+    accepted += count.accepted;
+  }
+  // Guesses met so far say how often each source is; before there are any, the middle one stands for all.
+  return (accepted + kPriorWeight * prior_[static_cast<size_t>(source + n_sources / 2)]) / (tried + kPriorWeight);
+}
+
 bool Controller::may_spend() const {
   return cost.known() && balance_ms_ > -(kLossPasses * cost(1) + kLossShare * total_ms_);
 }
 
-int64_t Controller::chain_depth(uint8_t source, double draft_ms, int64_t max_depth) const {
-  double reach = 1, tokens = 1, best = kWorthwhile / cost(1);
-  int64_t best_depth = 0;
-  for (int64_t depth = 1; depth <= max_depth; ++depth) {
-    reach *= acceptance.rate(source, depth);
+Controller::Chain Controller::chain(std::span<const double> rates, double ms_fixed, double ms_per_depth) const {
+  double reach = 1, tokens = 1;
+  Chain best{0, kWorthwhile / cost(1)};
+  for (int64_t depth = 1; depth <= static_cast<int64_t>(rates.size()); ++depth) {
+    reach *= rates[static_cast<size_t>(depth) - 1];
     tokens += reach;
-    const double rate = tokens / (cost(depth + 1) + static_cast<double>(depth) * draft_ms);
-    if (rate > best) {
-      best = rate;
-      best_depth = depth;
-    }
+    const double rate = tokens / (cost(depth + 1) + ms_fixed + static_cast<double>(depth) * ms_per_depth);
+    if (rate > best.rate) best = {depth, rate};
   }
-  return best_depth;
+  return best;
 }
 
-void Controller::prune(DraftTree& tree) const {
+Controller::Weighed Controller::weigh(const DraftTree& tree) const {
   const size_t n = static_cast<size_t>(tree.size());
-  std::vector<double> reach(n, 1);  // probability that the path comes to the node
-  std::vector<int32_t> order(n - 1);
+  Weighed weighed;
+  weighed.reach.assign(n, 1);
+  int64_t rows = 1;
+  double tokens = 1;
   for (size_t i = 1; i < n; ++i) {
     const int32_t node = static_cast<int32_t>(i);
-    reach[i] = reach[static_cast<size_t>(tree.parents()[i])] * acceptance.rate(tree.source(node), tree.depth(node));
-    order[i - 1] = node;
-  }
-  // No node outranks its parent, and a stable sort leaves a parent before its equals.
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-    return reach[static_cast<size_t>(a)] > reach[static_cast<size_t>(b)];
-  });
-  double tokens = 1, best = kWorthwhile / cost(1);
-  size_t n_kept = 0;
-  for (size_t k = 0; k < order.size(); ++k) {
-    tokens += reach[static_cast<size_t>(order[k])];
-    const double rate = tokens / cost(static_cast<int64_t>(k) + 2);
-    if (rate > best) {
-      best = rate;
-      n_kept = k + 1;
+    weighed.reach[i] = weighed.reach[static_cast<size_t>(tree.parents()[i])] *
+                       acceptance.rate(tree.source(node), tree.depth(node));
+    if (tree.pinned(node)) {
+      ++rows;
+      tokens += weighed.reach[i];
+    } else {
+      weighed.order.push_back(node);
     }
   }
-  std::vector<bool> kept(n, false);
-  for (size_t k = 0; k < n_kept; ++k) kept[static_cast<size_t>(order[k])] = true;
-  tree.keep(kept);
+  // No node outranks its parent, and a stable sort leaves a parent before its equals.
+  std::stable_sort(weighed.order.begin(), weighed.order.end(), [&](int32_t a, int32_t b) {
+    return weighed.reach[static_cast<size_t>(a)] > weighed.reach[static_cast<size_t>(b)];
+  });
+  weighed.rate = kWorthwhile * tokens / cost(rows);
+  for (size_t k = 0; k < weighed.order.size(); ++k) {
+    tokens += weighed.reach[static_cast<size_t>(weighed.order[k])];
+    const double rate = tokens / cost(rows + static_cast<int64_t>(k) + 1);
+    if (rate > weighed.rate) {
+      weighed.rate = rate;
+      weighed.n_kept = k + 1;
+    }
+  }
+  return weighed;
+}
+
+void Controller::prune(DraftTree& tree) {
+  Weighed weighed = weigh(tree);
+  size_t n_kept = weighed.n_kept;
+  if (n_kept > 0 || weighed.order.empty()) {
+    refused_ = 0;
+    if (n_kept > 0) retry_after_ = kRetry;
+  } else if (++refused_ >= retry_after_) {
+    refused_ = 0;
+    retry_after_ = std::min(2 * retry_after_, kLongestRetry);
+    // Guesses that are more often right than not.
+    while (n_kept < weighed.order.size() && weighed.reach[static_cast<size_t>(weighed.order[n_kept])] > 0.5) ++n_kept;
+  }
+  std::vector<bool> kept(weighed.reach.size(), false);
+  for (size_t k = 0; k < n_kept; ++k) kept[static_cast<size_t>(weighed.order[k])] = true;
+  tree.keep(std::move(kept));
 }
 
 void Controller::account(int64_t n_tokens, double ms) {

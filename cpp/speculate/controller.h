@@ -17,11 +17,15 @@ class PassCost {
  public:
   static constexpr int64_t kMaxRows = 128;
 
+  // What a further row costs, as a share of the first, until it was measured: weights that stream cost the same for any
+  // number of rows.
+  void set_row_prior(double share) { row_prior_ = share; }
   void record(int64_t rows, double ms);
   bool known() const { return ms_[1] > 0; }
   double operator()(int64_t rows) const;
 
  private:
+  double row_prior_ = 0.15;
   std::array<double, kMaxRows + 1> ms_{};  // 0: not measured
 };
 
@@ -37,6 +41,8 @@ class Acceptance {
   void fade(uint8_t source);
   // Of a guess whose parent was accepted.
   double rate(uint8_t source, int64_t depth) const;
+  // Over several sources, as often as each is met.
+  double rate(uint8_t source, int n_sources, int64_t depth) const;
 
  private:
   struct Count {
@@ -54,10 +60,21 @@ class Controller {
 
   // Whether the account allows passes that may not pay.
   bool may_spend() const;
-  // How deep a chain of guesses from `source` pays when each takes draft_ms of the drafter's time; 0: none does.
-  int64_t chain_depth(uint8_t source, double draft_ms, int64_t max_depth) const;
-  // Cuts the tree to the nodes that pay: the root alone when none do.
-  void prune(DraftTree& tree) const;
+  // The depth to which a chain of guesses pays best, and the tokens a millisecond it then promises; depth 0: none does.
+  struct Chain {
+    int64_t depth = 0;
+    double rate = 0;
+  };
+  // rates[k]: how often the k-th guess is accepted where the one before was; the drafter takes ms_fixed and, for each
+  // guess, ms_per_depth.
+  Chain chain(std::span<const double> rates, double ms_fixed, double ms_per_depth) const;
+  // Tokens a millisecond that the best part of a tree promises.
+  double rate(const DraftTree& tree) const { return weigh(tree).rate; }
+  // Below which probability of being reached a guess is not worth a row of the pass and draft_ms.
+  double least_reach(double draft_ms) const { return (cost(2) - cost(1) + draft_ms) / cost(1); }
+  // Cuts the tree to the nodes that pay: the root alone when none do. Now and then it lets guesses pass that do not
+  // seem to: what a pass costs may have been measured in a bad moment.
+  void prune(DraftTree& tree);
   // What a pass that verified drafts gave, draft time included.
   void account(int64_t n_tokens, double ms);
   // Time that plain passes took: what a loss is measured against.
@@ -68,6 +85,19 @@ class Controller {
   double saved_ms() const { return saved_ms_; }
 
  private:
+  static constexpr int64_t kRetry = 32;
+
+  // The nodes that are not pinned by falling probability of being reached, and how many of them pay.
+  struct Weighed {
+    std::vector<int32_t> order;
+    std::vector<double> reach;  // by node
+    size_t n_kept = 0;
+    double rate = 0;
+  };
+  Weighed weigh(const DraftTree& tree) const;
+
+  int64_t refused_ = 0;  // trees in a row
+  int64_t retry_after_ = kRetry;
   double balance_ms_ = 0;  // bounded above, so that a streak of wins cannot pay for a long one of losses
   double saved_ms_ = 0;
   double total_ms_ = 0;

@@ -8,6 +8,8 @@ void DraftTree::reset(int32_t root, const Limits& limits) {
   parents_.assign(1, -1);
   depths_.assign(1, 0);
   sources_.assign(1, 0);
+  pinned_.assign(1, true);
+  moved_.clear();
   drawn_.clear();
 }
 
@@ -20,16 +22,26 @@ int32_t DraftTree::add(int32_t parent, int32_t token, uint8_t source) {
   parents_.push_back(parent);
   depths_.push_back(depth(parent) + 1);
   sources_.push_back(source);
+  pinned_.push_back(false);
   return static_cast<int32_t>(size()) - 1;
 }
 
-void DraftTree::set_distribution(int32_t parent, std::vector<Candidate> q) {
-  drawn_.push_back({parent, std::move(q)});
+void DraftTree::set_distribution(int32_t parent, std::vector<TokenProbability> q) {
+  drawn_.push_back({parent, std::move(q), {}});
 }
 
-const std::vector<DraftTree::Candidate>* DraftTree::distribution(int32_t parent) const {
+int32_t DraftTree::add_drawn(int32_t parent, int32_t token, uint8_t source) {
+  const int32_t node = add(parent, token, source);
+  if (node < 0) return node;
+  for (Drawn& drawn : drawn_) {
+    if (drawn.parent == parent) drawn.children.push_back(node);
+  }
+  return node;
+}
+
+const DraftTree::Drawn* DraftTree::drawn(int32_t parent) const {
   for (const Drawn& drawn : drawn_) {
-    if (drawn.parent == parent) return &drawn.q;
+    if (drawn.parent == parent) return &drawn;
   }
   return nullptr;
 }
@@ -41,24 +53,39 @@ int32_t DraftTree::child(int32_t parent, int32_t token) const {
   return -1;
 }
 
-void DraftTree::keep(const std::vector<bool>& kept) {
-  std::vector<int32_t> moved(tokens_.size(), -1);
+void DraftTree::keep(std::vector<bool> kept) {
+  // What was drawn after one that goes was drawn without it: it goes too.
+  for (const Drawn& drawn : drawn_) {
+    bool gone = false;
+    for (const int32_t child : drawn.children) {
+      gone = gone || !kept[static_cast<size_t>(child)];
+      if (gone) kept[static_cast<size_t>(child)] = false;
+    }
+  }
+  std::vector<int32_t>& moved = moved_;
+  moved.assign(tokens_.size(), -1);
   size_t n = 0;
   for (size_t i = 0; i < tokens_.size(); ++i) {
-    const bool stays = i == 0 || (kept[i] && moved[static_cast<size_t>(parents_[i])] >= 0);
+    const bool stays = i == 0 || ((kept[i] || pinned_[i]) && moved[static_cast<size_t>(parents_[i])] >= 0);
     if (!stays) continue;
     moved[i] = static_cast<int32_t>(n);
     tokens_[n] = tokens_[i];
     parents_[n] = i == 0 ? -1 : moved[static_cast<size_t>(parents_[i])];
     depths_[n] = depths_[i];
     sources_[n] = sources_[i];
+    pinned_[n] = pinned_[i];
     ++n;
   }
   tokens_.resize(n);
   parents_.resize(n);
   depths_.resize(n);
   sources_.resize(n);
-  for (Drawn& drawn : drawn_) drawn.parent = moved[static_cast<size_t>(drawn.parent)];
+  pinned_.resize(n);
+  for (Drawn& drawn : drawn_) {
+    drawn.parent = moved[static_cast<size_t>(drawn.parent)];
+    for (int32_t& child : drawn.children) child = moved[static_cast<size_t>(child)];
+    std::erase(drawn.children, -1);
+  }
 }
 
 }  // namespace edge

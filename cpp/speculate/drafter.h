@@ -6,6 +6,7 @@
 
 #include "core/status.h"
 #include "sample/sampler.h"
+#include "speculate/controller.h"
 #include "speculate/draft_tree.h"
 
 namespace edge {
@@ -19,6 +20,10 @@ struct DraftContext {
   std::span<const float> hidden;
   // How deep is worth the drafter's own time; the tree's limits hold besides.
   int64_t depth = 0;
+  // How often guesses are accepted, and below which probability of being reached a further guess is not worth its
+  // time; null: draft as deep as told.
+  const Acceptance* acceptance = nullptr;
+  double least_reach = 0;
   // Rejection sampling needs the distribution that children were drawn from.
   bool wants_distributions = false;
 };
@@ -45,10 +50,24 @@ class Drafter {
   virtual uint8_t n_sources() const { return 1; }
   // Of the i-th source, until guesses were judged: the share that is accepted.
   virtual double prior(int i) const { return (void)i, 0.5; }
+  // Those of its likeliest guess at a depth.
+  struct Sources {
+    uint8_t first;
+    int count;
+  };
+  virtual Sources chain_sources(int64_t depth) const { return (void)depth, Sources{first_source(), n_sources()}; }
   // Tokens of the text that this drafter has yet to read before it can guess.
   virtual int64_t lag(std::span<const int32_t> text) const { return (void)text, 0; }
   virtual bool wants_hidden() const { return false; }
   virtual bool wants_best() const { return false; }
+  // Rows that a pass carries for the drafter's own sake.
+  virtual int64_t rider_rows() const { return 0; }
+  // Steps that it takes to see whether it pays.
+  virtual int64_t probe_steps() const { return 1; }
+  // Asked for by name: the controller does not turn it off.
+  virtual bool always() const { return false; }
+  // False where one guess costs as much as the deepest.
+  virtual bool costs_by_depth() const { return true; }
   // Guesses cost next to nothing, so they may be judged without being verified.
   virtual bool is_free() const { return false; }
 

@@ -71,7 +71,10 @@ def sampling_options(function: _F) -> _F:
                 help="When the context is full: fail, or drop the oldest text.",
             ),
             click.option(
-                "--speculation", default="auto", show_default=True, help="auto, off, or a drafter: lookup."
+                "--speculation",
+                default="auto",
+                show_default=True,
+                help="auto, off, or one of lookup, draft, medusa, lookahead.",
             ),
         ]
     ):

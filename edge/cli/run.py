@@ -11,7 +11,7 @@ from edge.cli.common import json_option, load_engine, load_options, print_json, 
 from flashload.machine import format_bytes
 
 _DEFAULT_TOKENS = 256
-_LOAD = ("memory", "context", "threads", "device", "weights", "io")
+_LOAD = ("memory", "context", "threads", "device", "weights", "io", "draft")
 
 
 @click.command("run")
@@ -24,11 +24,19 @@ _LOAD = ("memory", "context", "threads", "device", "weights", "io")
     "--file", "prompt_file", type=click.File("r"), help="Read the prompt from a file (- for stdin)."
 )
 @load_options
+@click.option("--draft", help="A smaller model of the same vocabulary, whose guesses speculation verifies.")
 @sampling_options
 @click.option("--logprobs", type=int, help="Report each token's log-probability and this many alternatives.")
+@click.option("--stats", is_flag=True, help="Say after the text what each phase and each drafter did.")
 @json_option
 def command(
-    model: str, prompt: str, prompt_file: Any, max_tokens: int | None, as_json: bool, **options: Any
+    model: str,
+    prompt: str,
+    prompt_file: Any,
+    max_tokens: int | None,
+    stats: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Continue PROMPT with MODEL (a pack, a GGUF file, a Hugging Face folder, or a shipped model's name)."""
     if prompt_file is not None:
@@ -52,6 +60,8 @@ def command(
             sys.stdout.flush()
         click.echo()
         click.echo(summary(last.stats, last.finish_reason or ""), err=True)
+        for line in [*engine.notes, *(details(last.stats) if stats else [])]:
+            click.echo(f"[{line}]", err=True)
 
 
 def _print_result(engine: Any, first: Any, chunks: Any) -> None:
@@ -69,6 +79,7 @@ def _print_result(engine: Any, first: Any, chunks: Any) -> None:
         "threads": engine.plan.threads,
         "plan": engine.plan.to_dict(),
         "memory_by_use": engine.stats()["by_tag"],
+        "notes": list(engine.notes),
     }
     if any(logprobs):
         result["logprobs"] = [
@@ -85,3 +96,21 @@ def summary(stats: dict[str, Any], reason: str) -> str:
         f"of {format_bytes(stats['budget_bytes'])} | flash {format_bytes(stats['flash_bytes_per_token'])}/token "
         f"| {stats['placement']} | seed {stats['seed']}]"
     )
+
+
+def details(stats: dict[str, Any]) -> list[str]:
+    """What each phase and each drafter did, a line each."""
+    spent = stats["speculation"]
+    lines = [
+        f"prompt: {stats['prompt_tokens']} tokens, {stats['reused_tokens']} of them known, "
+        f"{stats['prefill_seconds']:.3f} s; decode: {stats['decode_seconds']:.3f} s, "
+        f"{spent['tokens_per_pass']:.2f} tokens a pass; load: {stats['load_seconds']:.2f} s",
+        f"speculation: {spent['passes']} passes over drafts, {spent['plain_passes']} over one token, "
+        f"{spent['saved_seconds']:+.3f} s saved",
+    ]
+    for name, found in spent["drafters"].items():
+        lines.append(
+            f"{name}: {found['accepted']} of {found['tried']} guesses accepted ({found['acceptance']:.0%}), "
+            f"{found['seconds']:.3f} s"
+        )
+    return lines

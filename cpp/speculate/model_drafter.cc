@@ -1,0 +1,161 @@
+#include "speculate/model_drafter.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "speculate/rejection.h"
+
+namespace edge {
+namespace {
+
+constexpr float kMasked = -std::numeric_limits<float>::infinity();
+// A second guess pays where the first is doubtful.
+constexpr double kSure = 0.8;
+// Tokens that a draft is drawn from under rejection: any distribution is right, as long as it is the one drawn from.
+constexpr size_t kDrawnFrom = 256;
+constexpr size_t kDrawnChildren = 2;
+
+}  // namespace
+
+Result<std::unique_ptr<ModelDrafter>> ModelDrafter::create(Decoder& decoder, KvPool& pool, int64_t context,
+                                                           int32_t vocab_size, Budget& budget) {
+  std::unique_ptr<ModelDrafter> drafter(new ModelDrafter(decoder, pool, context, vocab_size));
+  EDGE_ASSIGN(drafter->logits_, budget.reserve(static_cast<uint64_t>(vocab_size) * sizeof(float), "speculation"));
+  return drafter;
+}
+
+double ModelDrafter::prior(int i) const {
+  constexpr double kFirst[kLevels] = {0.15, 0.35, 0.5, 0.65, 0.8, 0.92};
+  constexpr double kSecond[kLevels] = {0.08, 0.15, 0.25, 0.35, 0.4, 0.4};
+  return i < kLevels ? kFirst[i] : kSecond[i - kLevels];
+}
+
+uint8_t ModelDrafter::source_of(double logprob, bool second) const {
+  constexpr double kUpTo[kLevels - 1] = {0.2, 0.4, 0.6, 0.8, 0.95};
+  const double probability = std::exp(logprob);
+  int level = 0;
+  while (level < kLevels - 1 && probability > kUpTo[level]) ++level;
+  return static_cast<uint8_t>(first_source() + level + (second ? kLevels : 0));
+}
+
+int64_t ModelDrafter::lag(std::span<const int32_t> text) const {
+  const size_t n = std::min({text.size(), tokens_.size()});
+  const size_t begin = std::min(static_cast<size_t>(n_agreed_), n);
+  const auto differ = std::mismatch(text.begin() + begin, text.begin() + n, tokens_.begin() + begin);
+  return static_cast<int64_t>(text.end() - differ.first);
+}
+
+Status ModelDrafter::pass(std::span<const int32_t> tokens, bool wants_logits) {
+  std::vector<int32_t> parents(tokens.size());
+  std::iota(parents.begin(), parents.end(), -1);
+  // A token that the draft model has no row for is read as another: its guesses are the worse for it, nothing else.
+  std::vector<int32_t> known(tokens.begin(), tokens.end());
+  for (int32_t& token : known) {
+    if (token >= decoder_.config().vocab_size) token = 0;
+  }
+  EDGE_TRY(decoder_.forward({known, parents}, kv_));
+  const int32_t last = static_cast<int32_t>(tokens.size()) - 1;
+  const Status status = decoder_.logits({&last, wants_logits ? size_t{1} : size_t{0}},
+                                        [&](size_t, std::span<float> logits) -> Status {
+                                          const size_t n = std::min(logits.size(), static_cast<size_t>(vocab_size_));
+                                          std::copy_n(logits.data(), n, logits_.as<float>());
+                                          std::fill(logits_.as<float>() + n, logits_.as<float>() + vocab_size_, kMasked);
+                                          return {};
+                                        });
+  if (!status.ok()) {
+    kv_.rollback();
+    return status;
+  }
+  decoder_.commit_all(kv_);
+  tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+  return {};
+}
+
+// Brings keys and values to the whole text; what was drafted and came true is kept.
+Status ModelDrafter::read(std::span<const int32_t> text) {
+  const int64_t n = static_cast<int64_t>(text.size());
+  // The last token is computed again if need be: its logits are what the first guess is drawn from.
+  const int64_t kept = std::min(n - lag(text), n - 1);
+  tokens_.resize(static_cast<size_t>(kept));
+  kv_.truncate(kept);
+  for (int64_t begin = kept; begin < n;) {
+    const int64_t rows = std::min(n - begin, decoder_.max_rows());
+    EDGE_TRY(pass(text.subspan(static_cast<size_t>(begin), static_cast<size_t>(rows)), begin + rows == n));
+    begin += rows;
+  }
+  n_agreed_ = n;
+  return {};
+}
+
+Status ModelDrafter::add_sampled(const DraftContext& context, int32_t node, std::span<const int32_t> text,
+                                 DraftTree& tree, int32_t* next) {
+  const std::span<float> logits(logits_.as<float>(), static_cast<size_t>(vocab_size_));
+  EDGE_ASSIGN(const SampledToken first, sampler_->sample(logits, text, text.size()));
+  *next = tree.add(node, first.token, source_of(first.logprob, false));
+  if (*next < 0 || context.acceptance == nullptr || std::exp(first.logprob) > kSure) return {};
+  logits[static_cast<size_t>(first.token)] = kMasked;
+  const auto second = sampler_->sample(logits, text, text.size());
+  // A bias or a filter may leave the first alone.
+  if (second.ok()) tree.add(node, second->token, source_of(second->logprob, true));
+  return {};
+}
+
+Status ModelDrafter::add_drawn(const DraftContext& context, int32_t node, std::span<const int32_t> text,
+                               DraftTree& tree, int32_t* next) {
+  const std::span<float> logits(logits_.as<float>(), static_cast<size_t>(vocab_size_));
+  EDGE_ASSIGN(std::span<TokenProbability> all, sampler_->distribution(logits, text, text.size()));
+  const size_t n = std::min(all.size(), kDrawnFrom);
+  std::partial_sort(all.begin(), all.begin() + static_cast<ptrdiff_t>(n), all.end(), [](const auto& a, const auto& b) {
+    return a.probability != b.probability ? a.probability > b.probability : a.token < b.token;
+  });
+  std::vector<TokenProbability> q(all.begin(), all.begin() + static_cast<ptrdiff_t>(n));
+  std::sort(q.begin(), q.end(), [](const auto& a, const auto& b) { return a.token < b.token; });
+  double total = 0;
+  for (const TokenProbability& one : q) total += one.probability;
+  for (TokenProbability& one : q) one.probability /= total;
+  const size_t n_children = context.acceptance == nullptr ? 1 : kDrawnChildren;
+  const std::vector<int32_t> tokens = draw_without_replacement(q, n_children, sampler_->config().seed, text.size());
+  tree.set_distribution(node, std::move(q));
+  // One source for all of a kind: what is verified must not depend on what was drawn.
+  *next = -1;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const int source = first_source() + kLevels / 2 + (i > 0 ? kLevels : 0);
+    const int32_t child = tree.add_drawn(node, tokens[i], static_cast<uint8_t>(source));
+    if (child < 0) break;
+    if (i == 0) *next = child;
+  }
+  return {};
+}
+
+Status ModelDrafter::propose(const DraftContext& context, DraftTree& tree) {
+  const int64_t n = static_cast<int64_t>(context.text.size());
+  const int64_t depth = std::min({context.depth, tree.limits().max_depth, context_ - n});
+  if (depth < 1) return {};
+  SamplingConfig config = context.sampler->config();
+  config.n_logprobs = 0;
+  if (sampler_ == nullptr || !(config == config_)) {
+    config_ = config;
+    sampler_ = std::make_unique<Sampler>(std::move(config), vocab_size_);
+  }
+  EDGE_TRY(read(context.text));
+  std::vector<int32_t> text(context.text.begin(), context.text.end());
+  int32_t node = 0;
+  double reach = 1;
+  for (int64_t i = 1;; ++i) {
+    int32_t next = -1;
+    EDGE_TRY(context.wants_distributions ? add_drawn(context, node, text, tree, &next)
+                                         : add_sampled(context, node, text, tree, &next));
+    if (next < 0 || i == depth) return {};
+    if (context.acceptance != nullptr && !context.wants_distributions) {
+      reach *= context.acceptance->rate(tree.source(next), i);
+      if (reach < context.least_reach) return {};
+    }
+    node = next;
+    text.push_back(tree.tokens()[static_cast<size_t>(node)]);
+    EDGE_TRY(pass({&text.back(), 1}, true));
+  }
+}
+
+}  // namespace edge

@@ -1,0 +1,54 @@
+// Drafts with a smaller model of the same vocabulary (Leviathan et al. 2023). It draws with the request's own sampler
+// and noise, so where the two models' distributions are close, so are their tokens.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "core/budget.h"
+#include "kv/kv_cache.h"
+#include "model/decoder.h"
+#include "speculate/drafter.h"
+
+namespace edge {
+
+class ModelDrafter final : public Drafter {
+ public:
+  // The draft model's parts must outlive the drafter. vocab_size: the target's; `context` tokens fit the draft's cache.
+  static Result<std::unique_ptr<ModelDrafter>> create(Decoder& decoder, KvPool& pool, int64_t context,
+                                                      int32_t vocab_size, Budget& budget);
+
+  const char* name() const override { return "draft"; }
+  void restart() override { n_agreed_ = 0; }
+  Status propose(const DraftContext& context, DraftTree& tree) override;
+  uint8_t n_sources() const override { return 2 * kLevels; }
+  double prior(int i) const override;
+  Sources chain_sources(int64_t) const override { return {first_source(), kLevels}; }
+  int64_t lag(std::span<const int32_t> text) const override;
+
+ private:
+  static constexpr int kLevels = 6;  // by the draft's own probability of its guess; then the same for second guesses
+
+  ModelDrafter(Decoder& decoder, KvPool& pool, int64_t context, int32_t vocab_size)
+      : decoder_(decoder), kv_(pool), context_(context), vocab_size_(vocab_size) {}
+
+  uint8_t source_of(double logprob, bool second) const;
+  Status pass(std::span<const int32_t> tokens, bool wants_logits);
+  Status read(std::span<const int32_t> text);
+  Status add_sampled(const DraftContext& context, int32_t node, std::span<const int32_t> text, DraftTree& tree,
+                     int32_t* next);
+  Status add_drawn(const DraftContext& context, int32_t node, std::span<const int32_t> text, DraftTree& tree,
+                   int32_t* next);
+
+  Decoder& decoder_;
+  KvCache kv_;
+  int64_t context_;
+  int32_t vocab_size_;
+  SamplingConfig config_;  // of the request, without reports
+  std::unique_ptr<Sampler> sampler_;
+  std::vector<int32_t> tokens_;  // those with keys and values
+  int64_t n_agreed_ = 0;         // of them known to be the text's
+  Block logits_;                 // [vocab_size], -inf where the draft's vocabulary ends before
+};
+
+}  // namespace edge

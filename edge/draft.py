@@ -1,0 +1,196 @@
+"""What speculation takes of the budget: a draft model of the same vocabulary, the model's own heads, look-up tables.
+
+None of it may cost the model its place: what would move weights to the drive, or does not fit, is left out with a note.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from edge.speculation import LOOKUP_WINDOW_TOKENS
+from flashload.errors import ArgumentError, BudgetError
+from flashload.format import TOKENIZER, PackFile
+from flashload.machine import format_bytes
+from flashload.plan import STREAM, Plan, make_plan, weights_of
+
+if TYPE_CHECKING:
+    from edge.loading import Host
+
+Progress = Callable[[int, int], None]
+PlanHost = Callable[["Host", int], Plan]
+
+#: Look-ups keep two positions in each of two tables for a token.
+_LOOKUP_TOKEN_BYTES = 16
+#: Rounding of blocks, and the state of a drafter.
+_SLACK_BYTES = 64 << 10
+#: The kernel charges a page table of 4 KiB for every 2 MiB.
+_PAGE_TABLE_SHARE = 512
+
+
+@dataclass(frozen=True)
+class DraftModel:
+    """A draft model's pack, closed again, and where its weights go.
+
+    Attributes:
+        options: what the core's engine is opened with.
+        bytes: its share of the budget.
+    """
+
+    name: str
+    options: dict[str, Any]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """What was found room for.
+
+    Attributes:
+        plan: the model's own, with ``host_bytes`` counting what follows.
+        core_bytes: tables and heads, in the model's own core.
+        draft: None when there is none, or no room for it.
+        medusa: whether the pack's heads may be loaded.
+        notes: one sentence for everything left out.
+    """
+
+    plan: Plan
+    core_bytes: int = 0
+    draft: DraftModel | None = None
+    medusa: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def _digest(pack: PackFile) -> str:
+    return hashlib.sha256(pack.read(TOKENIZER)).hexdigest()
+
+
+def _tokens(pack: PackFile) -> dict[str, int]:
+    """Token -> id, added ones included."""
+    tokenizer = json.loads(pack.vocab().tokenizer_json)
+    vocab = tokenizer["model"]["vocab"]
+    ids = dict(vocab) if isinstance(vocab, dict) else {entry[0]: i for i, entry in enumerate(vocab)}
+    return ids | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
+
+
+def check_vocabulary(target: PackFile, draft: PackFile) -> None:
+    """Proves that ids mean the same in both models.
+
+    Raises:
+        ArgumentError: they do not; names a token that differs.
+    """
+    if _digest(target) == _digest(draft):
+        return
+    ours, theirs = _tokens(target), _tokens(draft)
+    if ours == theirs:
+        return
+    token = min((t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)), key=repr)
+    raise ArgumentError(
+        f"draft: {draft.path}: expected the vocabulary of {target.path} ({len(ours)} tokens), found {len(theirs)} "
+        f"tokens of which {token!r:.40} is {theirs.get(token)}, not {ours.get(token)}"
+    )
+
+
+def open_draft(
+    target: PackFile,
+    draft: str | os.PathLike[str],
+    plan: Plan,
+    *,
+    weights: str,
+    io: str,
+    isa: str,
+    on_pack: Progress | None = None,
+) -> DraftModel:
+    """A draft model placed in memory whole.
+
+    Raises:
+        ArgumentError: no such model, or another vocabulary.
+    """
+    from edge.loading import open_pack
+
+    with open_pack(draft, weights=weights, on_pack=on_pack) as pack:
+        check_vocabulary(target, pack)
+        decoder = pack.config.to_json()
+        entries = weights_of(pack)
+        placed = make_plan(
+            entries,
+            decoder,
+            memory_bytes=1 << 60,
+            context=min(plan.context, decoder["max_positions"]),
+            threads=plan.threads,
+            host_bytes=0,
+        )
+        options = {
+            "pack_path": str(pack.path),
+            "decoder": decoder,
+            "placement": placed.placements,
+            "stream_order": [],
+            "ring_bytes": 0,
+            "demand_bytes": 0,
+            "neuron_slots": placed.neuron_slots,
+            "neuron_bytes": placed.neuron_bytes,
+            "neuron_staging_bytes": placed.neuron_staging_bytes,
+            "io_engine": io,
+            "threads": placed.threads,
+            "isa": isa,
+            "context": placed.context,
+            "max_rows": placed.max_rows,
+            "budget_bytes": placed.core_bytes,
+        }
+    taken = placed.core_bytes + placed.core_bytes // _PAGE_TABLE_SHARE
+    return DraftModel(str(draft), options, taken)
+
+
+def heads_bytes(pack: PackFile) -> int:
+    """What a pack's Medusa heads take in memory; 0 without any."""
+    stored = sum(w.stored_bytes for w in weights_of(pack) if w.name.startswith("medusa."))
+    n_heads = sum(name.startswith("medusa.") and name.endswith(".weight") for name in pack.entries)
+    return stored + 16 * (n_heads + 1) * pack.config.hidden_size + _SLACK_BYTES if n_heads else 0
+
+
+def reserve(host: Host, plan: Plan, replan: PlanHost, draft: DraftModel | None) -> Reserved:
+    """Finds room for a draft model, heads and look-up tables, in this order.
+
+    Args:
+        plan: of the model alone.
+        replan: plans a host for a context.
+    """
+    reserved = Reserved(plan)
+    taken = 0
+
+    def fits(n_bytes: int) -> Plan | None:
+        grown = replace(host, host_bytes=host.host_bytes + taken + n_bytes)
+        try:
+            found = replan(grown, plan.context)
+        except BudgetError:
+            return None
+        return None if plan.placement == "resident" != found.placement else found
+
+    if draft is not None:
+        if (found := fits(draft.bytes)) is not None:
+            taken += draft.bytes
+            reserved = replace(reserved, plan=found, draft=draft)
+        else:
+            reserved.notes.append(
+                f"draft {draft.name} left out: its {format_bytes(draft.bytes)} do not fit beside the model"
+            )
+    if n_bytes := heads_bytes(host.pack):
+        found = fits(n_bytes)
+        head = next((i for i, name in enumerate(host.pack.entries) if name == "head.weight"), None)
+        if head is None:
+            head = next(i for i, name in enumerate(host.pack.entries) if name == "embed.weight")
+        if found is not None and found.placements[head] != STREAM:
+            taken += n_bytes
+            reserved = replace(reserved, plan=found, medusa=True, core_bytes=reserved.core_bytes + n_bytes)
+        else:
+            reserved.notes.append(
+                f"Medusa heads left out: their {format_bytes(n_bytes)} and the output head do not fit in memory"
+            )
+    n_bytes = _LOOKUP_TOKEN_BYTES * min(2 * plan.context, LOOKUP_WINDOW_TOKENS) + 4096
+    if (found := fits(n_bytes)) is not None:
+        reserved = replace(reserved, plan=found, core_bytes=reserved.core_bytes + n_bytes)
+    return reserved
