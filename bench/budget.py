@@ -1,4 +1,4 @@
-"""Speed under a hard memory limit: ``python -m bench budget MODEL.gguf --budgets 75,50,25``.
+"""Speed under a hard memory limit: ``python -m bench budget MODEL.gguf --budgets 100,75,50,35,25``.
 
 Every system runs inside a memory cgroup of each size (page cache counts), from a cold cache; a run that the
 kernel kills is a result too. The drive's rate is measured before every run, and beside the figures stands
@@ -16,7 +16,7 @@ from typing import Any
 from bench import machine, peers, report
 from bench.cgroup import CgroupError, CgroupResult, cgroup_refusal, run_in_cgroup
 from bench.report import Spread
-from bench.weights import Weights
+from bench.weights import Weights, read_weights
 
 __all__ = ["CgroupError", "CgroupResult", "cgroup_refusal", "run_in_cgroup"]
 
@@ -44,14 +44,16 @@ def measure_point(
     drives: list[float] = []
     memories: list[float] = []
     warm_share = 0.0
+    files = sorted(request.model.glob("*.safetensors")) if request.model.is_dir() else [request.model]
+    largest = max(files, key=lambda file: file.stat().st_size)
     for number in range(rounds):
-        before = machine.drive_rate(request.model)["bytes_per_second"]
+        before = machine.drive_rate(largest)["bytes_per_second"]
         memories.append(machine.read_bandwidth(request.threads)["median"])
-        how = machine.drop_cache(request.model)
-        warm_share = max(warm_share, machine.cached_share(request.model))
+        how = ", ".join(sorted({machine.drop_cache(file) for file in files}))
+        warm_share = max(warm_share, *(machine.cached_share(file) for file in files))
         run = peers.run(system, request)
         runs.append(run)
-        drives.append(max(before, machine.drive_rate(request.model)["bytes_per_second"]))
+        drives.append(max(before, machine.drive_rate(largest)["bytes_per_second"]))
         print(f"{percent:g} %, {system}, run {number + 1}/{rounds}: {peers.brief(run)}", file=sys.stderr)
     done = [run.result for run in runs if run.result]
     drive, memory = Spread.of(drives), Spread.of(memories)
@@ -68,6 +70,10 @@ def measure_point(
         "survived": len(done),
         "killed": sum(isinstance(run.finished, CgroupResult) and run.finished.killed for run in runs),
         "outcome": "; ".join(failures) or "survived",
+        "neuron_mode": next(
+            (r.loaded["neuron_mode"] for r in runs if r.loaded and "neuron_mode" in r.loaded), ""
+        ),
+        "perplexity": report.spread_json([r["perplexity"] for r in done if r.get("perplexity")]),
         "exits": [run.finished.returncode for run in runs],
         "tokens_per_second": report.spread_json([r["decode_tokens_per_second"] for r in done]),
         "read_bytes_per_token": report.spread_json([r["read_bytes_per_token"] for r in done]),
@@ -95,13 +101,18 @@ def measure(
     tokens: int,
     rounds: int,
     timeout_seconds: float,
+    text: Path | None = None,
 ) -> dict[str, Any]:
-    """Every system at every limit; returns the document that ``--json`` prints."""
+    """Every system at every limit; returns the document that ``--json`` prints.
+
+    Args:
+        text: what edge's perplexity is measured on (models by neuron that were trained); None measures none.
+    """
     facts = machine.facts()
     vocab = min((entry.weights.vocab for entry in entries.values()), default=0)
     # One limit for all: percent of the model named, or of edge's pack where that is a folder.
-    sized = model if model.is_file() else next((entry.path for entry in entries.values()), None)
-    full_bytes = sized.stat().st_size if sized else 0
+    sized = None if model.is_file() else next(iter(entries.values()), None)
+    full_bytes = (sized.weights if sized else read_weights(model)).model_bytes if entries else 0
     points = []
     for percent in percents:
         for name, entry in entries.items():
@@ -113,6 +124,7 @@ def measure(
                 tokens,
                 limit_bytes=int(full_bytes * percent / 100),
                 timeout_seconds=timeout_seconds,
+                text=text if peers.SYSTEMS[name].package == "edge" and name != "naive" else None,
             )
             points.append(measure_point(name, request, entry.weights, percent, rounds))
     return {
@@ -131,11 +143,12 @@ def measure(
 
 def show(document: dict[str, Any]) -> None:
     rows = []
+    scored = any(p.get("perplexity") for p in document["points"])
     for p in document["points"]:
         rows.append(
             (
                 f"{p['percent']:g} % = {p['limit_bytes'] / 1e9:.2f} GB",
-                p["system"],
+                p["system"] + (" (lossy)" if p.get("neuron_mode") == "predictor" else ""),
                 f"{p['survived']}/{p['runs']}",
                 report.spread_text(p["tokens_per_second"]),
                 report.figure(p["ceiling_tokens_per_second"]),
@@ -144,6 +157,7 @@ def show(document: dict[str, Any]) -> None:
                 report.spread_text(p["peak_bytes"], 1e9),
                 report.spread_text(p["drive_bytes_per_second"], 1e9),
                 report.spread_text(p["foreign_cpus"]),
+                *([report.spread_text(p.get("perplexity"))] if scored else []),
             )
         )
     title = (
@@ -161,6 +175,7 @@ def show(document: dict[str, Any]) -> None:
         "peak GB",
         "drive GB/s",
         "others' cpus",
+        *(["perplexity"] if scored else []),
     )
     notes = [
         f"{p['percent']:g} %, {p['system']}: {p['outcome']}"
@@ -169,6 +184,10 @@ def show(document: dict[str, Any]) -> None:
     ]
     for name in dict.fromkeys(p["system"] for p in document["points"]):
         notes.append(f"{name}: {peers.SYSTEMS[name].says}")
+    if any(p.get("neuron_mode") == "predictor" for p in document["points"]):
+        notes.append(
+            "lossy: a predictor decides which neurons count, and leaves some out that the model would use"
+        )
     ahead = document["read_ahead_kib"]
     notes.append(f"kernel read-ahead of the drive: {'not known' if ahead is None else f'{ahead} KiB'}")
     emptied = {p["cache_emptied_by"] for p in document["points"]}
@@ -178,17 +197,28 @@ def show(document: dict[str, Any]) -> None:
     report.print_table(title, columns, rows, notes)
 
 
+def _is_synthetic(model: Path) -> bool:
+    from flashload.format import PackFile, is_pack
+
+    if not is_pack(model):
+        return False
+    with PackFile(model) as pack:
+        return "synthetic" in pack.metadata
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench budget", description=__doc__)
     peers.add_model_options(parser)
     parser.add_argument(
-        "--budgets", default="75,50,25", help="limits in percent of the file, separated by commas"
+        "--budgets", default="100,75,50,35,25", help="limits in percent of the file, separated by commas"
     )
     parser.add_argument("--systems", default="edge,llama.cpp-mmap", help=f"of {', '.join(peers.SYSTEMS)}")
+    parser.add_argument("--folder", type=Path, help="the Hugging Face folder for layer-streaming")
     parser.add_argument("--tokens", type=int, default=8, help="timed tokens per run")
     parser.add_argument("--prompt", type=int, default=8, help="prompt tokens per run")
     parser.add_argument("--runs", type=int, default=3, help="cold runs of each system at each limit")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a run is given up")
+    parser.add_argument("--text", type=Path, help="measure edge's perplexity on this file (trained models)")
     parser.add_argument("--json", action="store_true", help="JSON on standard output instead of a table")
     parser.add_argument("--save", action="store_true", help=f"keep JSON and a PNG in {report.OUT}")
     args = parser.parse_args(argv)
@@ -206,7 +236,11 @@ def main(argv: list[str] | None = None) -> int:
     if refusal := cgroup_refusal():
         print(f"bench budget: {refusal}", file=sys.stderr)
         return 3
-    entries, missing = peers.entries(args.model, systems, args.peer_model, args.weights)
+    if args.text and not args.text.is_file():
+        parser.error(f"--text: {args.text}: no such file")
+    if args.text and _is_synthetic(args.model):
+        parser.error(f"--text: {args.model} has random weights, whose perplexity means nothing")
+    entries, missing = peers.entries(args.model, systems, args.peer_model, args.weights, args.folder)
     if not entries:
         return 1  # each one's reason is already on standard error
     document = measure(
@@ -219,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         args.tokens,
         args.runs,
         args.timeout,
+        args.text,
     )
     if args.json:
         print(json.dumps(document, indent=2))

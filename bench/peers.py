@@ -1,7 +1,8 @@
 """The systems that are timed, each in a process of its own, and how one run of one of them is asked for.
 
-``edge`` runs in this interpreter; llama.cpp (through llama-cpp-python) in the one that ``EDGE_PEER_PYTHON``
-names, this one by default. A system that is not installed costs one line, never the rest of a comparison.
+``edge`` and the naive baseline run in this interpreter; llama.cpp (through llama-cpp-python) in the one that
+``EDGE_PEER_PYTHON`` names, torch in that of ``EDGE_TORCH_PYTHON``, this one by default. A system that is not installed
+costs one line, never the rest of a comparison.
 """
 
 from __future__ import annotations
@@ -26,28 +27,59 @@ _CHILDREN = Path(__file__).resolve().parent / "children"
 
 @dataclass(frozen=True)
 class System:
-    """How one contestant is started: child script, whether another interpreter runs it, its own options."""
+    """How one contestant is started: child script, the package its interpreter must have, its own options.
+
+    ``lossy`` ones may leave out what a predictor calls inactive: their text is not that of the whole model.
+    """
 
     child: str
-    peer: bool
+    package: str
     options: dict[str, Any] = field(default_factory=dict)
     says: str = ""
+    lossy: bool = False
 
+
+#: Tokens of context, and so of text, where a perplexity is asked for.
+_TEXT_TOKENS = 512
+
+#: Environment variables that name another interpreter than this one, by package.
+_INTERPRETERS = {"llama_cpp": "EDGE_PEER_PYTHON", "torch": "EDGE_TORCH_PYTHON"}
 
 SYSTEMS = {
-    "edge": System("edge_decode.py", False, says="its own placement inside the limit"),
+    "edge": System(
+        "edge_decode.py",
+        "edge",
+        {"predictor": "auto"},
+        "its own placement inside the limit; a sparse model's predictor may decide where memory is short",
+        lossy=True,
+    ),
+    "edge-exact": System(
+        "edge_decode.py", "edge", {"predictor": "off"}, "the same, and the text is that of the whole model"
+    ),
     "llama.cpp": System(
         "llama_cpp_decode.py",
-        True,
+        "llama_cpp",
         {"load_mode": "mmap", "repack": True},
         "default: mmap, weights repacked into RAM",
     ),
     "llama.cpp-mmap": System(
-        "llama_cpp_decode.py", True, {"load_mode": "mmap", "repack": False}, "mmap, repacking off"
+        "llama_cpp_decode.py", "llama_cpp", {"load_mode": "mmap", "repack": False}, "mmap, repacking off"
     ),
-    "llama.cpp-none": System("llama_cpp_decode.py", True, {"load_mode": "none", "repack": True}, "no mmap"),
+    "llama.cpp-none": System(
+        "llama_cpp_decode.py", "llama_cpp", {"load_mode": "none", "repack": True}, "no mmap"
+    ),
     "llama.cpp-direct": System(
-        "llama_cpp_decode.py", True, {"load_mode": "direct", "repack": True}, "O_DIRECT load"
+        "llama_cpp_decode.py", "llama_cpp", {"load_mode": "direct", "repack": True}, "O_DIRECT load"
+    ),
+    "naive": System(
+        "naive_reload.py",
+        "edge",
+        says="baseline: every weight read again for each token, one after the other",
+    ),
+    "layer-streaming": System(
+        "layer_streaming.py",
+        "torch",
+        says="as accelerate's disk offload and airllm do it: each layer loaded into torch, run and dropped",
     ),
 }
 
@@ -56,7 +88,7 @@ SYSTEMS = {
 class Request:
     """One run: a prompt of random ids (the same for every system and run), then greedy decoding.
 
-    ``limit_bytes`` 0 means no memory limit.
+    ``limit_bytes`` 0 means no memory limit; of ``text``, a file, edge gives the perplexity too.
     """
 
     model: Path
@@ -67,9 +99,10 @@ class Request:
     seed: int = 1
     limit_bytes: int = 0
     timeout_seconds: float = 1800.0
+    text: Path | None = None
 
     def json(self, options: dict[str, Any]) -> str:
-        keys = {
+        keys: dict[str, Any] = {
             "model": str(self.model.resolve()),
             "threads": self.threads,
             "vocab": self.vocab,
@@ -77,8 +110,10 @@ class Request:
             "tokens": self.tokens,
             "seed": self.seed,
             "limit_bytes": self.limit_bytes,
-            "context": self.prompt_tokens + self.tokens + 16,
+            "context": max(self.prompt_tokens + self.tokens + 16, _TEXT_TOKENS if self.text else 0),
         }
+        if self.text:
+            keys["text"] = str(self.text.resolve())
         return json.dumps(keys | options)
 
 
@@ -101,18 +136,18 @@ class Run:
 
 
 def interpreter(system: System) -> str:
-    return os.environ.get("EDGE_PEER_PYTHON", sys.executable) if system.peer else sys.executable
+    return os.environ.get(_INTERPRETERS.get(system.package, ""), sys.executable)
 
 
 def absent(name: str) -> str | None:
     """Why a system cannot take part, in one line; None when it can."""
     system = SYSTEMS[name]
-    package = "llama_cpp" if system.peer else "edge"
     python = interpreter(system)
-    call = "load" if package == "edge" else "llama_decode"
+    call = {"edge": "edge.load", "llama_cpp": "llama_cpp.llama_decode", "torch": "torch.nn"}[system.package]
+    imports = "torch, safetensors.torch" if system.package == "torch" else system.package
     try:
         done = subprocess.run(
-            [python, "-c", f"import {package}; {package}.{call}"],
+            [python, "-c", f"import {imports}; {call}"],
             capture_output=True,
             text=True,
             env=environment(system),
@@ -123,13 +158,14 @@ def absent(name: str) -> str | None:
     if done.returncode == 0:
         return None
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    hint = "; EDGE_PEER_PYTHON names an interpreter that has it" if system.peer else ""
+    variable = _INTERPRETERS.get(system.package)
+    hint = f"; {variable} names an interpreter that has it" if variable else ""
     return f"{name}: not available to {python}: {last}{hint}"
 
 
 def environment(system: System) -> dict[str, str]:
     env = dict(os.environ)
-    if not system.peer:
+    if system.package == "edge":
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
     else:
         env.pop("PYTHONPATH", None)
@@ -166,8 +202,19 @@ def _peer_entry(model: Path) -> Entry:
     return Entry(model, read_weights(model))
 
 
+def _folder_entry(model: Path, folder: Path | None) -> Entry:
+    found = folder or model
+    if not found.is_dir():
+        raise ValueError("needs a Hugging Face folder of the same shape; --folder names one")
+    return Entry(found, read_weights(found))
+
+
 def entries(
-    model: Path, systems: Iterable[str], peer_model: Path | None = None, pack_weights: str = "keep"
+    model: Path,
+    systems: Iterable[str],
+    peer_model: Path | None = None,
+    pack_weights: str = "keep",
+    folder: Path | None = None,
 ) -> tuple[dict[str, Entry], dict[str, str]]:
     """What each system runs, and why the others cannot take part (one line each).
 
@@ -175,6 +222,7 @@ def entries(
         model: a GGUF file, or for edge also a pack or a Hugging Face folder.
         peer_model: the GGUF file for the peers, where ``model`` is none.
         pack_weights: how edge packs a checkpoint (``weights`` of ``edge.load``).
+        folder: the Hugging Face folder for layer streaming, where ``model`` is none.
     """
     present: dict[str, Entry] = {}
     missing: dict[str, str] = {}
@@ -182,8 +230,11 @@ def entries(
         why = absent(name)
         if why is None:
             try:
-                if name == "edge":
+                package = SYSTEMS[name].package
+                if package == "edge":
                     present[name] = _edge_entry(model, pack_weights)
+                elif package == "torch":
+                    present[name] = _folder_entry(model, folder)
                 else:
                     present[name] = _peer_entry(peer_model or model)
             except (ValueError, OSError) as error:

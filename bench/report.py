@@ -130,6 +130,20 @@ def plot_speed_over_memory(document: dict[str, Any], path: Path) -> None:
             above = [r["high"] - r["median"] for r in rates]
             x = [p["limit_bytes"] / 1e9 for p in alive]
             axes.errorbar(x, middle, yerr=(below, above), marker="o", capsize=3, label=system, color=colour)
+            lossy = [
+                (a, b)
+                for a, b, p in zip(x, middle, alive, strict=True)
+                if p.get("neuron_mode") == "predictor"
+            ]
+            if lossy:
+                axes.plot(
+                    *zip(*lossy, strict=True),
+                    "o",
+                    ms=9,
+                    mfc="none",
+                    color=colour,
+                    label="lossy: a predictor decides",
+                )
         if dead:
             axes.plot(
                 dead,

@@ -50,6 +50,7 @@ SHAPES = {
         Shape("tiny", "llama", 512, 256, 512, 2, 4, 2, 256, 64),
         Shape("tiny-moe", "llama", 512, 256, 256, 2, 4, 2, 256, 64, 4, 2),
         Shape("tiny-opt", "opt", 512, 256, 512, 2, 4, 4, 256, 64, tokenizer="bpe"),
+        Shape("small-opt", "opt", 512, 512, 2048, 2, 4, 4, 512, 128, tokenizer="bpe"),
         Shape("tiny-qwen3moe", "qwen3moe", 512, 256, 256, 2, 4, 2, 256, 64, 8, 2, 1e-6, 1e6, "bpe"),
     )
 }

@@ -127,9 +127,27 @@ def write_model(path: Path, shape: shapes.Shape, mix: str, *, as_mpt: bool = Fal
     return path.stat().st_size
 
 
+def _sparse(args: argparse.Namespace, shape: shapes.Shape) -> int:
+    """Writes a pack by neuron (one that is there is only checked), and prints its statistics with ``--check``."""
+    from bench import sparse_check, synth_sparse
+
+    if not (args.check and args.out.exists()):
+        start = time.perf_counter()
+        size = synth_sparse.write_sparse(args.out, shape, args.format, args.seed)
+        _told(args.out, size, time.perf_counter() - start)
+    if args.check:
+        sparse_check.show(args.out, sparse_check.check(args.out, args.check))
+    return 0
+
+
+def _told(path: Path, size: int, seconds: float) -> None:
+    print(f"{path}: {size / 1e9:.2f} GB in {seconds:.1f} s ({size / seconds / 1e6:.0f} MB/s)")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench synth", description=__doc__)
-    parser.add_argument("name", choices=shapes.SHAPES)
+    sparse = {f"{name}-sparse": name for name, shape in shapes.SHAPES.items() if shape.arch == "opt"}
+    parser.add_argument("name", choices=[*shapes.SHAPES, *sparse])
     parser.add_argument("--type", dest="mix", choices=shapes.MIXES, help="q4_0 by default; f16 for a folder")
     parser.add_argument("--out", type=Path, required=True, help="a GGUF file; for OPT a Hugging Face folder")
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
@@ -138,8 +156,21 @@ def main(argv: list[str] | None = None) -> int:
         "--active", type=float, default=0.5, help="share of OPT neurons that fire (0.03 is typical)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--format", choices=("q4", "f16"), default="q4", help="of a -sparse model's pack")
+    parser.add_argument(
+        "--check",
+        type=int,
+        nargs="?",
+        const=192,
+        metavar="TOKENS",
+        help="measure a -sparse model's activations over so many tokens (192); a file that is there is not written",
+    )
     args = parser.parse_args(argv)
-    shape = shapes.with_layers(shapes.SHAPES[args.name], args.layers)
+    shape = shapes.with_layers(shapes.SHAPES[sparse.get(args.name, args.name)], args.layers)
+    if args.name in sparse:
+        return _sparse(args, shape)
+    if args.check:
+        parser.error("--check: only for -sparse models")
     if args.as_mpt and shape.arch != "opt":
         parser.error("--as-mpt: only for OPT shapes")
     if not 0 < args.active < 1:
@@ -153,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         mix = args.mix or "q4_0"
         size = write_model(args.out, shape, mix, as_mpt=args.as_mpt, seed=args.seed)
     seconds = time.perf_counter() - start
-    print(f"{args.out}: {size / 1e9:.2f} GB in {seconds:.1f} s ({size / seconds / 1e6:.0f} MB/s)")
+    _told(args.out, size, seconds)
     return 0
 
 

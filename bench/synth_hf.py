@@ -34,14 +34,8 @@ def _config(shape: shapes.Shape, end: int) -> dict[str, object]:
     }
 
 
-def write_opt_folder(folder: Path, shape: shapes.Shape, *, active: float = 0.5, seed: int = 0) -> int:
-    """Writes config, vocabulary and one f16 safetensors file; returns that file's bytes.
-
-    Args:
-        active: share of FFN neurons that fire per token, set through the bias under the ReLU (trained OPT
-            models: about 0.03; 0.5 leaves the bias at zero).
-        seed: of the random bits.
-    """
+def write_opt_settings(folder: Path, shape: shapes.Shape) -> None:
+    """Writes config.json and the vocabulary files of an OPT folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens, merges, _, end = shapes.byte_bpe_vocab(shape.vocab)
     token = tokens[end]
@@ -60,6 +54,16 @@ def write_opt_folder(folder: Path, shape: shapes.Shape, *, active: float = 0.5, 
         (folder / name).write_text(json.dumps(content))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
 
+
+def write_opt_folder(folder: Path, shape: shapes.Shape, *, active: float = 0.5, seed: int = 0) -> int:
+    """Writes config, vocabulary and one f16 safetensors file; returns that file's bytes.
+
+    Args:
+        active: share of FFN neurons that fire per token, set through the bias under the ReLU (trained OPT
+            models: about 0.03; 0.5 leaves the bias at zero).
+        seed: of the random bits.
+    """
+    write_opt_settings(folder, shape)
     # A pre-activation is about normal with deviation 1: rows of deviation 1/sqrt(d) times a normalised input.
     plan = list(shapes.opt_tensors(shape, NormalDist().inv_cdf(active)))
     header: dict[str, object] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ class Weights:
         active_expert_bytes: of the experts one token uses.
         table_bytes: of embedding tables, of which a token reads one row.
         vocab: tokens in the vocabulary.
+        extra_bytes: of gate copies, predictors and draft heads, which a run with memory for all does not load.
     """
 
     file_bytes: int
@@ -25,6 +27,12 @@ class Weights:
     active_expert_bytes: int
     table_bytes: int
     vocab: int
+    extra_bytes: int = 0
+
+    @property
+    def model_bytes(self) -> int:
+        """What memory limits are percent of: the file without what a plain run does not load."""
+        return self.file_bytes - self.extra_bytes
 
     @property
     def token_bytes(self) -> int:
@@ -44,11 +52,13 @@ class Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """Accounts for every tensor of a GGUF file or a pack, from its header alone.
+    """Accounts for every tensor of a GGUF file, a pack or a Hugging Face folder, from the headers alone.
 
     Raises:
-        ValueError: a file of another kind.
+        ValueError: a file of another kind, or a folder without safetensors.
     """
+    if path.is_dir():
+        return _from_folder(path)
     with open(path, "rb") as file:
         magic = file.read(8)
     if magic[:4] == b"GGUF":
@@ -94,17 +104,20 @@ def _from_gguf(path: Path) -> Weights:
 
 def _from_pack(path: Path) -> Weights:
     from flashload.format import PackFile
+    from flashload.plan_neurons import is_extra
     from quant.formats import WeightFormat
 
     with PackFile(path) as pack:
         config = pack.config
         tied = "head.weight" not in pack.entries
         rows = {"embed.position"} | (set() if tied else {"embed.weight"})
-        always = experts = tables = 0
+        always = experts = tables = extra = 0
         for name, entry in pack.entries.items():
             if entry.format == WeightFormat.BYTES:
                 continue
-            if entry.expert >= 0:
+            if is_extra(name) or name.endswith(".neurons.gates"):
+                extra += entry.stored_bytes
+            elif entry.expert >= 0:
                 experts += entry.bytes
             elif name in rows:
                 tables += entry.bytes
@@ -118,4 +131,28 @@ def _from_pack(path: Path) -> Weights:
         active_expert_bytes=experts * config.experts_per_token // n_experts if n_experts else 0,
         table_bytes=tables,
         vocab=config.vocab_size,
+        extra_bytes=extra,
     )
+
+
+def _from_folder(folder: Path) -> Weights:
+    """A dense model's folder: vectors are small enough to leave out."""
+    config = json.loads((folder / "config.json").read_text())
+    always = tables = total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name.startswith("edge_"):
+            continue
+        total += path.stat().st_size
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        names = {name for name in header if name != "__metadata__" and len(header[name]["shape"]) == 2}
+        untied = any("lm_head" in name for name in names)
+        for name in names:
+            begin, end = header[name]["data_offsets"]
+            if "position" in name or (untied and "embed" in name):
+                tables += end - begin
+            else:
+                always += end - begin
+    if not total:
+        raise ValueError(f"{folder}: expected safetensors files, found none")
+    return Weights(total, always, 0, 0, tables, int(config["vocab_size"]))

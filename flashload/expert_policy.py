@@ -42,7 +42,7 @@ class Trace:
 
 
 class Policy(Protocol):
-    """Says what to drop; sees each visit before anything is dropped for it."""
+    """Says what to drop; sees each visit (one token in one layer) before anything is dropped for it."""
 
     def visit(self, layer: int, chosen: Sequence[int]) -> None: ...
 
@@ -156,6 +156,7 @@ class ExpertPolicy:
         #: newest first
         self._choices = np.zeros((layers, self.HISTORY, experts))
         self._n_visits = np.zeros(layers, dtype=np.int64)
+        self._n_tokens = np.zeros(layers, dtype=np.int64)
         self._here = 0
         #: per lag: how much the layers just visited chose as they did `lag` tokens before
         self._alike = np.zeros(self.HISTORY)
@@ -165,23 +166,27 @@ class ExpertPolicy:
         gap = lags[None, :] - lags[:, None]
         self._following = np.where(gap >= 1, self.FOLLOW_DECAY ** np.maximum(gap - 1, 0), 0.0)
 
-    def visit(self, layer: int, chosen: Sequence[int]) -> None:
+    def visit(
+        self, layer: int, chosen: Sequence[int], rows: Sequence[int] | None = None, n_rows: int = 1
+    ) -> None:
+        """What a batch of ``n_rows`` tokens chose in a layer, and how many of them chose each (None: one)."""
         self._here = layer
         picked = list(chosen)
-        self._recent[layer] *= self.RECENT_DECAY
-        self._rate[layer] *= self.RATE_DECAY
-        self._recent[layer, picked] += 1 - self.RECENT_DECAY
-        self._rate[layer, picked] += 1 - self.RATE_DECAY
+        share = np.ones(len(picked)) / n_rows if rows is None else np.array(rows) / n_rows
+        for uses, decay in ((self._recent, self.RECENT_DECAY), (self._rate, self.RATE_DECAY)):
+            uses[layer] *= decay**n_rows
+            uses[layer, picked] += (1 - decay**n_rows) * share
         choices = self._choices[layer]
         choices[1:] = choices[:-1]
         choices[0] = 0
         choices[0, picked] = 1
         self._n_visits[layer] += 1
-        n = int(self._n_visits[layer])
+        self._n_tokens[layer] += n_rows
+        n = int(self._n_tokens[layer])
         self._chance[layer] = (
             self.RECENT_SHARE * self._recent[layer] / (1 - self.RECENT_DECAY**n)
             + self.RATE_SHARE * self._rate[layer] / (1 - self.RATE_DECAY**n)
-            + self.FOLLOW_SHARE * self._follow(choices, n)
+            + self.FOLLOW_SHARE * self._follow(choices, int(self._n_visits[layer]))
         )
 
     def _follow(self, choices: Array, n_visits: int) -> Array:

@@ -198,7 +198,7 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     def go(code: str, **request: Any) -> peers.Run:
         script = tmp_path / "child.py"
         script.write_text(code)
-        monkeypatch.setitem(peers.SYSTEMS, "pretend", peers.System(str(script), False, {"extra": 1}))
+        monkeypatch.setitem(peers.SYSTEMS, "pretend", peers.System(str(script), "edge", {"extra": 1}))
         return peers.run("pretend", peers.Request(tmp_path, 2, 100, **request))
 
     return go
@@ -371,8 +371,8 @@ def point(system: str, limit: int, rate: float | None) -> dict[str, Any]:
     }
 
 
-def test_budget_report_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    document = {
+def document_of(points: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "machine": machine.facts(),
         "model": "m.gguf",
         "full_bytes": 1000,
@@ -380,13 +380,13 @@ def test_budget_report_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[
         "prompt_tokens": 8,
         "tokens": 8,
         "read_ahead_kib": 128,
-        "points": [
-            point("edge", 500, 2.0),
-            point("edge", 750, 3.0),
-            point("llama.cpp", 500, None),
-            point("llama.cpp-mmap", 750, 0.5),
-        ],
+        "points": points,
     }
+
+
+def test_budget_report_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = [point("edge", 500, 2.0) | {"neuron_mode": "predictor"}, point("edge", 750, 3.0)]
+    document = document_of([*points, point("llama.cpp", 500, None), point("llama.cpp-mmap", 750, 0.5)])
     budget.show(document)
     out = capsys.readouterr().out
     assert "0/2" in out and "50 %, llama.cpp: killed for memory while loading" in out and "128 KiB" in out

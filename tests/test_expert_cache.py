@@ -85,7 +85,7 @@ def routing(n_tokens: int, top: int = 2, seed: int = 0) -> list[tuple[int, tuple
         for layer in range(LAYERS):
             if choose.random() < 0.05:
                 favourites[layer] = choose.sample(range(EXPERTS), 4)
-            pool = favourites[layer] if choose.random() < 0.8 else range(EXPERTS)
+            pool = favourites[layer] if top <= 4 and choose.random() < 0.8 else range(EXPERTS)
             visits.append((layer, tuple(choose.sample(list(pool), top))))
     return visits
 
@@ -170,6 +170,21 @@ def test_fewer_misses_than_least_recently_used(path: str) -> None:
         visit(store, layer, list(chosen))
     stats = store.stats()
     assert stats["hits"] / (stats["hits"] + stats["misses"]) > simulate(trace, 9, Lru(trace)) + 0.02
+
+
+def test_a_prompt_tells_how_often_each_expert_was_chosen(path: str) -> None:
+    """A chunk of 20 rows chose all of a layer's experts, half of them once: those make way."""
+    rows = [9, 1, 1, 9, 1, 9, 9, 1]
+    store = open_store(path, EXPERTS)
+    all_of_it = [weight for expert in range(EXPERTS) for weight in weights(0, expert)]
+    store.expect(all_of_it, [n for n in rows for _ in range(PARTS)], 20)
+    for expert in range(EXPERTS):
+        take(store, 0, expert)
+    visit(store, 1, [0, 1, 2, 3])
+    before = store.stats()["misses"]
+    for expert in (0, 3, 5, 6):
+        take(store, 0, expert)
+    assert store.stats()["misses"] == before
 
 
 def test_the_working_set_is_told(path: str) -> None:

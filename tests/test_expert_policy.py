@@ -136,6 +136,17 @@ def test_worth_is_finite_and_negative() -> None:
         assert worth.shape == (27,) and np.isfinite(worth).all() and (worth < 0).all()
 
 
+def test_a_batch_counts_as_its_rows() -> None:
+    """Shares of a chunk of rows are what the rows one by one come to, but for their order."""
+    trace = made_up(1, n_layers=1, n_experts=4)
+    chunk, rows = ExpertPolicy(trace), ExpertPolicy(trace)
+    chunk.visit(0, [0, 1, 2], [12, 6, 6], 12)
+    for n in range(12):
+        rows.visit(0, [0, 1 + n % 2])
+    assert np.argsort(chunk.worth())[::-1][0] == np.argsort(rows.worth())[::-1][0] == 0
+    assert chunk.worth()[3] < min(chunk.worth()[:3])
+
+
 # Recorded traces
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import sys
@@ -20,12 +21,22 @@ def read_bytes() -> int:
         return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
+def perplexity(engine: Any, path: str) -> float:
+    """Of as much of a text as the context holds; a token's chances are those after all tokens before it."""
+    with open(path, encoding="utf-8") as file:
+        ids = engine.tokenizer.encode(file.read(1 << 16))[: engine.plan.context]
+    scores = [score for score in engine.score(ids) if score is not None]
+    return math.exp(-sum(scores) / len(scores))
+
+
 def main() -> None:
     request = json.loads(sys.argv[1])
-    # model, threads, context, prompt_tokens, tokens, seed, limit_bytes (0 = none)
+    # model, threads, context, prompt_tokens, tokens, seed, limit_bytes (0 = none), predictor ("auto" or "off")
     import edge
 
     options: dict[str, Any] = {"threads": request["threads"], "context": request["context"]}
+    if "predictor" in request:
+        options["predictor"] = request["predictor"]
     if request["limit_bytes"]:
         options |= {"memory": request["limit_bytes"], "whole_process": True}
     start = time.perf_counter()
@@ -35,6 +46,8 @@ def main() -> None:
         seconds=time.perf_counter() - start,
         version=getattr(edge, "__version__", "unknown"),
         read_bytes=read_bytes(),
+        placement=engine.plan.placement,
+        neuron_mode=engine.plan.neuron_mode,
     )
     numbers = random.Random(request["seed"])
     # Ids every vocabulary here has; the first three are control tokens in many of them.
@@ -64,6 +77,7 @@ def main() -> None:
         read_bytes_per_token=max(0, read_bytes() - before - prefill_bytes) / request["tokens"],
         tokens=list(completion.tokens),
         info=json.dumps(stats, default=str),
+        perplexity=perplexity(engine, request["text"]) if request.get("text") else None,
     )
     os._exit(0)
 

@@ -123,8 +123,11 @@ class StoreTest {
   }
 
   void prefetch(WeightId weight, const std::vector<int32_t>& rows) { store_->prefetch(weight, rows); }
-  void expect(const std::vector<WeightId>& weights) {
-    without_gil([&] { store_->expect(weights); });
+  // rows: of each weight; empty = one each.
+  void expect(const std::vector<WeightId>& weights, const std::vector<int32_t>& rows, int64_t n_rows) {
+    std::vector<ExpectedWeight> expected;
+    for (size_t i = 0; i < weights.size(); ++i) expected.push_back({weights[i], i < rows.size() ? rows[i] : 1});
+    without_gil([&] { store_->expect(expected, n_rows); });
   }
   size_t first_ready(const std::vector<WeightId>& weights) {
     return without_gil([&] { return store_->first_ready(weights); });
@@ -239,7 +242,8 @@ void bind(py::module_& module) {
            py::keep_alive<0, 1>())
       .def("bytes", &StoreTest::bytes, py::arg("lease"), py::arg("n_rows") = 0)
       .def("prefetch", &StoreTest::prefetch, py::arg("weight"), py::arg("rows") = std::vector<int32_t>())
-      .def("expect", &StoreTest::expect, py::arg("weights"))
+      .def("expect", &StoreTest::expect, py::arg("weights"), py::arg("rows") = std::vector<int32_t>(),
+           py::arg("n_rows") = 1)
       .def("first_ready", &StoreTest::first_ready, py::arg("weights"))
       .def("rewind", &StoreTest::rewind)
       .def("stats", &StoreTest::stats)

@@ -72,17 +72,19 @@ Status Decoder::mixture(const LayerWeights& layer, const float* x) {
     int64_t expert, first_slot;
   };
   std::vector<Chosen> experts;
-  std::vector<WeightId> weights, gates;
+  std::vector<ExpectedWeight> weights;
+  std::vector<WeightId> gates;
   int64_t n_slots = 0;
   for (int64_t e = 0; e < n_experts; ++e) {
     if (chosen[e].empty()) continue;
     const ExpertWeights& expert = layer.experts[static_cast<size_t>(e)];
-    weights.insert(weights.end(), {expert.gate, expert.up, expert.down});
+    const auto n = static_cast<int32_t>(chosen[e].size());
+    weights.insert(weights.end(), {{expert.gate, n}, {expert.up, n}, {expert.down, n}});
     gates.push_back(expert.gate);
     experts.push_back({e, n_slots});
-    n_slots += static_cast<int64_t>(chosen[e].size());
+    n_slots += n;
   }
-  store_.expect(weights);
+  store_.expect(weights, n_rows_);
 
   const auto run = [&](int64_t e, float* out) -> Status {
     const std::vector<Choice>& rows = chosen[static_cast<size_t>(e)];

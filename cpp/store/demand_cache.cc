@@ -210,13 +210,13 @@ void DemandCache::prefetch(WeightId weight, RowSet rows) {
   if (start(record, /*demanded=*/false).ok() && !pump().ok()) return;
 }
 
-void DemandCache::expect(std::span<const WeightId> weights) {
+void DemandCache::expect(std::span<const ExpectedWeight> weights, int64_t n_rows) {
   ++expectation_;
   expected_.clear();
-  std::vector<int32_t> chosen;
+  std::vector<ExpertUse> chosen;
   uint64_t chosen_bytes = 0;
   int layer = -1;
-  for (const WeightId weight : weights) {
+  for (const auto& [weight, weight_rows] : weights) {
     if (weight < 0 || static_cast<size_t>(weight) >= directory_.entries().size()) continue;
     const Record record = record_of(weight);
     if (const auto known = by_first_.find(record.first); known != by_first_.end()) {
@@ -228,12 +228,13 @@ void DemandCache::expect(std::span<const WeightId> weights) {
     const int expert = directory_.entry(weight).expert;
     if (policy_layer(weight) < 0 || (!chosen.empty() && policy_layer(weight) != layer)) continue;
     layer = policy_layer(weight);
-    if (std::find(chosen.begin(), chosen.end(), expert) != chosen.end()) continue;
-    chosen.push_back(expert);
+    const auto is_it = [&](const ExpertUse& use) { return use.expert == expert; };
+    if (std::any_of(chosen.begin(), chosen.end(), is_it)) continue;
+    chosen.push_back({expert, weight_rows});
     chosen_bytes += record.bytes;
   }
   if (!chosen.empty()) {
-    policy_->visit(layer, chosen);
+    policy_->visit(layer, chosen, n_rows);
     pass_bytes_ = (layer > last_layer_ ? pass_bytes_ : 0) + chosen_bytes;
     last_layer_ = layer;
     if (layer + 1 == policy_->n_layers()) pass_expert_bytes_ = pass_bytes_;

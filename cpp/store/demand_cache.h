@@ -35,7 +35,7 @@ class DemandCache final : public WeightStore {
   // Rows: nothing; a row is one short read.
   void prefetch(WeightId weight, RowSet rows) override;
   Result<Lease> acquire(WeightId weight, RowSet rows) override;
-  void expect(std::span<const WeightId> weights) override;
+  void expect(std::span<const ExpectedWeight> weights, int64_t n_rows) override;
   size_t first_ready(std::span<const WeightId> weights) override;
   // A hit is an acquire that needed no read, a miss one whose bytes were read for it, waited for or not.
   StoreStats stats() const override;

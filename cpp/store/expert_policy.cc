@@ -9,8 +9,8 @@ namespace edge {
 namespace {
 
 // Found by simulation over recorded traces of three models (bench/experts.py); flat around these values.
-constexpr double kRecentDecay = 0.5;         // half-life 1 batch
-constexpr double kRateDecay = 0.9438743127;  // half-life 12 batches
+constexpr double kRecentDecay = 0.5;         // half-life 1 token
+constexpr double kRateDecay = 0.9438743127;  // half-life 12 tokens
 constexpr double kRecentShare = 0.3, kRateShare = 0.3, kFollowShare = 2.0;
 constexpr double kAlikeDecay = 0.9170040432;  // half-life 8 layers
 constexpr double kFollowDecay = 0.67;         // what came one batch later counts so much more than two later
@@ -40,26 +40,30 @@ ExpertPolicy::ExpertPolicy(int n_layers, int n_experts)
   }
 }
 
-void ExpertPolicy::visit(int layer_index, std::span<const int32_t> chosen) {
+void ExpertPolicy::visit(int layer_index, std::span<const ExpertUse> chosen, int64_t n_rows) {
   here_ = layer_index;
   Layer& layer = layers_[static_cast<size_t>(layer_index)];
+  n_rows = std::max<int64_t>(n_rows, 1);
+  const auto rows = static_cast<double>(n_rows);
+  const double recent_left = std::pow(kRecentDecay, rows), rate_left = std::pow(kRateDecay, rows);
   for (int e = 0; e < n_experts_; ++e) {
-    layer.recent[e] *= kRecentDecay;
-    layer.rate[e] *= kRateDecay;
+    layer.recent[e] *= recent_left;
+    layer.rate[e] *= rate_left;
   }
   const int slot = static_cast<int>(layer.n_visits % kHistory);
   uint64_t* const bits = &layer.choices[static_cast<size_t>(slot * words_)];
   std::fill_n(bits, words_, 0);
-  for (const int32_t e : chosen) {
-    layer.recent[e] += 1 - kRecentDecay;
-    layer.rate[e] += 1 - kRateDecay;
+  for (const auto& [e, e_rows] : chosen) {
+    layer.recent[e] += (1 - recent_left) * (e_rows / rows);
+    layer.rate[e] += (1 - rate_left) * (e_rows / rows);
     bits[e / 64] |= uint64_t{1} << (e % 64);
   }
   layer.n_chosen[slot] = static_cast<int32_t>(chosen.size());
   ++layer.n_visits;
-  follow(layer, chosen);
-  const double recent_norm = 1 - std::pow(kRecentDecay, static_cast<double>(layer.n_visits));
-  const double rate_norm = 1 - std::pow(kRateDecay, static_cast<double>(layer.n_visits));
+  layer.n_tokens += n_rows;
+  follow(layer, chosen.size());
+  const double recent_norm = 1 - std::pow(kRecentDecay, static_cast<double>(layer.n_tokens));
+  const double rate_norm = 1 - std::pow(kRateDecay, static_cast<double>(layer.n_tokens));
   for (int e = 0; e < n_experts_; ++e) {
     layer.chance[e] = static_cast<float>(kRecentShare * layer.recent[e] / recent_norm +
                                          kRateShare * layer.rate[e] / rate_norm + kFollowShare * follows_[e]);
@@ -67,12 +71,12 @@ void ExpertPolicy::visit(int layer_index, std::span<const int32_t> chosen) {
 }
 
 // follows_[e]: the share of what followed batches like this one, in this layer, that was expert e.
-void ExpertPolicy::follow(Layer& layer, std::span<const int32_t> chosen) {
+void ExpertPolicy::follow(Layer& layer, size_t n_chosen) {
   const int64_t newest = layer.n_visits - 1;
   const int n_lags = static_cast<int>(std::min<int64_t>(newest, kHistory - 1));
   const auto slot = [&](int lag) { return static_cast<int>((newest - lag) % kHistory); };
   const uint64_t* const now = &layer.choices[static_cast<size_t>(slot(0) * words_)];
-  const auto n_now = static_cast<double>(chosen.size());
+  const auto n_now = static_cast<double>(n_chosen);
   alike_norm_ = kAlikeDecay * alike_norm_ + 1;
   double best = 0;
   for (int lag = 1; lag < kHistory; ++lag) {

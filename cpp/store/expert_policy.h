@@ -12,31 +12,37 @@
 
 namespace edge {
 
+// An expert of a layer and how many rows of a batch chose it.
+struct ExpertUse {
+  int32_t expert = 0;
+  int32_t n_rows = 1;
+};
+
 class ExpertPolicy {
  public:
   // Layers are counted among those that have experts, in the order of a pass.
   ExpertPolicy(int n_layers, int n_experts);
 
-  // What one batch chose in one layer: each expert once, at least one.
-  void visit(int layer, std::span<const int32_t> chosen);
+  // What one batch of `n_rows` tokens chose in one layer: each expert once, at least one.
+  void visit(int layer, std::span<const ExpertUse> chosen, int64_t n_rows);
   // The expert with the least worth is the one to drop; always negative.
   double worth(int layer, int expert) const;
 
-  // Tokens (batches) of choices remembered per layer.
+  // Batches of choices remembered per layer.
   static constexpr int kHistory = 128;
 
   int n_layers() const { return static_cast<int>(layers_.size()); }
 
  private:
   struct Layer {
-    std::vector<double> recent, rate;  // [n_experts], decayed shares of visits
+    std::vector<double> recent, rate;  // [n_experts], decayed shares of tokens
     std::vector<float> chance;         // [n_experts], how likely the next batches choose it; any scale
     std::vector<uint64_t> choices;     // [kHistory][words_], ring of bit sets
     std::vector<int32_t> n_chosen;     // [kHistory]
-    int64_t n_visits = 0;
+    int64_t n_visits = 0, n_tokens = 0;
   };
 
-  void follow(Layer& layer, std::span<const int32_t> chosen);
+  void follow(Layer& layer, size_t n_chosen);
 
   int n_experts_, words_;
   int here_ = 0;  // the layer visited last

@@ -49,13 +49,13 @@ class PlacedStore final : public WeightStore {
     if (WeightStore* store = route(weight, rows)) store->prefetch(weight, rows);
   }
 
-  void expect(std::span<const WeightId> weights) override {
+  void expect(std::span<const ExpectedWeight> weights, int64_t n_rows) override {
     if (weights.empty()) return;
-    WeightStore* const store = route(weights[0], {});
-    const auto is_there = [&](WeightId weight) { return route(weight, {}) == store; };
+    WeightStore* const store = route(weights[0].weight, {});
+    const auto is_there = [&](const ExpectedWeight& one) { return route(one.weight, {}) == store; };
     const bool together = std::all_of(weights.begin(), weights.end(), is_there);
-    if (together && store != nullptr) store->expect(weights);
-    else WeightStore::expect(weights);
+    if (together && store != nullptr) store->expect(weights, n_rows);
+    else WeightStore::expect(weights, n_rows);
   }
 
   size_t first_ready(std::span<const WeightId> weights) override {

@@ -74,6 +74,12 @@ struct StoreStats {
 
 class NeuronWindow;
 
+// A whole weight that is acquired soon, and how many rows of the batch it is for.
+struct ExpectedWeight {
+  WeightId weight = kNoWeight;
+  int32_t n_rows = 1;
+};
+
 class WeightStore {
  public:
   virtual ~WeightStore() = default;
@@ -84,9 +90,10 @@ class WeightStore {
   // leases held leave no room for this one; kBadArgument for a weight or row that is not there.
   virtual Result<Lease> acquire(WeightId weight, RowSet rows) = 0;
   // The weights of one layer that are acquired next, in any order: what is missing is read as far as there is room, and
-  // none of them makes way for another. A hint as prefetch is.
-  virtual void expect(std::span<const WeightId> weights) {
-    for (const WeightId weight : weights) prefetch(weight, {});
+  // none of them makes way for another. `n_rows` is the whole batch's. A hint as prefetch is.
+  virtual void expect(std::span<const ExpectedWeight> weights, int64_t n_rows) {
+    for (const ExpectedWeight& one : weights) prefetch(one.weight, {});
+    static_cast<void>(n_rows);
   }
   // Which of some expected weights is best acquired now: one that is here, else the first to land. At least one weight.
   virtual size_t first_ready(std::span<const WeightId>) { return 0; }
