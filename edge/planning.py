@@ -19,6 +19,7 @@ from flashload.plan import Plan, make_plan, weights_of
 from flashload.probe import Machine, probe
 from flashload.virtual_pack import Outline, VirtualPack, outline
 from quant.formats import TILE_FORMATS
+from quant.formats.neuron import NEURON_FORMATS
 
 #: Rows of the table between the floor and everything.
 _ROWS = 8
@@ -145,9 +146,9 @@ def _shortest_context(longest: int) -> int:
 
 def _bits(pack: VirtualPack) -> tuple[int, float]:
     """Bytes of all matrices, and their bits per weight."""
-    matrices = [e for e in pack.entries.values() if e.format in TILE_FORMATS]
+    matrices = [e for e in pack.entries.values() if e.format in TILE_FORMATS or e.format in NEURON_FORMATS]
     n_bytes = sum(e.bytes for e in matrices)
-    return n_bytes, 8 * n_bytes / max(1, sum(e.rows * e.cols for e in matrices))
+    return n_bytes, 8 * n_bytes / max(1, sum(e.rows * e.cols * max(1, e.neuron_parts) for e in matrices))
 
 
 def _curve(option: str, model: Outline, host: Host, machine: Machine, context: int, threads: int) -> Curve:

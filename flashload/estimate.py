@@ -16,8 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flashload.estimate_neurons import ACTIVE_SHARE, NeuronCost
 from flashload.pack_layout import PAGE_BYTES
-from flashload.plan import DEMAND, RESIDENT, STREAM, Plan, Weight
+from flashload.plan import RESIDENT, Plan, Weight
+from flashload.plan_neurons import is_extra
 from flashload.probe import READ_BYTES, Machine
 from quant.formats import TILE_FORMATS, TILE_ROWS, WeightFormat
 
@@ -28,8 +30,6 @@ _DENSE_STEPS = 5
 #: Of an expert (gate with up, down), and of a mixture's attention half and router.
 _EXPERT_STEPS, _ROUTED_STEPS = 2, 4
 _TABLES = ("embed.weight", "embed.position")
-#: Bits of records of neurons are those of a tile format, and so is about what their kernel does.
-_NEURON_KINDS = {20: WeightFormat.F16, 21: WeightFormat.Q8_0, 22: WeightFormat.Q4_0}
 _NOT_READ = (int(WeightFormat.F32_VECTOR), int(WeightFormat.BYTES))
 
 
@@ -40,7 +40,7 @@ class Prediction:
     Attributes:
         tokens_per_second: decode, at half the context.
         time_to_first_token_seconds: a prompt of ``prompt_tokens``, the engine loaded.
-        memory_seconds, flash_seconds: T_ram and T_flash of one token.
+        memory_seconds, flash_seconds: T_ram (with the reads that nothing hides) and T_flash of one token.
         flash_bytes_per_token: read from the drive for one token of decode.
         expert_hit_rate: share of chosen experts at hand; None without experts.
         bound: "memory" or "drive", whichever a token waits for.
@@ -62,13 +62,15 @@ class Prediction:
 def expected_hit_rate(capacity: float, n_experts: int, top_k: int) -> float:
     """Share of a layer's chosen experts that its cache of ``capacity`` experts holds, each being equally likely.
 
-    Uniform choice is the worst case of a fixed cache: real routing prefers some experts, which any policy gains from.
-    What is being read for the layer at hand takes room from what is kept, half of a layer's choice on average.
+    Uniform choice is the worst case: real routing prefers some experts, which any policy gains from. What is kept is
+    then worth its share and no more, whatever the policy, as long as it keeps something: below one expert there is
+    only room for those being computed with.
     """
     if capacity >= n_experts:
         return 1.0
-    kept = max(0.0, capacity - 0.5 * top_k * (1 - capacity / n_experts))
-    return min(1.0, kept / n_experts)
+    if capacity <= 1 or top_k >= n_experts:
+        return 0.0
+    return capacity / n_experts
 
 
 class _Group:
@@ -81,7 +83,7 @@ class _Group:
     def add(self, weight: Weight) -> None:
         if weight.format in _NOT_READ:
             return
-        code = int(_NEURON_KINDS.get(weight.format, weight.format))
+        code = weight.format
         traits = TILE_FORMATS[WeightFormat(code)]
         self.bytes[code] += weight.stored_bytes
         self.values[code] += weight.stored_bytes / traits.tile_block_bytes * TILE_ROWS * traits.block_values
@@ -91,7 +93,7 @@ class _Group:
         return sum(self.bytes.values())
 
     def seconds(self, machine: Machine, rows: float, share: float = 1.0) -> float:
-        """Products of ``rows`` activation rows with ``share`` of the group."""
+        """Products of ``rows`` activation rows with ``share`` of the group's weights."""
         out = 0.0
         for code, n_bytes in self.bytes.items():
             compute = self.values[code] * max(rows, 1.0) / machine.macs_per_second(code, max(rows, 1.0))
@@ -114,13 +116,13 @@ class CostModel:
         weights: Sequence[Weight],
         decoder: Mapping[str, Any],
         machine: Machine,
-        active_share: float = 1.0,
+        active_share: float = ACTIVE_SHARE,
     ) -> None:
         self._weights = weights
         self._decoder = decoder
         self._machine = machine
-        self._active_share = active_share
-        self._layers, self._head, self._experts, self._neurons = _Group(), _Group(), _Group(), _Group()
+        self._neurons = NeuronCost(weights, machine, active_share)
+        self._layers, self._head, self._experts = _Group(), _Group(), _Group()
         self._tables: list[Weight] = []
         tied = bool(decoder["tied_head"])
         sparse = set()
@@ -134,9 +136,7 @@ class CostModel:
                     self._tables.append(weight)
             elif weight.name in _TABLES:
                 self._tables.append(weight)
-            elif weight.name.endswith(".neurons.records"):
-                self._neurons.add(weight)
-            elif not _is_extra(weight.name):
+            elif not (NeuronCost.owns(weight) or is_extra(weight.name)):
                 self._layers.add(weight)
         self._n_sparse = len(sparse)
         self._expert_weight_bytes = max((w.stored_bytes for w in weights if w.expert >= 0), default=0)
@@ -218,7 +218,6 @@ class CostModel:
         top_k = float(self._decoder["experts_per_token"])
         compute = (
             self._layers.seconds(self._machine, 1)
-            + self._neurons.seconds(self._machine, 1, self._active_share)
             + self._head.seconds(self._machine, 1)
             + self._attention_seconds(at)
             + self._overhead_seconds(top_k)
@@ -226,20 +225,22 @@ class CostModel:
             + row_seconds
         )
         mixture, expert_bytes = self._mixture_seconds(hit, 1, top_k)
+        neurons = self._neurons.work(plan, 1)
         stream = self._machine.drive.seconds(plan.stream_bytes)
-        memory = compute + mixture + self._io_seconds(plan.stream_bytes + expert_bytes)
+        read = plan.stream_bytes + expert_bytes + neurons.flash_bytes
+        memory = compute + mixture + neurons.seconds + self._io_seconds(read)
         # The ring runs on while the head is computed, as far as it has room.
         head = self._head.seconds(self._machine, 1) if plan.stream_bytes else 0.0
         exposed = max(0.0, head - plan.ring_bytes / self._machine.drive.sequential_bytes_per_second)
-        flash = stream + self._machine.drive.seconds(expert_bytes, self._read_bytes)
+        flash = stream + self._machine.drive.seconds(expert_bytes, self._read_bytes) + neurons.flash_seconds
         token = max(memory, flash) + (exposed if flash > memory else 0.0)
         return Prediction(
             tokens_per_second=1 / token,
             time_to_first_token_seconds=self._prompt_seconds(plan, prompt_tokens, hit, row_seconds),
             prompt_tokens=prompt_tokens,
-            memory_seconds=memory - (mixture - self._mixture_seconds(1.0, 1, top_k)[0]),
+            memory_seconds=memory,
             flash_seconds=flash,
-            flash_bytes_per_token=plan.stream_bytes + expert_bytes + row_bytes,
+            flash_bytes_per_token=read + row_bytes,
             expert_hit_rate=hit,
             bound="drive" if flash > token / 2 else "memory",
         )
@@ -276,7 +277,7 @@ class CostModel:
 
     def _chunk_seconds(self, plan: Plan, first: int, rows: int, hit: float | None) -> float:
         machine = self._machine
-        compute = self._layers.seconds(machine, rows) + self._neurons.seconds(machine, rows)
+        compute = self._layers.seconds(machine, rows)
         compute += rows * self._attention_seconds(first + rows / 2)
         at_work, each = 0.0, 0.0
         if self._n_sparse:
@@ -285,13 +286,8 @@ class CostModel:
             each = rows * k / at_work
         compute += self._overhead_seconds(at_work)
         mixture, expert_bytes = self._mixture_seconds(hit, each, at_work)
-        memory = compute + mixture + self._io_seconds(plan.stream_bytes + expert_bytes)
-        return max(memory, machine.drive.seconds(plan.stream_bytes) + machine.drive.seconds(expert_bytes))
-
-
-def _is_extra(name: str) -> bool:
-    """Entries of a pack that a plain run does not read."""
-    return ".predictor." in name or name.startswith("medusa.")
-
-
-__all__ = ["DEMAND", "PROMPT_TOKENS", "RESIDENT", "STREAM", "CostModel", "Prediction", "expected_hit_rate"]
+        neurons = self._neurons.work(plan, rows)
+        read = plan.stream_bytes + expert_bytes + neurons.flash_bytes
+        memory = compute + mixture + neurons.seconds + self._io_seconds(read)
+        flash = machine.drive.seconds(plan.stream_bytes) + machine.drive.seconds(expert_bytes)
+        return max(memory, flash + neurons.flash_seconds)

@@ -123,7 +123,7 @@ class Machine:
         return min(self.kernels.values(), key=lambda rates: rates[1])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; the inverse of :func:`_machine_from`."""
+        """JSON form; the inverse of :func:`machine_from`."""
         return dataclasses.asdict(self)
 
 
@@ -239,9 +239,9 @@ def probe_bus(threads: int) -> float:
         _BUS_SECONDS,
     )
     wall = got["read_bytes"] / min(got["read_seconds"])
-    # Where others hold the cores, no pass has both of its readers at once; one alone finds the bus freer than two do.
+    # Where others hold the cores, no pass has all of its readers at once; one alone finds the bus freer than many do.
     alone = min((s / threads for s in got["read_cpu_seconds"] if s > 0), default=math.inf)
-    return float(max(wall, _ALONE_SHARE * got["read_bytes"] / alone))
+    return float(max(wall, (_ALONE_SHARE if threads > 1 else 1.0) * got["read_bytes"] / alone))
 
 
 def _machine_name() -> str:
@@ -379,7 +379,7 @@ def _keep(path: Path, machine: Machine) -> str:
 def _cached(path: Path) -> Machine | None:
     """Figures measured before; None when there are none, or what is there is old, damaged or from another version."""
     try:
-        machine = _machine_from(json.loads(path.read_text()))
+        machine = machine_from(json.loads(path.read_text()))
         age = datetime.now(timezone.utc) - datetime.fromisoformat(machine.date)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
@@ -387,8 +387,8 @@ def _cached(path: Path) -> Machine | None:
     return machine if 0 <= age.total_seconds() < most else None
 
 
-def _machine_from(value: dict[str, Any]) -> Machine:
-    """Raises ValueError, TypeError or KeyError for anything :meth:`Machine.to_dict` does not write."""
+def machine_from(value: dict[str, Any]) -> Machine:
+    """The inverse of :meth:`Machine.to_dict`; ValueError, TypeError or KeyError for anything that does not write."""
     fields = dict(value)
     fields["kernels"] = {
         int(code): {int(rows): float(rate) for rows, rate in rates.items()}

@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from flashload.arch import DecoderConfig, Family, Keys, family_of_hf
-from flashload.bind import Slot, bind, slots_of
+from flashload.bind import Bound, Slot, bind, slots_of
 from flashload.checkpoint import Checkpoint, open_checkpoint
 from flashload.errors import ArgumentError, ModelFileError, UnsupportedModelError
+from flashload.extras import Extras
 from flashload.format import PackFile, is_pack
 from flashload.ggml import BF16, F16, F32
-from flashload.pack import WEIGHTS, choose_format
+from flashload.pack import WEIGHTS, _extra_steps, _plan, choose_format
 from flashload.pack_layout import HEADER_BYTES, MAX_ENTRIES, Entry, chunk_bytes_for, payload_bytes
+from flashload.pack_neurons import neuron_format, neuron_layers
+from flashload.plan_neurons import is_extra
 from flashload.tensors import TensorInfo, read_json, tensor_bytes
 from quant.formats import TILE_FORMATS, WeightFormat
+from quant.formats.neuron import NEURON_FORMATS
 
 _INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 _DTYPES = {"float32": F32, "float16": F16, "bfloat16": BF16}
@@ -79,19 +83,10 @@ def outline(path: str | Path) -> Outline:
         return _of_pack(path)
     missing = path.is_dir() and _lacks_weights(path)
     checkpoint = ConfigCheckpoint(path) if missing else open_checkpoint(path)
-    with checkpoint:
+    with checkpoint, Extras(path) as extras:
         bound = bind(checkpoint)
         packs = {
-            option: VirtualPack(
-                path,
-                bound.config,
-                _entries(
-                    (w.slot, choose_format(w.slot.name, w.info.ggml_type, w.slot.cols, option))
-                    if w.slot.is_matrix
-                    else (w.slot, WeightFormat.F32_VECTOR)
-                    for w in bound.weights
-                ),
-            )
+            option: VirtualPack(path, bound.config, _entries(_planned(checkpoint, bound, extras, option)))
             for option in WEIGHTS
         }
         files = sorted(checkpoint.files, key=lambda file: file.stat().st_size)
@@ -99,6 +94,15 @@ def outline(path: str | Path) -> Outline:
         kind = "config" if missing else checkpoint.kind
         vocab_bytes = _vocab_bytes(bound.config.vocab_size, checkpoint.metadata.get("tokenizer.ggml.model"))
         return Outline(path, kind, packs, files[-1] if files else None, vocab_bytes, notes)
+
+
+def _planned(
+    checkpoint: Checkpoint, bound: Bound, extras: Extras, weights: str
+) -> list[tuple[Slot, WeightFormat, int]]:
+    """The entries the packer would write, in order and without blobs: slot, format, rows to a record of neurons."""
+    layers = neuron_layers(bound, weights, "auto", extras.has_predictor, {})
+    steps = _plan(checkpoint, bound, weights, layers) + _extra_steps(extras, bound.config, layers)[0]
+    return [(step.slot, step.format, step.neuron_parts) for step in steps]
 
 
 def _of_pack(path: Path) -> Outline:
@@ -113,24 +117,31 @@ def _converted(entries: Mapping[str, Entry], option: str) -> dict[str, Entry]:
     """The entries there would be, were the pack's own formats packed again."""
     out: dict[str, Entry] = {}
     for name, entry in entries.items():
-        traits = TILE_FORMATS.get(entry.format)
-        code = entry.format
-        if traits is not None:
+        traits = TILE_FORMATS.get(entry.format) or NEURON_FORMATS.get(entry.format)
+        code, parts = entry.format, 1
+        if entry.format in NEURON_FORMATS and traits is not None:
+            code, parts = neuron_format([traits.ggml_type], option), entry.neuron_parts
+        elif traits is not None and not is_extra(name):
             code = choose_format(name, traits.ggml_type, entry.cols, option)
         if code is entry.format:
             out[name] = entry
             continue
-        n_bytes = payload_bytes(code, entry.rows, entry.cols)
-        out[name] = replace(entry, format=code, bytes=n_bytes, chunk_bytes=chunk_bytes_for(name, n_bytes))
+        n_bytes = payload_bytes(code, entry.rows, entry.cols, parts)
+        chunk = _chunk_bytes(name, code, entry.rows, n_bytes)
+        out[name] = replace(entry, format=code, bytes=n_bytes, chunk_bytes=chunk)
     return out
 
 
-def _entries(slots: Iterable[tuple[Slot, WeightFormat]]) -> dict[str, Entry]:
+def _chunk_bytes(name: str, code: WeightFormat, rows: int, n_bytes: int) -> int:
+    return n_bytes // rows if code in NEURON_FORMATS else chunk_bytes_for(name, n_bytes)
+
+
+def _entries(slots: Iterable[tuple[Slot, WeightFormat, int]]) -> dict[str, Entry]:
     out: dict[str, Entry] = {}
     end, n_chunks = HEADER_BYTES, 0
-    for slot, code in slots:
-        n_bytes = payload_bytes(code, slot.rows, slot.cols)
-        chunk = chunk_bytes_for(slot.name, n_bytes)
+    for slot, code, parts in slots:
+        n_bytes = payload_bytes(code, slot.rows, slot.cols, parts)
+        chunk = _chunk_bytes(slot.name, code, slot.rows, n_bytes)
         entry = Entry(
             slot.name, code, slot.rows, slot.cols, end, n_bytes, chunk, n_chunks, slot.layer, slot.expert
         )

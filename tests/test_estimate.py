@@ -10,20 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashload.bind import bind
 from flashload.calibrate import LayerCost
 from flashload.curve import Curve
 from flashload.errors import ArgumentError, EdgeError, ModelFileError, UnsupportedModelError
 from flashload.estimate import CostModel, Prediction, expected_hit_rate
+from flashload.estimate_neurons import NeuronCost, reads_of
 from flashload.format import PackFile
-from flashload.pack import pack
+from flashload.pack import _plan, pack
+from flashload.pack_neurons import neuron_layers
 from flashload.plan import Plan, make_plan, weights_of
 from flashload.probe import DriveRate, Machine
-from flashload.virtual_pack import Outline, outline
-from tests.tiny import FAMILIES, hf_config, hf_tensors, tiny_gguf, tiny_hf, tiny_llama_gguf
+from flashload.virtual_pack import ConfigCheckpoint, Outline, VirtualPack, _entries, outline
+from tests.tiny import FAMILIES, hf_config, hf_tensors, tiny_gguf, tiny_hf, tiny_llama_gguf, write_safetensors
 
 KERNELS = {code: {1: 1e11, 8: 3e11, 128: 5e11} for code in range(7)}
 LAYER = LayerCost(2e-5, 1e-5, 1e-9, 4e-11, 2e-11)
@@ -158,12 +162,11 @@ def test_nothing_there(tmp_path: Path) -> None:
 class Case:
     """A model of some size, planned and predicted at will."""
 
-    def __init__(self, source: Path, on: Machine = MACHINE) -> None:
-        model = outline(source)
-        made = model.packs["keep"]
+    def __init__(self, source: Path | VirtualPack, on: Machine = MACHINE, **more: Any) -> None:
+        made = outline(source).packs["keep"] if isinstance(source, Path) else source
         self.decoder = made.config.to_json()
         self.weights = weights_of(made)  # type: ignore[arg-type]
-        self.model = CostModel(self.weights, self.decoder, on)
+        self.model = CostModel(self.weights, self.decoder, on, **more)
 
     def plan(self, memory_bytes: int, context: int = 64) -> Plan:
         return make_plan(
@@ -297,6 +300,102 @@ def test_entries_a_plain_run_does_not_read_cost_nothing(case: Callable[..., Case
     plan = one.plan(EVERYTHING)
     more = CostModel([*one.weights, *extra], one.decoder, MACHINE).predict(plan)
     assert more == one.model.predict(plan)
+
+
+# -- layers by neuron --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["llama", "opt"])
+def by_neuron(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VirtualPack:
+    """A ReLU model whose feed-forward layers are records, in header only."""
+    folder = tmp_path_factory.mktemp("neurons")
+    inner = {"ffn_dim": 4096} if request.param == "opt" else {"intermediate_size": 4096, "hidden_act": "relu"}
+    config = hf_config(request.param, hidden_size=1024, num_hidden_layers=6, vocab_size=4000, **inner)
+    (folder / "config.json").write_text(json.dumps(config))
+    with ConfigCheckpoint(folder) as checkpoint:
+        bound = bind(checkpoint)
+        layers = neuron_layers(bound, "q4", "on", False, {})
+        steps = _plan(checkpoint, bound, "q4", layers)
+        entries = _entries((step.slot, step.format, step.neuron_parts) for step in steps)
+    return VirtualPack(folder, bound.config, entries)
+
+
+def test_idle_neurons_are_not_read(by_neuron: VirtualPack) -> None:
+    dense, tenth, few = (Case(by_neuron, active_share=a).predict(EVERYTHING) for a in (1.0, 0.1, 0.01))
+    assert dense.tokens_per_second < tenth.tokens_per_second < few.tokens_per_second
+    assert dense.flash_bytes_per_token == 0
+
+
+def test_missing_records_are_read(by_neuron: VirtualPack) -> None:
+    one = Case(by_neuron, active_share=0.1)
+    curve = one.curve()
+    budget = (curve.floor_bytes + curve.resident_bytes) // 2
+    plan = one.plan(budget)
+    assert plan.placement == "neurons"
+    found = one.model.predict(plan)
+    records = [w for w in one.weights if w.name.endswith(".records")]
+    held = sum(plan.slab_bytes) / sum(w.rows * w.chunk_bytes for w in records)
+    wanted = 0.1 * sum(w.rows * w.chunk_bytes for w in records)
+    assert found.flash_bytes_per_token >= (1 - held) * wanted
+    assert found.tokens_per_second < curve.resident_tokens_per_second
+    idler = Case(by_neuron, active_share=0.01).model.predict(plan)
+    assert idler.flash_bytes_per_token < found.flash_bytes_per_token
+    assert idler.tokens_per_second > found.tokens_per_second
+
+
+@given(st.integers(1000, 20000), st.integers(200, 40000), st.floats(1e-4, 1.0))
+def test_reads_of_records_are_what_is_missing_and_a_little_around(n: int, size: int, missing: float) -> None:
+    n_bytes, requests = reads_of(n, size, missing)
+    assert missing * n * size <= n_bytes * (1 + 1e-9) and n_bytes <= n * size
+    assert 1 <= requests <= max(1.0, missing * n) + missing * n * size / (1 << 20)
+
+
+def test_reads_of_records_as_the_window_joins_them() -> None:
+    """Against records drawn at random and joined by the window's rule."""
+    n, size, gap = 4000, 4608, 16 << 10
+    for missing in (0.01, 0.1, 0.5):
+        wanted = np.flatnonzero(np.random.default_rng(0).random(n) < missing)
+        begin, end = wanted * size // 4096 * 4096, -(-(wanted + 1) * size // 4096) * 4096
+        breaks = np.flatnonzero(wanted[1:] * size > end[:-1] + gap)
+        firsts, lasts = np.append(0, breaks + 1), np.append(breaks, len(wanted) - 1)
+        n_bytes, requests = reads_of(n, size, len(wanted) / n)
+        assert n_bytes == pytest.approx((end[lasts] - begin[firsts]).sum(), rel=0.15)
+        longest = np.maximum(1, (end[lasts] - begin[firsts]) / (1 << 20)).sum()
+        assert requests == pytest.approx(longest, rel=0.25)
+
+
+def test_a_prompt_reads_no_more_than_there_is(by_neuron: VirtualPack) -> None:
+    """Where most neurons are wanted, a block of rows reads the layer in order."""
+    one = Case(by_neuron, active_share=0.5)
+    plan = one.plan(one.curve().floor_bytes + (1 << 20))
+    records = [w for w in one.weights if w.name.endswith(".records")]
+    work = NeuronCost(one.weights, MACHINE, 0.5).work(plan, 64)
+    assert 0 < work.flash_bytes <= sum(w.rows * w.chunk_bytes for w in records)
+
+
+def test_the_curve_of_neurons_rises(by_neuron: VirtualPack) -> None:
+    curve = Case(by_neuron).curve()
+    span = curve.resident_bytes - curve.floor_bytes
+    options = [curve.at(curve.floor_bytes + span * i // 10) for i in range(11)]
+    speeds = [option.predicted_tokens_per_second for option in options if option]
+    assert len(speeds) == 11 and speeds == sorted(speeds)
+
+
+def test_a_folder_with_predictors_is_outlined_by_neuron(tmp_path: Path) -> None:
+    folder = tiny_hf(tmp_path / "relu", "llama", hidden_act="relu")
+    tensors = {}
+    for i in range(2):
+        name = f"layers.{i}.predictor."
+        tensors[name + "down.weight"] = np.zeros((32, 64), np.float32)
+        tensors[name + "up.weight"] = np.zeros((96, 32), np.float32)
+        tensors[name + "bias"] = np.zeros(96, np.float32)
+    write_safetensors(folder / "edge_predictor.safetensors", tensors)
+    for option in ("keep", "q8", "q4"):
+        rows = directory(outline(folder), option)
+        assert any(row[0].endswith(".neurons.records") for row in rows)
+        assert rows == packed(folder, option)
+    made = outline(tmp_path / "relu-keep.edge")
+    assert directory(made, "q4")[3:] == directory(outline(folder), "q4")
 
 
 # -- hit rates and curves ------------------------------------------------------------------------------------

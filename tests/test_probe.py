@@ -207,4 +207,4 @@ def test_the_file_system_is_named(tmp_path: Path) -> None:
 
 def test_json_round_trip() -> None:
     one = machine()
-    assert probe._machine_from(json.loads(json.dumps(one.to_dict()))) == one
+    assert probe.machine_from(json.loads(json.dumps(one.to_dict()))) == one

@@ -1,0 +1,126 @@
+"""What feed-forward layers stored by neuron cost: who decides, the active neurons, and the reads of the missing.
+
+Which neurons a token needs is taken to be independent from token to token, the worst case of a window: real texts use
+some neurons more than others, and the same ones again ("LLM in a flash", arXiv 2312.11514, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flashload.pack_layout import PAGE_BYTES
+from flashload.plan import Plan, Weight
+from flashload.plan_neurons import is_neurons
+from flashload.probe import READ_BYTES, Machine
+from quant.formats import WeightFormat
+
+#: Share of the neurons that a token needs: OPT 0.03 (arXiv 2312.11514), Llamas trained to ReLU 0.1 to 0.3 (2402.13516).
+ACTIVE_SHARE = 0.1
+#: Rows that share one reading of a layer's neurons (flashload.plan).
+_BLOCK_ROWS = 64
+#: Records nearer than this come in one request (cpp/store/neuron_turn.cc).
+_GAP_BYTES = 16 << 10
+#: Formats of records, the tile format with the same bits, and bytes per value with scales (quant.formats.neuron).
+_LIKE = {
+    WeightFormat.NEURON_F16: (WeightFormat.F16, 2.0),
+    WeightFormat.NEURON_Q8: (WeightFormat.Q8_0, 272 / 256),
+    WeightFormat.NEURON_Q4: (WeightFormat.Q4_0, 144 / 256),
+}
+
+
+@dataclass(frozen=True)
+class NeuronWork:
+    """One pass over all layers: seconds in order, bytes that came from the drive, and how long the drive took."""
+
+    seconds: float
+    flash_bytes: float
+    flash_seconds: float
+
+
+def reads_of(n_records: int, record_bytes: int, missing: float) -> tuple[float, float]:
+    """(bytes, requests) to read a random share ``missing`` of a layer's records: near ones come in one request.
+
+    After a missing record, ``j`` present ones lie before the next with probability ``missing * (1 - missing)**j``;
+    up to a gap of 16 KiB they are read along.
+    """
+    n_missing = missing * n_records
+    # A request ends at a page, half a page behind its last record.
+    longest = (_GAP_BYTES + PAGE_BYTES // 2) // record_bytes
+    joined = 1 - (1 - missing) ** (longest + 1)
+    skipped = sum(j * missing * (1 - missing) ** j for j in range(1, longest + 1))
+    requests = max(n_missing * (1 - joined), 1.0, n_missing * record_bytes / READ_BYTES)
+    # Of the pages at both ends of a request, half belong to neighbours.
+    n_bytes = n_missing * (1 + skipped) * record_bytes + requests * PAGE_BYTES
+    return min(n_bytes, float(n_records * record_bytes)), requests
+
+
+class NeuronCost:
+    """The layers of a directory that are stored by neuron.
+
+    Args:
+        active_share: share of the neurons that a token needs.
+    """
+
+    def __init__(
+        self, weights: Sequence[Weight], machine: Machine, active_share: float = ACTIVE_SHARE
+    ) -> None:
+        self._machine = machine
+        self._active_share = active_share
+        self._records = [w for w in weights if w.name.endswith(".neurons.records")]
+        self._gates = {w.layer: w for w in weights if w.name.endswith(".neurons.gates")}
+        self._predictors = [w for w in weights if ".predictor." in w.name]
+
+    def __bool__(self) -> bool:
+        return bool(self._records)
+
+    @staticmethod
+    def owns(weight: Weight) -> bool:
+        """Whether an entry is counted here and nowhere else."""
+        return is_neurons(weight.name) or ".predictor." in weight.name
+
+    def work(self, plan: Plan, rows: int) -> NeuronWork:
+        """``rows`` rows, in blocks that share what they read."""
+        seconds = n_bytes = reading = 0.0
+        for first in range(0, rows, _BLOCK_ROWS):
+            block = min(_BLOCK_ROWS, rows - first)
+            for records in self._records:
+                layer = self._layer(plan, records, block)
+                seconds += layer.seconds
+                n_bytes += layer.flash_bytes
+                reading += layer.flash_seconds
+            if plan.neuron_mode == "predictor":
+                seconds += sum(
+                    self._seconds(w.stored_bytes, WeightFormat.Q8_0, 34 / 32, block) for w in self._predictors
+                )
+        return NeuronWork(seconds, n_bytes, reading)
+
+    def _layer(self, plan: Plan, records: Weight, rows: int) -> NeuronWork:
+        kind, value_bytes = _LIKE[WeightFormat(records.format)]
+        gates = self._gates.get(records.layer)
+        gate_share = gates.chunk_bytes / records.chunk_bytes if gates is not None else 1 / 3
+        n_bytes = float(records.rows * records.chunk_bytes)
+        union = 1 - (1 - self._active_share) ** rows
+        # Rows at work on one record, on average.
+        each = rows * self._active_share / union
+        decide = 0.0
+        used = union * n_bytes
+        if plan.neuron_mode != "predictor":
+            decide = self._seconds(gate_share * n_bytes, kind, value_bytes, rows)
+            used *= 1 - gate_share
+        compute = self._seconds(used, kind, value_bytes, each)
+        slots = plan.neuron_slots[records.id] if plan.neuron_slots else records.rows
+        missing = (1 - min(1.0, slots / records.rows)) * union
+        if missing <= 0:
+            return NeuronWork(decide + compute, 0.0, 0.0)
+        drive = self._machine.drive
+        read, requests = reads_of(records.rows, records.chunk_bytes, missing)
+        reading = drive.first_byte_seconds + drive.seconds(read, read / requests)
+        # What is in memory is multiplied while the rest arrives.
+        here = compute * (1 - missing / union)
+        return NeuronWork(decide + max(here, reading) + (compute - here) / 2, read, reading)
+
+    def _seconds(self, n_bytes: float, kind: WeightFormat, value_bytes: float, rows: float) -> float:
+        rows = max(rows, 1.0)
+        compute = n_bytes / value_bytes * rows / self._machine.macs_per_second(int(kind), rows)
+        return max(n_bytes / self._machine.bus_bytes_per_second, compute)
