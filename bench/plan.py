@@ -56,8 +56,10 @@ def run_child(
             cpu_seconds.append(time.process_time() - cpu)
         after = core.stats()
         peak_bytes = peak_rss_bytes()
+        wanted = (after["neurons_wanted"] - before["neurons_wanted"]) / tokens
         return {
-            "predicted": _predict(Path(pack), engine.plan, figures, prompt + tokens / 2, prompt),
+            "predicted": _predict(Path(pack), engine.plan, figures, prompt + tokens / 2, prompt, wanted),
+            "neurons_wanted_per_token": wanted,
             "plan": engine.plan.to_dict(),
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
@@ -70,14 +72,20 @@ def run_child(
         }
 
 
-def _predict(pack: Path, plan: Plan, figures: dict[str, Any], position: float, prompt: int) -> dict[str, Any]:
+def _predict(
+    pack: Path, plan: Plan, figures: dict[str, Any], position: float, prompt: int, neurons_wanted: float
+) -> dict[str, Any]:
+    """The prediction for what was run; how many neurons the text needs is not the plan's to know and comes from it."""
     from flashload.estimate import CostModel
     from flashload.format import PackFile
     from flashload.plan import weights_of
     from flashload.probe import machine_from
 
     with PackFile(pack) as file:
-        model = CostModel(weights_of(file), file.config.to_json(), machine_from(figures))
+        weights = weights_of(file)
+        neurons = sum(w.rows for w in weights if w.name.endswith(".neurons.records"))
+        share = {"active_share": neurons_wanted / neurons} if neurons_wanted else {}
+        model = CostModel(weights, file.config.to_json(), machine_from(figures), **share)
     found = model.predict(plan, position=position, prompt_tokens=prompt)
     return found.to_dict() | {"peak_bytes": plan.predicted_peak_bytes}
 

@@ -12,10 +12,12 @@ from flashload.cache import cache_folder
 from flashload.curve import Curve, Option
 from flashload.errors import ArgumentError, BudgetError
 from flashload.estimate import CostModel
+from flashload.estimate_neurons import ACTIVE_SHARE
 from flashload.format import PackFile, is_pack
 from flashload.machine import cpu_count, format_bytes, parse_bytes, rss_bytes
 from flashload.pack import WEIGHTS
 from flashload.plan import Plan, make_plan, weights_of
+from flashload.plan_neurons import is_neurons
 from flashload.probe import Machine, probe
 from flashload.virtual_pack import Outline, VirtualPack, outline
 from quant.formats import TILE_FORMATS
@@ -251,8 +253,25 @@ def plan(
         recommended=recommended,
         recommendation=words,
         machine=machine,
-        notes=found.notes + machine.notes + ([machine.drive.note] if machine.drive.note else []),
+        notes=found.notes
+        + _assumed(found)
+        + machine.notes
+        + ([machine.drive.note] if machine.drive.note else []),
     )
+
+
+def _assumed(model: Outline) -> list[str]:
+    """What of a model's speed lies in the text and not in its header."""
+    notes = []
+    if model.config.n_experts:
+        notes.append(
+            "every expert is taken to be equally likely, the slowest case: text that prefers some needs fewer reads"
+        )
+    if any(is_neurons(name) for name in model.packs["keep"].entries):
+        notes.append(
+            f"{100 * ACTIVE_SHARE:.0f} % of the neurons are taken to be active, any as likely as another"
+        )
+    return notes
 
 
 def _options(curves: Sequence[Curve], memory_bytes: int) -> list[Option]:

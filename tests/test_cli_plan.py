@@ -114,6 +114,7 @@ def test_a_mixture_tells_how_often_an_expert_is_at_hand(models: Callable[[str], 
     found = planned(models("moe"), "--memory", "14GB", "--context", 512)
     assert found["placement"] == "experts"
     chosen = next(o for o in found["options"] if o["weights"] == "keep" and o["memory_bytes"] == 14 * 10**9)
+    assert any("equally likely" in note for note in found["notes"])
     assert 0 < chosen["expert_hit_rate"] < 1 and chosen["flash_bytes_per_token"] > 0
 
 

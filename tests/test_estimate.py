@@ -361,7 +361,7 @@ def test_reads_of_records_as_the_window_joins_them() -> None:
         n_bytes, requests = reads_of(n, size, len(wanted) / n)
         assert n_bytes == pytest.approx((end[lasts] - begin[firsts]).sum(), rel=0.15)
         longest = np.maximum(1, (end[lasts] - begin[firsts]) / (1 << 20)).sum()
-        assert requests == pytest.approx(longest, rel=0.25)
+        assert requests == pytest.approx(longest, rel=0.3)
 
 
 def test_a_prompt_reads_no_more_than_there_is(by_neuron: VirtualPack) -> None:

@@ -21,6 +21,8 @@ _PARTS = (
     ("resident_bytes", "weights held"),
     ("ring_bytes", "staging of streamed layers"),
     ("demand_bytes", "cache of embedding rows and experts"),
+    ("neuron_bytes", "records of neurons"),
+    ("neuron_staging_bytes", "records on their way in"),
     ("kv_bytes", "keys and values"),
     ("activation_bytes", "activations and logits"),
 )
@@ -160,7 +162,8 @@ def _parts_table(found: ModelPlan) -> Table:
     table.add_column("part")
     table.add_column("bytes", justify="right")
     for key, text in _PARTS:
-        table.add_row(text, format_bytes(getattr(plan, key)))
+        if getattr(plan, key):
+            table.add_row(text, format_bytes(getattr(plan, key)))
     table.add_section()
     table.add_row("predicted peak", format_bytes(plan.predicted_peak_bytes))
     table.add_row("budget", format_bytes(plan.memory_bytes))
