@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 import edge
+from edge import loading
 from edge.errors import ArgumentError, BudgetError, CorruptError, DiskError
 from flashload.format import PackFile
 from flashload.plan import NEURONS, RESIDENT, UNUSED, Plan, make_plan, weights_of
 from tests.neuron_packs import FORMATS, by_neuron, decoded, tiny_relu
 from tests.oracle import Oracle
+from tests.speculating import Nodes, chain, with_guesses
 
 ISAS = tuple(isa["name"] for isa in _edge.isas() if isa["available"])
 CONTEXT = 192
@@ -222,6 +224,35 @@ def test_every_exact_budget(packs: dict[tuple[str, str], Path], family: str, sha
     engine = _edge.Engine(options(path, plan, decoder))
     assert generate(engine, PROMPT, 12) == expected(path)
     assert engine.stats()["peak_bytes"] <= plan.core_bytes
+
+
+@pytest.mark.parametrize("mode", ["exact", "predictor"])
+def test_guessed_rows_change_nothing(
+    packs: dict[tuple[str, str], Path], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = packs["llama", "q8"]
+    monkeypatch.setattr(loading, "rss_bytes", lambda: 0)
+    monkeypatch.setattr(loading, "peak_rss_bytes", lambda: 0)
+    plan, _ = plan_of(path, 0.0, mode == "predictor")
+    settings: dict[str, Any] = {"max_tokens": 30, "temperature": 0, "ignore_eos": True}
+    memory = plan.memory_bytes + (160 << 10)
+    with edge.load(path, memory=memory, context=CONTEXT, threads=2, exact=mode == "exact") as engine:
+        assert (engine.plan.placement, engine.plan.neuron_mode) == ("neurons", mode)
+        right = engine.generate(PROMPT, speculation="off", **settings).tokens
+        if mode == "exact":
+            assert right[:12] == expected(path)[0]
+        text = PROMPT + right
+
+        def some_right(tokens: list[int], _: int) -> Nodes:
+            """Two branches of three; now the first is right, now the second, now neither after one token."""
+            n = len(tokens)
+            after = [*text[n : n + 3], 1, 1, 1][:3]
+            other = [(token + 1) % 320 for token in after]
+            first, second = ((after, other), (other, after), ([after[0], *other[1:]], other))[n % 3]
+            return [*chain(first), (second[0], 0), (second[1], 4), (second[2], 5)]
+
+        assert with_guesses(engine, some_right, PROMPT, **settings).tokens == right
+        assert engine.generate(PROMPT, speculation="off", **settings).tokens == right
 
 
 @pytest.mark.nightly

@@ -163,7 +163,7 @@ def test_a_rolled_back_pass_teaches_nothing(path: str) -> None:
 
 def test_a_frequent_neuron_outlasts_one_of_the_last_token(path: str) -> None:
     lasting = {}
-    for half_life in (0.0, 32.0):
+    for half_life in (0.0, 64.0):
         window = open_window(path, 10, half_life_tokens=half_life)
         for _ in range(20):
             check(window, 0, list(range(10)))
@@ -172,7 +172,7 @@ def test_a_frequent_neuron_outlasts_one_of_the_last_token(path: str) -> None:
             check(window, 0, list(range(first, first + 10)))
             window.commit([0])
         lasting[half_life] = sum(window.held(WEIGHTS[0], list(range(10))))
-    assert lasting == {0.0: 0, 32.0: 10}
+    assert lasting == {0.0: 0, 64.0: 10}
 
 
 def test_the_window_of_the_last_tokens_against_a_model_of_it(path: str) -> None:

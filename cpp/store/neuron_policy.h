@@ -15,8 +15,8 @@ class NeuronPolicy {
       : fade_per_token_(half_life_tokens > 0 ? 1.0f / half_life_tokens : 0.0f) {}
 
   static constexpr float kNeverUsed = -3.0e38f;
-  // Measured on the activations of a ReLU language model: `python -m bench neurons`.
-  static constexpr float kHalfLifeTokens = 32.0f;
+  // Measured on the activations of a ReLU language model: `python -m bench window`.
+  static constexpr float kHalfLifeTokens = 8.0f;
 
   // The key of a neuron that had `key` when token number `token` (counted from 0) uses it.
   float used(float key, int64_t token) const;

@@ -1,0 +1,167 @@
+"""Slots of a model by neuron against what must be read: ``python -m bench window PACK``.
+
+A text is decoded token by token with so many of each layer's records in memory, under policies from "the last tokens"
+(half-life 0) to "the most used": the share of wanted neurons that had a slot, bytes read and requests per token. The
+figures are of the text, not of the machine. Without ``--text`` the model writes its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from bench import machine, report
+
+_SLACK_BYTES = 64 << 20
+
+
+def _options(path: Path, decoder: dict[str, Any], share: float, mode: str, context: int) -> dict[str, Any]:
+    from flashload.format import PackFile
+    from flashload.plan import NEURONS, RESIDENT, UNUSED
+
+    placements, slots, weight_bytes = [], [], 0
+    with PackFile(path) as pack:
+        for name, entry in pack.entries.items():
+            is_predictor = ".predictor." in name
+            is_used = not name.startswith("medusa.") and not (is_predictor and mode == "exact")
+            placement, n_slots = RESIDENT if is_used else UNUSED, 0
+            if name.endswith(".neurons.records"):
+                placement, n_slots = NEURONS, int(share * entry.rows)
+            elif name.endswith(".neurons.gates"):
+                placement, n_slots = (NEURONS, entry.rows) if mode == "exact" else (UNUSED, 0)
+            placements.append(placement)
+            slots.append(n_slots)
+            weight_bytes += entry.stored_bytes
+    return {
+        "pack_path": str(path),
+        "decoder": decoder,
+        "placement": placements,
+        "stream_order": [],
+        "ring_bytes": 0,
+        "demand_bytes": 0,
+        "neuron_slots": slots,
+        "neuron_bytes": 2 * weight_bytes + _SLACK_BYTES,
+        "neuron_staging_bytes": 4 << 20,
+        "io_engine": "auto",
+        "threads": 1,
+        "isa": "",
+        "context": context,
+        "max_rows": 64,
+        "budget_bytes": 3 * weight_bytes + (1 << 31),
+    }
+
+
+def own_texts(path: Path, n_texts: int, n_tokens: int) -> list[list[int]]:
+    """What the model writes after its first token at temperature 0.8, from seeds 0, 1, 2 ..."""
+    import edge
+
+    with edge.load(path, context=n_tokens + 8, threads=1) as engine:
+        settings: dict[str, Any] = {"max_tokens": n_tokens, "temperature": 0.8, "ignore_eos": True}
+        return [engine.generate("", seed=seed, **settings).tokens for seed in range(n_texts)]
+
+
+def replay(options: dict[str, Any], texts: list[list[int]], half_life: float) -> dict[str, float]:
+    """Decodes the texts one after the other with one window; the first text warms it and is not counted."""
+    import _edge
+
+    engine = _edge.Engine(options | {"neuron_half_life_tokens": half_life})
+    sequence = _edge.Sequence(engine)
+    before, n_tokens = engine.stats(), 0
+    for number, text in enumerate(texts):
+        if number == 1:
+            before, n_tokens = engine.stats(), 0
+        for i in range(1, len(text) + 1):
+            sequence.set_tokens(text[:i])
+            sequence.advance()
+            n_tokens += 1
+    after = engine.stats()
+    wanted = after["neurons_wanted"] - before["neurons_wanted"]
+    return {
+        "wanted_per_token": wanted / n_tokens,
+        "hit_share": (after["neuron_hits"] - before["neuron_hits"]) / wanted if wanted else 0.0,
+        "bytes_per_token": (after["neuron_bytes"] - before["neuron_bytes"]) / n_tokens,
+        "requests_per_token": (after["neuron_requests"] - before["neuron_requests"]) / n_tokens,
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Every share of slots under every half-life."""
+    from edge.tokenizer import Tokenizer
+    from flashload.format import PackFile
+
+    with PackFile(args.pack) as pack:
+        decoder, tokenizer = pack.config.to_json(), Tokenizer(pack.vocab())
+        n_neurons = sum(e.rows for name, e in pack.entries.items() if name.endswith(".neurons.records"))
+    if args.text:
+        tokens = tokenizer.encode(args.text.read_text(), add_special_tokens=True)
+        texts = [tokens[i * args.tokens : (i + 1) * args.tokens] for i in range(args.texts)]
+        texts = [text for text in texts if text]
+    else:
+        texts = own_texts(args.pack, args.texts, args.tokens)
+    document: dict[str, Any] = {
+        "machine": machine.facts(),
+        "model": args.pack.name,
+        "mode": args.mode,
+        "neurons": n_neurons,
+        "tokens": sum(map(len, texts)),
+        "results": [],
+    }
+    for share in args.shares:
+        options = _options(args.pack, decoder, share, args.mode, max(map(len, texts)) + 8)
+        for half_life in args.half_lives:
+            figures = replay(options, texts, half_life)
+            document["results"].append({"slot_share": share, "half_life_tokens": half_life} | figures)
+    return document
+
+
+def show(document: dict[str, Any]) -> None:
+    """The hit shares as a table, one column per half-life, with what the best of them reads."""
+    results = document["results"]
+    half_lives = list(dict.fromkeys(r["half_life_tokens"] for r in results))
+    rows = []
+    for share in dict.fromkeys(r["slot_share"] for r in results):
+        row = [r for r in results if r["slot_share"] == share]
+        best = max(row, key=lambda r: r["hit_share"])
+        hits = [f"{r['hit_share']:.1%}" for r in row]
+        reads = [f"{best['bytes_per_token'] / 1024:.0f}", f"{best['requests_per_token']:.0f}"]
+        rows.append([f"{share:.0%}", *hits, *reads])
+    active = results[0]["wanted_per_token"] / document["neurons"]
+    report.print_table(
+        f"{document['model']}, {document['mode']}: {active:.1%} of {document['neurons']} neurons wanted per token",
+        ["slots", *(f"half-life {h:g}" for h in half_lives), "KiB/token", "requests"],
+        rows,
+        [
+            f"{document['tokens']} tokens; the first text warms the slots",
+            report.machine_line(document["machine"]),
+        ],
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pack", type=Path, help="a pack with neuron records (edge pack --neurons on)")
+    parser.add_argument("--mode", choices=("exact", "predictor"), default="exact")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.15, 0.25, 0.5, 0.75])
+    parser.add_argument("--half-lives", type=float, nargs="+", default=[0, 4, 16, 32, 64, 256])
+    parser.add_argument("--text", type=Path, help="decode this text instead of the model's own")
+    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=200, help="per text")
+    parser.add_argument("--save", action="store_true", help="keep the figures in bench/results")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    document = measure(args)
+    if args.json:
+        print(json.dumps(document, indent=2))
+    else:
+        show(document)
+    if args.save:
+        report.save(f"window-{args.pack.stem}", document)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
