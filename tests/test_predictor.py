@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="fitting predictors needs torch (pip install edge[train])")
 
-from quant.predictor import Predictor, calibrate, fit_predictor, low_rank_gate, measure  # noqa: E402
+from quant.predictor import Predictor, calibrate, fit_predictor, low_rank_gate, measure, set_gradients  # noqa: E402
 from tests.builtin_family import one_thread  # noqa: E402, F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,6 +99,23 @@ def test_importance_turns_recall_to_what_matters(made: tuple[Any, Any, Any]) -> 
 
     assert found(weighed, slice(0, F // 2)) > found(plain, slice(0, F // 2)) + 0.01
     assert found(weighed, slice(F // 2, F)) < found(plain, slice(F // 2, F)) - 0.01
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_gradients_are_those_of_balanced_cross_entropy(made: tuple[Any, Any, Any], weighed: bool) -> None:
+    x, gate, active = (made[0][:512], made[1], made[2][:512])
+    factors = low_rank_gate(gate, x, 8)
+    weights = (
+        torch.rand(512, F, generator=torch.Generator().manual_seed(2)) + 5 if weighed else torch.tensor(9.0)
+    )
+    leaves = [t.clone().requires_grad_() for t in (factors.down, factors.up, factors.bias)]
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(
+        Predictor(*leaves).scores(x), active.float(), pos_weight=weights
+    )
+    loss.backward()
+    set_gradients(factors, x.bfloat16(), active, weights.bfloat16())
+    for leaf, mine in zip(leaves, (factors.down, factors.up, factors.bias), strict=True):
+        assert (leaf.grad - mine.grad).norm() < 0.02 * leaf.grad.norm()
 
 
 def test_same_seed_same_predictor(made: tuple[Any, Any, Any]) -> None:
