@@ -315,11 +315,9 @@ def _window(model: _Model, room_bytes: int, predictor: bool) -> _Placed | None:
     held_bytes = _bytes(model.fixed) + _bytes(model.layers) + _bytes(model.head) + _SLACK_BYTES
     modes = neurons.modes(predictor)
     fitting = {mode: neurons.window(mode, room_bytes - held_bytes - model.demand_bytes) for mode in modes}
-    exact = fitting["exact"]
-    if exact is not None and (fitting[modes[0]] is None or neurons.enough(exact)):
-        chosen: NeuronPlacement | None = exact
-    else:
-        chosen = fitting[modes[0]]
+    chosen, guess = fitting["exact"], fitting.get("predictor")
+    if guess is not None and (chosen is None or neurons.predictor_pays(guess, chosen)):
+        chosen = guess
     if chosen is not None:
         held_bytes += neurons.resident_bytes(chosen)
         return _Placed("neurons", held_bytes, [], 0, model.demand_bytes, chosen)
