@@ -92,9 +92,13 @@ def _predict(
 
 def measure_point(pack: Path, memory_bytes: int, args: argparse.Namespace) -> dict[str, Any]:
     """One budget: a probe, a prediction, a run."""
+    from flashload.format import PackFile
+    from flashload.plan_neurons import is_neurons
     from flashload.probe import probe
 
-    on = probe(pack.parent, args.threads, [pack], force=True)
+    with PackFile(pack) as file:
+        neurons = any(is_neurons(name) for name in file.entries)
+    on = probe(pack.parent, args.threads, [pack], force=True, neurons=neurons)
     busy, start = machine.busy_seconds() - _children_seconds(), time.perf_counter()
     command = [sys.executable, "-m", "bench.plan", "--child", str(pack), str(memory_bytes)]
     command += ["--context", str(args.context), "--threads", str(args.threads)]

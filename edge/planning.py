@@ -235,7 +235,9 @@ def plan(
     if found.kind != "pack":
         place = cache_folder()
     files = [] if found.largest_file is None else [found.largest_file]
-    machine = probe(place, n_threads, files, force=probe_again, on_measure=on_probe)
+    machine = probe(
+        place, n_threads, files, force=probe_again, neurons=_has_neurons(found), on_measure=on_probe
+    )
     curves = [_curve(option, found, host, machine, context, n_threads) for option in WEIGHTS]
     asked = curves[WEIGHTS.index(weights)]
     options = _options(curves, memory_bytes)
@@ -260,6 +262,10 @@ def plan(
     )
 
 
+def _has_neurons(model: Outline) -> bool:
+    return any(is_neurons(name) for name in model.packs["keep"].entries)
+
+
 def _assumed(model: Outline) -> list[str]:
     """What of a model's speed lies in the text and not in its header."""
     notes = []
@@ -267,7 +273,7 @@ def _assumed(model: Outline) -> list[str]:
         notes.append(
             "every expert is taken to be equally likely, the slowest case: text that prefers some needs fewer reads"
         )
-    if any(is_neurons(name) for name in model.packs["keep"].entries):
+    if _has_neurons(model):
         notes.append(
             f"{100 * ACTIVE_SHARE:.0f} % of the neurons are taken to be active, any as likely as another"
         )

@@ -96,7 +96,6 @@ class NeuronCost:
         return NeuronWork(seconds, n_bytes, reading)
 
     def _layer(self, plan: Plan, records: Weight, rows: int) -> NeuronWork:
-        kind, value_bytes = _LIKE[WeightFormat(records.format)]
         gates = self._gates.get(records.layer)
         gate_share = gates.chunk_bytes / records.chunk_bytes if gates is not None else 1 / 3
         n_bytes = float(records.rows * records.chunk_bytes)
@@ -104,11 +103,14 @@ class NeuronCost:
         # Rows at work on one record, on average.
         each = rows * self._active_share / union
         decide = 0.0
-        used = union * n_bytes
+        # Of an active record the down column is added, its other rows are multiplied; the gate is known already where
+        # it decided.
+        multiplied = 1 - gate_share
         if plan.neuron_mode != "predictor":
-            decide = self._seconds(gate_share * n_bytes, kind, value_bytes, rows)
-            used *= 1 - gate_share
-        compute = self._seconds(used, kind, value_bytes, each)
+            decide = self._dot_seconds(records.format, gate_share * n_bytes, rows)
+            multiplied -= gate_share
+        compute = self._dot_seconds(records.format, multiplied * union * n_bytes, each)
+        compute += self._axpy_seconds(records.format, gate_share * self._active_share * rows * n_bytes)
         slots = plan.neuron_slots[records.id] if plan.neuron_slots else records.rows
         missing = (1 - min(1.0, slots / records.rows)) * union
         if missing <= 0:
@@ -119,6 +121,16 @@ class NeuronCost:
         # What is in memory is multiplied while the rest arrives.
         here = compute * (1 - missing / union)
         return NeuronWork(decide + max(here, reading) + (compute - here) / 2, read, reading)
+
+    def _dot_seconds(self, code: int, n_bytes: float, rows: float) -> float:
+        rate = self._machine.neurons.get(code)
+        if rate is None:
+            return self._seconds(n_bytes, *_LIKE[WeightFormat(code)], rows)
+        return max(n_bytes / self._machine.bus_bytes_per_second, rate.dot_seconds(n_bytes, max(rows, 1.0)))
+
+    def _axpy_seconds(self, code: int, n_bytes: float) -> float:
+        rate = self._machine.neurons.get(code)
+        return self._seconds(n_bytes, *_LIKE[WeightFormat(code)], 1) if rate is None else n_bytes / rate.axpy
 
     def _seconds(self, n_bytes: float, kind: WeightFormat, value_bytes: float, rows: float) -> float:
         rows = max(rows, 1.0)

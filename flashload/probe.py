@@ -25,8 +25,9 @@ from flashload.cache import cache_folder
 from flashload.calibrate import LayerCost, measure_layers
 from flashload.pack_layout import xxh3
 from quant.formats import TILE_FORMATS, WeightFormat
+from quant.formats.neuron import NEURON_FORMATS, row_bytes
 
-_VERSION = 1
+_VERSION = 2
 #: Bytes of one read of a stream (cpp/store/read_run.h), and reads the core keeps in flight (cpp/store).
 READ_BYTES = 1 << 20
 _DEPTH = 32
@@ -40,13 +41,15 @@ _TEMPORARY_BYTES = 64 << 20
 #: More than the last cache holds; filling it takes longer than reading it.
 _BUS_BYTES = 128 << 20
 _BUS_SECONDS = 0.15
-#: Rate of readers at once to the sum of readers one by one.
-_ALONE_SHARE = 0.85
 #: A matrix that stays in cache: what a kernel does when memory does not hold it back.
 _KERNEL_ROWS, _KERNEL_COLS = 1024, 1024
 _KERNEL_SECONDS = 0.012
 #: Rows of activations: one token, a small chunk, a full one.
 KERNEL_BATCHES = (1, 8, 128)
+#: Records of three rows, more than the last cache holds, and as many of them as a layer has active.
+_NEURON_BYTES, _NEURON_HIDDEN, _NEURON_ACTIVE = 64 << 20, 2048, 1024
+_NEURON_BATCHES = (1, 8)
+_NEURON_SECONDS = 0.03
 #: A machine changes (other drive, other kernel): a probe this old is measured again.
 _MAX_AGE_SECONDS = 90 * 86400.0
 #: What was measured among more running programs than cores is good for the next calls only.
@@ -86,6 +89,28 @@ class DriveRate:
 
 
 @dataclass(frozen=True)
+class NeuronRate:
+    """Kernels of scattered records of neurons that are in memory and in no cache.
+
+    Attributes:
+        dot: activation rows -> bytes of rows per second, multiplied with all of them.
+        axpy: bytes of columns per second, added for one row.
+    """
+
+    dot: dict[int, float]
+    axpy: float
+
+    def dot_seconds(self, n_bytes: float, rows: float) -> float:
+        """Every activation row with ``n_bytes`` of rows; between the numbers of rows measured in proportion."""
+        known = sorted(self.dot.items())
+        (low, low_rate), (high, high_rate) = known[0], known[-1]
+        if rows >= high:
+            return n_bytes / high_rate * rows / high
+        share = max(0.0, rows - low) / max(1, high - low)
+        return n_bytes * (1 / low_rate + share * (1 / high_rate - 1 / low_rate))
+
+
+@dataclass(frozen=True)
 class Machine:
     """What a plan needs to know of the machine.
 
@@ -93,6 +118,7 @@ class Machine:
         bus_bytes_per_second: sequential read rate of main memory with ``threads`` readers.
         kernels: format code -> activation rows -> multiply-adds per second of weights that are in cache.
         layer: overheads of a decoder's layer and token (see :class:`flashload.calibrate.LayerCost`).
+        neurons: format code of records -> what their kernels do; empty until a model needs it.
         busy: other programs wanted more than the cores there are while this was measured.
     """
 
@@ -105,6 +131,7 @@ class Machine:
     kernels: dict[int, dict[int, float]]
     layer: LayerCost
     drive: DriveRate
+    neurons: dict[int, NeuronRate] = dataclasses.field(default_factory=dict)
     busy: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -223,6 +250,25 @@ def probe_kernels(threads: int) -> dict[int, dict[int, float]]:
     return rates
 
 
+def probe_neurons(threads: int) -> dict[int, NeuronRate]:
+    """Rates of every format of records; about a second."""
+    import _edge
+
+    isa = _edge.default_isa()
+    rates = {}
+    for code in NEURON_FORMATS:
+        n_records = _NEURON_BYTES // (3 * row_bytes(code, _NEURON_HIDDEN))
+        dot, axpy = {}, 0.0
+        for rows in _NEURON_BATCHES:
+            got = _edge.bench_neurons(
+                isa, int(code), _NEURON_HIDDEN, n_records, _NEURON_ACTIVE, rows, threads, _NEURON_SECONDS
+            )
+            dot[rows] = got["bytes"] / min(got["dot_seconds"])
+            axpy = max(axpy, rows * got["bytes"] / min(got["axpy_seconds"]))
+        rates[int(code)] = NeuronRate(dot, axpy)
+    return rates
+
+
 def probe_bus(threads: int) -> float:
     """Sequential read rate of main memory, bytes per second."""
     import _edge
@@ -239,9 +285,9 @@ def probe_bus(threads: int) -> float:
         _BUS_SECONDS,
     )
     wall = got["read_bytes"] / min(got["read_seconds"])
-    # Where others hold the cores, no pass has all of its readers at once; one alone finds the bus freer than many do.
-    alone = min((s / threads for s in got["read_cpu_seconds"] if s > 0), default=math.inf)
-    return float(max(wall, (_ALONE_SHARE if threads > 1 else 1.0) * got["read_bytes"] / alone))
+    # Where others hold the cores, no pass has all of its readers at once; what one of them gets is the least there is.
+    alone = min((s for s in got["read_cpu_seconds"] if s > 0), default=math.inf)
+    return float(max(wall, got["read_bytes"] / alone))
 
 
 def _machine_name() -> str:
@@ -310,6 +356,7 @@ def probe(
     threads: int,
     candidates: Sequence[Path] = (),
     force: bool = False,
+    neurons: bool = False,
     on_measure: Callable[[], None] | None = None,
 ) -> Machine:
     """The machine as a plan needs it: from the cache, or measured now (2 to 3 seconds) and cached.
@@ -320,6 +367,7 @@ def probe(
         candidates: files that may be read to measure the drive; without a large one on the same drive a temporary
             file of 64 MiB is written into ``place``.
         force: measure even when the cache has figures.
+        neurons: the kernels of records of neurons are wanted too.
         on_measure: called before anything is measured.
 
     A drive that cannot be measured (read-only, full) is assumed, and ``drive.note`` says so; nothing is raised.
@@ -332,6 +380,10 @@ def probe(
     kept = cache_folder() / f"probe-{xxh3(json.dumps(key).encode()):016x}.json"
     found = None if force else _cached(kept)
     if found is not None and (found.drive.measured or not os.access(place, os.W_OK)):
+        if found.neurons or not neurons:
+            return found
+        found = dataclasses.replace(found, neurons=probe_neurons(threads))
+        _keep(kept, found)
         return found
     if on_measure is not None:
         on_measure()
@@ -349,6 +401,7 @@ def probe(
         kernels=probe_kernels(threads),
         layer=layer,
         drive=_read_drive(place, candidates),
+        neurons=probe_neurons(threads) if neurons else {},
         busy=busy,
         notes=notes,
     )
@@ -394,11 +447,16 @@ def machine_from(value: dict[str, Any]) -> Machine:
         int(code): {int(rows): float(rate) for rows, rate in rates.items()}
         for code, rates in fields["kernels"].items()
     }
+    fields["neurons"] = {
+        int(code): NeuronRate({int(rows): float(r) for rows, r in rate["dot"].items()}, float(rate["axpy"]))
+        for code, rate in fields["neurons"].items()
+    }
     fields["layer"] = LayerCost(**fields["layer"])
     fields["drive"] = DriveRate(**fields["drive"])
     machine = Machine(**fields)
     numbers = [machine.bus_bytes_per_second, machine.drive.bytes_per_second]
     numbers += [machine.drive.sequential_bytes_per_second]
+    numbers += [x for rate in machine.neurons.values() for x in (rate.axpy, *rate.dot.values())]
     numbers += [rate for rates in machine.kernels.values() for rate in rates.values()]
     if not all(math.isfinite(x) and x > 0 for x in numbers) or not machine.kernels:
         raise ValueError("a rate is not a positive number")

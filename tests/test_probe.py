@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flashload import calibrate, probe
-from flashload.probe import DriveRate, Machine, fit_drive
+from flashload.probe import DriveRate, Machine, NeuronRate, fit_drive
 
 
 @pytest.fixture(autouse=True)
@@ -94,17 +94,37 @@ def test_kernels_are_measured_for_every_tile_format() -> None:
     assert all(rate > 0 for rates in found.values() for rate in rates.values())
 
 
+def test_kernels_of_records_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_NEURON_BYTES", 16 << 20)
+    found = probe.probe_neurons(1)
+    assert set(found) == {20, 21, 22}
+    for rate in found.values():
+        assert rate.axpy > 0 and rate.dot_seconds(1e6, 1) > 0
+        assert rate.dot_seconds(1e6, 16) == pytest.approx(2 * rate.dot_seconds(1e6, 8))
+
+
+def test_rows_of_records_between_what_was_measured() -> None:
+    rate = NeuronRate({1: 4e10, 8: 1e10}, 2e10)
+    seconds = [rate.dot_seconds(1e9, rows) for rows in (1, 4, 8, 32)]
+    assert seconds == sorted(seconds) and seconds[0] == 1 / 40 and seconds[-1] == pytest.approx(0.4)
+
+
 class Counted:
     """Stands in for everything slow."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls = 0
+        self.calls = self.neuron_calls = 0
         monkeypatch.setattr(probe, "probe_drive", self.drive)
         monkeypatch.setattr(probe, "probe_bus", lambda threads: 2e10)
         monkeypatch.setattr(probe, "probe_kernels", lambda threads: machine().kernels)
+        monkeypatch.setattr(probe, "probe_neurons", self.neurons)
         monkeypatch.setattr(probe, "measure_layers", lambda threads: (machine().layer, []))
         monkeypatch.setattr(probe, "_TEMPORARY_BYTES", 4 << 20)
         monkeypatch.setattr(probe, "_is_busy", lambda: False)
+
+    def neurons(self, threads: int) -> dict[int, NeuronRate]:
+        self.neuron_calls += 1
+        return {21: NeuronRate({1: 4e10, 8: 1e10}, 2e10)}
 
     def drive(self, path: Path) -> DriveRate:
         self.calls += 1
@@ -127,6 +147,13 @@ def test_figures_are_kept_until_asked_anew(tmp_path: Path, counted: Counted) -> 
     assert counted.calls == 2
     probe.probe(tmp_path, 1)  # another number of threads is another machine
     assert counted.calls == 3
+
+
+def test_records_are_measured_once_when_a_model_has_them(tmp_path: Path, counted: Counted) -> None:
+    assert probe.probe(tmp_path, 2).neurons == {} and counted.neuron_calls == 0
+    assert probe.probe(tmp_path, 2, neurons=True).neurons[21].axpy == 2e10
+    assert probe.probe(tmp_path, 2, neurons=True).neurons == probe.probe(tmp_path, 2).neurons
+    assert (counted.calls, counted.neuron_calls) == (1, 1)
 
 
 def test_the_temporary_file_is_gone_and_small(tmp_path: Path, counted: Counted) -> None:
