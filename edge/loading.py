@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import _edge
 
-from flashload.errors import ArgumentError, BudgetError
+from flashload.errors import ArgumentError, BudgetError, DiskError
 from flashload.format import PackFile
 from flashload.machine import (
     available_bytes,
@@ -24,6 +24,7 @@ from flashload.machine import (
     trim_memory,
 )
 from flashload.plan import Plan, make_plan, weights_of
+from flashload.plan_kv import KV, choose_kv
 
 if TYPE_CHECKING:
     from edge.engine import Engine
@@ -76,6 +77,23 @@ def default_memory_bytes() -> int:
     limit = cgroup_limit_bytes()
     room = available_bytes()
     return int(0.9 * (room if limit is None else min(room, limit - rss_bytes())))
+
+
+def scratch_folder() -> Path:
+    """Where the core's temporary files go: ``EDGE_SCRATCH``, or edge's cache folder, which is made.
+
+    Raises:
+        DiskError: the folder cannot be made.
+    """
+    from flashload.cache import cache_folder
+
+    named = os.environ.get("EDGE_SCRATCH")
+    folder = Path(named) if named else cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"scratch folder {folder}: cannot be made: {error.strerror}") from error
+    return folder
 
 
 def _open_core(
@@ -171,6 +189,7 @@ def plan_host(
     memory: int | str | None = None,
     context: int | None = None,
     threads: int | None = None,
+    kv: str = "auto",
     predictor: bool = True,
 ) -> Plan:
     """Places the weights; see :func:`edge.plan`."""
@@ -181,18 +200,24 @@ def plan_host(
     n_threads = cpu_count() if threads is None else threads
     if isinstance(n_threads, bool) or not isinstance(n_threads, int) or not 1 <= n_threads <= 1024:
         raise ArgumentError(f"threads: expected 1..1024, found {threads!r}")
+    if kv not in KV:
+        raise ArgumentError(f"kv: expected one of {', '.join(KV)}, found {kv!r}")
     weights = weights_of(pack)
 
     def place(n_context: int, host_bytes: int, host_peak_bytes: int) -> Plan:
-        return make_plan(
-            weights,
-            decoder,
-            memory_bytes=memory_bytes,
-            context=n_context,
-            threads=n_threads,
-            host_bytes=host_bytes,
-            host_peak_bytes=host_peak_bytes,
-            predictor=predictor,
+        return choose_kv(
+            kv,
+            lambda where: make_plan(
+                weights,
+                decoder,
+                memory_bytes=memory_bytes,
+                context=n_context,
+                threads=n_threads,
+                host_bytes=host_bytes,
+                host_peak_bytes=host_peak_bytes,
+                predictor=predictor,
+                kv=where,
+            ),
         )
 
     def plan(n_context: int) -> Plan:
@@ -235,6 +260,7 @@ def load(
     weights: str = "keep",
     isa: str = "",
     io: str = "auto",
+    kv: str = "auto",
     predictor: str = "auto",
     exact: bool = False,
     draft: str | os.PathLike[str] | None = None,
@@ -254,6 +280,9 @@ def load(
         weights: "keep", "q8" or "q4": how a checkpoint is packed, when it has to be.
         isa: force a kernel set (see ``edge doctor``); also the environment variable EDGE_ISA.
         io: "auto", "io_uring" or "pread".
+        kv: "memory" holds the keys and values of the whole context; "flash" a part of them, and the rest in a nameless
+            file in EDGE_SCRATCH (a folder on a drive; the cache folder when unset); "auto" chooses "flash" when the
+            budget cannot hold the context otherwise.
         predictor: "auto" lets the predictor that came with a sparse model guess which neurons are active where memory
             is too short to know (a small loss); "off" never does.
         draft: a smaller model of the same vocabulary whose guesses speculation verifies; held in memory inside the
@@ -280,7 +309,7 @@ def load(
     host = prepare(model, weights=weights, whole_process=whole_process, on_pack=on_pack)
     try:
         drafts = None if draft is None else DraftRequest(draft, weights, on_pack)
-        return _load(host, start, memory, context, threads, isa, io, guess, on_load, drafts)
+        return _load(host, start, memory, context, threads, isa, io, kv, guess, on_load, drafts)
     finally:
         host.pack.close()
 
@@ -293,6 +322,7 @@ def _load(
     threads: int | None,
     isa: str,
     io: str,
+    kv: str,
     predictor: bool,
     on_load: Progress | None,
     drafts: DraftRequest | None,
@@ -304,7 +334,9 @@ def _load(
     pack = host.pack
     if memory is None:
         memory = default_memory_bytes() + host.host_bytes
-    plan = plan_host(host, memory=memory, context=context, threads=threads, predictor=predictor)
+    plan = plan_host(host, memory=memory, context=context, threads=threads, kv=kv, predictor=predictor)
+    # A draft model is not worth a context that no longer fits memory.
+    with_draft = "memory" if plan.kv_on_flash is None else kv
     draft = None
     if drafts is not None:
         draft = open_draft(
@@ -314,12 +346,12 @@ def _load(
         host,
         plan,
         lambda grown, n_context: plan_host(
-            grown, memory=memory, context=n_context, threads=threads, predictor=predictor
+            grown, memory=memory, context=n_context, threads=threads, kv=with_draft, predictor=predictor
         ),
         draft,
     )
     plan = reserved.plan
-    options = {
+    options: dict[str, Any] = {
         "pack_path": str(pack.path),
         "decoder": pack.config.to_json(),
         "placement": plan.placements,
@@ -336,6 +368,8 @@ def _load(
         "max_rows": plan.max_rows,
         "budget_bytes": plan.core_bytes + reserved.core_bytes,
     }
+    if plan.kv_on_flash is not None:
+        options["kv"] = plan.kv_on_flash.options(str(scratch_folder()))
     core = _open_core(options, on_load)
     draft_core = None if reserved.draft is None else _open_core(reserved.draft.options, None, core)
     load_seconds = time.perf_counter() - start - host.pack_seconds

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashload.errors import BudgetError
 from flashload.machine import format_bytes
+from flashload.plan_kv import KvOnFlash, kv_on_flash
 from flashload.plan_neurons import NeuronModel, NeuronPlacement, is_extra, is_neurons
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class Plan:
     neuron_staging_bytes: int = 0
     neuron_slots: list[int] = field(default_factory=list, repr=False)
     slab_bytes: list[int] = field(default_factory=list, repr=False)
+    #: How keys and values are kept when they are not all in memory; ``kv_bytes`` is then the part in memory.
+    kv_on_flash: KvOnFlash | None = None
 
     @property
     def core_bytes(self) -> int:
@@ -95,6 +98,8 @@ class Plan:
         return {key: getattr(self, key) for key in keys.split()} | {
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "flash_bytes_per_token": self.stream_bytes,
+            "kv": "flash" if self.kv_on_flash else "memory",
+            "kv_file_bytes": self.kv_on_flash.file_bytes if self.kv_on_flash else 0,
         }
 
 
@@ -198,6 +203,7 @@ def make_plan(
     host_bytes: int,
     host_peak_bytes: int = 0,
     predictor: bool = True,
+    kv: str = "memory",
 ) -> Plan:
     """Places every weight for one budget.
 
@@ -210,6 +216,7 @@ def make_plan(
         host_bytes: memory already held when loading starts (interpreter, tokenizer).
         host_peak_bytes: the most that was held until then (while the tokenizer was built, or a checkpoint packed).
         predictor: a pack's predictor may decide which neurons are active where memory is short, at a small loss.
+        kv: "memory"; "flash" keeps a share of the context's keys and values in memory and the rest in a file.
 
     Raises:
         BudgetError: the budget is below the floor; the message names the floor and what would lower it.
@@ -222,18 +229,32 @@ def make_plan(
     everything = dense_bytes + (whole.bytes if whole else 0)
     host_bytes += _MARGIN_BYTES + everything // _PAGE_TABLE_SHARE
 
-    def fixed(max_rows: int) -> tuple[int, int]:
-        kv, activations, logits = _edge.fixed_bytes(decoder, context, max_rows, threads)
-        return _round_up(kv), _round_up(activations) + _round_up(logits)
+    least_weights = min(everything, model.least_bytes(predictor))
+    on_flash: KvOnFlash | None = None
 
-    def room_with(max_rows: int) -> int:
-        return memory_bytes - host_bytes - sum(fixed(max_rows))
+    def fixed(max_rows: int, spare_bytes: int = 0) -> tuple[int, int]:
+        nonlocal on_flash
+        if kv == "flash":
+            on_flash = kv_on_flash(decoder, context, max_rows, threads, spare_bytes)
+            return on_flash.memory_bytes, on_flash.activation_bytes
+        pages, activations, logits = _edge.fixed_bytes(decoder, context, max_rows, threads)
+        return _round_up(pages), _round_up(activations) + _round_up(logits)
+
+    floor_bytes = host_bytes + sum(fixed(_MAX_ROWS[-1])) + least_weights
+    floor_bytes = max(floor_bytes, host_peak_bytes)
+
+    def fixed_within(max_rows: int) -> tuple[int, int]:
+        least = sum(fixed(max_rows))
+        return fixed(max_rows, memory_bytes - host_bytes - least - least_weights)
+
+    def holds_all(max_rows: int) -> bool:
+        return everything <= memory_bytes - host_bytes - sum(fixed_within(max_rows))
 
     # Shorter prompt chunks are a small price for neurons that are all in memory.
-    fitting = [rows for rows in _MAX_ROWS if everything <= room_with(rows)] if whole else []
+    fitting = [rows for rows in _MAX_ROWS if holds_all(rows)] if whole else []
     for max_rows in fitting[:1] or _MAX_ROWS:
-        kv, activations = fixed(max_rows)
-        room = room_with(max_rows)
+        kv_bytes, activations = fixed_within(max_rows)
+        room = memory_bytes - host_bytes - kv_bytes - activations
         if everything <= room:
             placed = _Placed("resident", dense_bytes, [], 0, 0, whole)
             break
@@ -247,10 +268,8 @@ def make_plan(
         if streaming is not None and (activations <= memory_bytes // 12 or max_rows == _MAX_ROWS[-1]):
             placed = streaming
             break
-    floor_bytes = host_bytes + sum(fixed(_MAX_ROWS[-1])) + min(everything, model.least_bytes(predictor))
-    floor_bytes = max(floor_bytes, host_peak_bytes)
     if memory_bytes < host_peak_bytes or (everything > room and streaming is None):
-        raise _too_small(memory_bytes, floor_bytes, context, kv)
+        raise _too_small(memory_bytes, floor_bytes, context, kv_bytes)
 
     placements = [RESIDENT] * len(weights)
     if placed.demand_bytes:
@@ -278,7 +297,7 @@ def make_plan(
         stream_bytes=_bytes(placed.streamed),
         ring_bytes=placed.ring_bytes,
         demand_bytes=placed.demand_bytes,
-        kv_bytes=kv,
+        kv_bytes=kv_bytes,
         activation_bytes=activations,
         floor_bytes=min(floor_bytes, memory_bytes),
         placements=placements,
@@ -290,6 +309,7 @@ def make_plan(
         slab_bytes=[neuron_slots[w.id] * w.chunk_bytes for w in model.neurons.records]
         if neuron_slots
         else [],
+        kv_on_flash=on_flash,
     )
 
 

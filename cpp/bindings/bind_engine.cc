@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 
 #include "bindings/binding.h"
+#include "bindings/kv_options.h"
 #include "bindings/config_from_dict.h"
 #include "bindings/run.h"
 #include "engine/engine.h"
@@ -36,6 +37,7 @@ EngineOptions options_from(const py::dict& dict) {
   options.context = dict["context"].cast<int64_t>();
   options.max_rows = dict["max_rows"].cast<int64_t>();
   options.budget_bytes = dict["budget_bytes"].cast<uint64_t>();
+  kv_options_from(dict, &options);
   return options;
 }
 
@@ -75,6 +77,7 @@ py::dict stats(Engine& engine) {
   dict["used_bytes"] = engine.budget().used_bytes();
   dict["peak_bytes"] = engine.budget().peak_bytes();
   dict["by_tag"] = engine.budget().report();
+  add_kv_stats(engine, dict);
   dict["isa"] = engine.kernels().isa;
   return dict;
 }

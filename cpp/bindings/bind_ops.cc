@@ -37,6 +37,15 @@ class Arguments {
     return array;
   }
   float number(size_t i) const { return args_[i].cast<float>(); }
+  // Ascending, each in [least, most].
+  std::vector<int64_t> integers(size_t i, int64_t least, int64_t most) const {
+    const auto values = args_[i].cast<std::vector<int64_t>>();
+    for (const int64_t value : values) {
+      if (value < least || value > most) wrong_size(i, most, value);
+      least = value;
+    }
+    return values;
+  }
 
  private:
   [[noreturn]] void wrong_size(size_t i, int64_t expected, int64_t found) const {
@@ -51,8 +60,9 @@ Floats copy(const Floats& x) { return Floats({x.size()}, x.data()); }
 
 const float* data_or_null(const Floats& x) { return x.size() == 0 ? nullptr : x.data(); }
 
-py::object attention(const Kernels& kernels, const Arguments& args) {
-  args.expect(4, "q [group, head_dim], k f16 bits [keys, head_dim], v f16 bits, scale");
+// With `steps`, a fifth argument: the first keys of the ranges scores and values are computed over.
+py::object attention(const Kernels& kernels, const Arguments& args, bool steps) {
+  args.expect(steps ? 5 : 4, "q [group, head_dim], k f16 bits [keys, head_dim], v f16 bits, scale");
   const Floats q = args.floats(0);
   if (q.ndim() != 2 || q.shape(1) == 0) raise(error(Code::kBadArgument, "op attention: q must be [group, head_dim]"));
   const int64_t head_dim = q.shape(1);
@@ -65,8 +75,28 @@ py::object attention(const Kernels& kernels, const Arguments& args) {
   }
   std::vector<float> scores(static_cast<size_t>(q.shape(0) * k.shape(0)));
   Floats out({q.shape(0), q.shape(1)});
-  kernels.attention({q.data(), q.shape(0), head_dim, k_rows.data(), v_rows.data(), k.shape(0), args.number(3),
-                     scores.data(), out.mutable_data()});
+  AttentionArgs a{q.data(), q.shape(0), head_dim, k_rows.data(), v_rows.data(), k.shape(0), args.number(3),
+                  scores.data(), out.mutable_data()};
+  if (!steps) {
+    kernels.attention(a);
+    return out;
+  }
+  std::vector<int64_t> ranges = args.integers(4, 0, a.n_visible);
+  ranges.push_back(a.n_visible);
+  const auto over_ranges = [&](void (*step)(const AttentionArgs&)) {
+    a.first = 0;
+    for (const int64_t end : ranges) {
+      a.k = k_rows.data() + a.first;
+      a.v = v_rows.data() + a.first;
+      a.n = end - a.first;
+      step(a);
+      a.first = end;
+    }
+  };
+  kernels.attention_begin(a);
+  over_ranges(kernels.attention_scores);
+  kernels.attention_weigh(a);
+  over_ranges(kernels.attention_values);
   return out;
 }
 
@@ -91,7 +121,7 @@ py::object op(const std::string& isa, const std::string& name, py::args position
     fn(gate.data(), data_or_null(up), gate.size(), out.mutable_data());
     return out;
   }
-  if (name == "attention") return attention(kernels, args);
+  if (name == "attention" || name == "attention_steps") return attention(kernels, args, name == "attention_steps");
   // The rest run in place on a copy of x, as the model does.
   if (name == "rms_norm") {
     args.expect(3, "x, weight, eps");
@@ -146,7 +176,7 @@ py::object op(const std::string& isa, const std::string& name, py::args position
   }
   raise(error(Code::kBadArgument,
               "unknown op '%s': expected one of rms_norm, layer_norm, rope, silu_mul, relu_mul, gelu_mul, "
-              "gelu_tanh_mul, add, scale_add, softmax, attention, to_f16",
+              "gelu_tanh_mul, add, scale_add, softmax, attention, attention_steps, to_f16",
               name.c_str()));
 }
 

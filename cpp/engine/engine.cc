@@ -1,24 +1,52 @@
 #include "engine/engine.h"
 
+#include <algorithm>
+
 #include "store/placed_store.h"
 
 namespace edge {
 namespace {
 
-KvShape kv_shape(const DecoderConfig& config) {
+KvShape kv_shape(const DecoderConfig& config, const KvOptions& kv) {
+  if (kv.on_flash()) return KvPool::flash_shape(config.n_layers, config.kv_dim());
   KvShape shape;
   shape.n_layers = config.n_layers;
   shape.kv_dim = config.kv_dim();
   return shape;
 }
 
+DecoderOptions decoder_options(int64_t max_rows, int64_t context, const KvShape& shape, const KvOptions& kv,
+                               int64_t score_rows) {
+  if (!kv.on_flash()) return {max_rows, context};
+  return {max_rows, context, score_rows, kv.range_pages * shape.page_tokens};
+}
+
+// Bounds of a plan that came from outside, so that no size below can overflow.
+Status check(const KvOptions& kv, int64_t score_rows, const KvShape& shape, int64_t context, int64_t max_rows) {
+  if (kv.resident_pages == 0) return {};
+  const int64_t least = (max_rows + shape.page_tokens - 2) / shape.page_tokens + 1, most = shape.pages_for(context);
+  if (kv.resident_pages < least || kv.resident_pages > std::max(least, most)) {
+    return error(Code::kBadArgument, "kv cache: expected %lld to %lld pages in memory, found %lld",
+                 static_cast<long long>(least), static_cast<long long>(std::max(least, most)),
+                 static_cast<long long>(kv.resident_pages));
+  }
+  if (kv.range_pages < 1 || kv.range_pages > most || score_rows < 1 || score_rows > max_rows) {
+    return error(Code::kBadArgument, "kv cache: expected ranges of 1 to %lld pages and scores of 1 to %lld rows, found "
+                 "%lld and %lld", static_cast<long long>(most), static_cast<long long>(max_rows),
+                 static_cast<long long>(kv.range_pages), static_cast<long long>(score_rows));
+  }
+  return {};
+}
+
 }  // namespace
 
-FixedBytes fixed_bytes(const DecoderConfig& config, int64_t context, int64_t max_rows, int n_threads) {
-  const KvShape shape = kv_shape(config);
+FixedBytes fixed_bytes(const DecoderConfig& config, int64_t context, int64_t max_rows, int n_threads,
+                       const KvOptions& kv, int64_t score_rows) {
+  const KvShape shape = kv_shape(config, kv);
   FixedBytes fixed;
-  fixed.kv = shape.pages_for(context) * shape.page_bytes();
-  fixed.activations = Decoder::scratch_bytes(config, {max_rows, context}, n_threads);
+  fixed.kv = KvPool::bytes(shape, context, kv);
+  fixed.activations =
+      Decoder::scratch_bytes(config, decoder_options(max_rows, context, shape, kv, score_rows), n_threads);
   fixed.logits = static_cast<uint64_t>(config.vocab_size) * sizeof(float);
   return fixed;
 }
@@ -41,13 +69,15 @@ Result<std::unique_ptr<Engine>> Engine::open(EngineOptions options, Engine* part
   EDGE_ASSIGN(engine->kernels_, settings.isa.empty() ? default_kernels() : kernels_for(settings.isa));
   EDGE_ASSIGN(engine->directory_, PackDirectory::open(settings.pack_path));
   // What every token needs comes first: a refusal for lack of memory must not follow minutes of loading.
-  EDGE_ASSIGN(engine->kv_pool_, KvPool::create(kv_shape(settings.decoder), settings.context,
-                                               engine->budget_));
+  const KvShape shape = kv_shape(settings.decoder, settings.kv);
+  EDGE_TRY(check(settings.kv, settings.score_rows, shape, settings.context, settings.max_rows));
+  EDGE_ASSIGN(engine->kv_pool_, KvPool::create(shape, settings.context, settings.kv, engine->budget_));
   EDGE_ASSIGN(engine->store_, open_store(settings.pack_path, engine->directory_, settings.plan, settings.store,
                                          engine->budget_));
-  EDGE_ASSIGN(engine->decoder_, Decoder::create(settings.decoder, {settings.max_rows, settings.context},
-                                                engine->directory_, *engine->store_, *engine->kernels_, *engine->pool_,
-                                                engine->budget_));
+  const DecoderOptions decoder =
+      decoder_options(settings.max_rows, settings.context, shape, settings.kv, settings.score_rows);
+  EDGE_ASSIGN(engine->decoder_, Decoder::create(settings.decoder, decoder, engine->directory_, *engine->store_,
+                                                *engine->kernels_, *engine->pool_, engine->budget_));
   engine->options_.store.progress = nullptr;  // the caller's, and only for the load
   Engine* self = engine.get();
   self->decoder_->interrupted = [self] {

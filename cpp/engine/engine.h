@@ -27,6 +27,8 @@ struct EngineOptions {
   int64_t context = 0;        // tokens of KV cache, shared by all sequences
   int64_t max_rows = 128;     // rows of one forward pass; never changes a result
   uint64_t budget_bytes = 0;  // for everything the core reserves
+  KvOptions kv;
+  int64_t score_rows = 1;  // with keys and values on a drive: rows whose scores are held at once
 };
 
 // What the core takes from the budget besides weights, ring and caches, known before anything is loaded.
@@ -35,7 +37,8 @@ struct FixedBytes {
   uint64_t activations = 0;
   uint64_t logits = 0;  // per sequence
 };
-FixedBytes fixed_bytes(const DecoderConfig& config, int64_t context, int64_t max_rows, int n_threads);
+FixedBytes fixed_bytes(const DecoderConfig& config, int64_t context, int64_t max_rows, int n_threads,
+                       const KvOptions& kv = {}, int64_t score_rows = 0);
 
 class Engine {
  public:
@@ -46,8 +49,8 @@ class Engine {
   WeightStore& store() { return *store_; }
   Decoder& decoder() { return *decoder_; }
   KvPool& kv_pool() { return *kv_pool_; }
-  const Kernels& kernels() const { return *kernels_; }
   const PackDirectory& directory() const { return directory_; }
+  const Kernels& kernels() const { return *kernels_; }
   ThreadPool& pool() { return *pool_; }
   const EngineOptions& options() const { return options_; }
 

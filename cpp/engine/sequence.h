@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "engine/engine.h"
@@ -41,6 +42,10 @@ class Sequence {
   std::span<const float> hidden() const { return hidden_; }
   // Drops the oldest tokens so that `keep_first` and then the latest `keep_last` remain; they are computed again.
   Status shift(int64_t keep_first, int64_t keep_last);
+
+  // Text, keys and values to and from a file (kv/kv_session.h). What load() replaces is gone even when it fails.
+  Status save(const std::string& path);
+  Status load(const std::string& path);
 
  private:
   explicit Sequence(Engine& engine) : engine_(engine), kv_(engine.kv_pool()) {}

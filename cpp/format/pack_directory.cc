@@ -236,6 +236,7 @@ Result<PackDirectory> PackDirectory::parse(std::span<const std::byte> directory,
   if (n_chunks > 0) {
     std::memcpy(pack.hashes_.data(), directory.data() + kDirectoryHeadBytes + n_entries * kEntryBytes, n_chunks * 8);
   }
+  pack.digest_ = xxh3(directory);
   return pack;
 }
 

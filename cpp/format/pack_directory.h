@@ -58,6 +58,9 @@ class PackDirectory {
   const PackEntry& entry(WeightId id) const { return entries_[static_cast<size_t>(id)]; }
   uint64_t chunk_hash(uint64_t chunk) const { return hashes_[chunk]; }
 
+  // Of all that was hashed: two packs with equal digests hold the same model.
+  uint64_t digest() const { return digest_; }
+
   // Bytes this object itself keeps in memory, for the plan's account.
   uint64_t memory_bytes() const;
 
@@ -70,6 +73,7 @@ class PackDirectory {
   std::string where_;  // "path: " in front of messages; empty for bytes from memory
   std::vector<PackEntry> entries_;
   std::vector<uint64_t> hashes_;
+  uint64_t digest_ = 0;
   std::unordered_map<std::string, WeightId> by_name_;
 };
 

@@ -24,8 +24,8 @@ bool take_number(std::string_view* text, uint64_t* value) {
 
 Result<FaultPlan> FaultPlan::parse(const std::string& text) {
   static constexpr std::pair<std::string_view, Kind> kKinds[] = {
-      {"eio", Kind::kEio},   {"again", Kind::kAgain}, {"short", Kind::kShort},
-      {"zero", Kind::kZero}, {"flip", Kind::kFlip},   {"delay", Kind::kDelay},
+      {"eio", Kind::kEio},   {"enospc", Kind::kNoSpace}, {"again", Kind::kAgain}, {"short", Kind::kShort},
+      {"zero", Kind::kZero}, {"flip", Kind::kFlip},      {"delay", Kind::kDelay},
   };
   FaultPlan plan;
   std::string_view rest = text;
@@ -65,13 +65,14 @@ int64_t FaultPlan::apply(uint64_t read_index, int64_t result, std::byte* data) c
     if (read_index != fault.at && !(fault.forever && read_index > fault.at)) continue;
     switch (fault.kind) {
       case Kind::kEio: result = -EIO; break;
+      case Kind::kNoSpace: result = -ENOSPC; break;
       case Kind::kAgain: result = -EAGAIN; break;
       case Kind::kShort:
         if (result > 0) result = result >= 2 * kPage ? result / 2 / kPage * kPage : result / 2;
         break;
       case Kind::kZero: result = 0; break;
       case Kind::kFlip:
-        if (result > 0) {
+        if (result > 0 && data != nullptr) {
           const uint64_t bit = fault.argument % (static_cast<uint64_t>(result) * 8);
           data[bit / 8] ^= std::byte{1} << (bit % 8);
         }

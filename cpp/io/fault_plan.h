@@ -12,6 +12,7 @@ namespace edge {
 // "kind@n[+][:argument]", several joined by commas, e.g. "eio@3", "flip@0:77", "delay@2+:20".
 //   n         the n-th read the reader issues, from 0; "+" = that one and every later one
 //   eio       the read fails with EIO
+//   enospc    it fails with ENOSPC: for writes, which take the same plans (flips aside)
 //   again     the read answers EAGAIN
 //   short     half of the bytes arrive
 //   zero      no bytes arrive, as past the end of a file that shrank
@@ -23,11 +24,11 @@ class FaultPlan {
   static Result<FaultPlan> parse(const std::string& text);
 
   bool empty() const { return faults_.empty(); }
-  // `result` as pread gives it, or -errno; returns what the reader shall see instead.
+  // `result` as pread gives it, or -errno; returns what the reader shall see instead. Without `data` nothing is flipped.
   int64_t apply(uint64_t read_index, int64_t result, std::byte* data) const;
 
  private:
-  enum class Kind { kEio, kAgain, kShort, kZero, kFlip, kDelay };
+  enum class Kind { kEio, kNoSpace, kAgain, kShort, kZero, kFlip, kDelay };
   struct Fault {
     Kind kind = Kind::kEio;
     uint64_t at = 0;

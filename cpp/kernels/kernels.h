@@ -66,6 +66,9 @@ struct AttentionArgs {
   float scale;
   float* scores;               // scratch [group, n_visible]
   float* out;                  // [group, head_dim]
+  // attention_scores and attention_values: k or v holds keys [first, first + n) of the visible ones.
+  int64_t first = 0;
+  int64_t n = 0;
 };
 
 struct Kernels {
@@ -87,6 +90,12 @@ struct Kernels {
   void (*scale_add)(const float* x, float scale, int64_t n, float* into);            // into += scale * x
   void (*softmax)(float* x, int64_t n);
   void (*attention)(const AttentionArgs& args);
+  // The same bits in steps: begin, scores of every range, weigh, values of every range in order. `scores` and `out` hold
+  // the state between them.
+  void (*attention_begin)(const AttentionArgs& args);
+  void (*attention_scores)(const AttentionArgs& args);
+  void (*attention_weigh)(const AttentionArgs& args);
+  void (*attention_values)(const AttentionArgs& args);
   void (*to_f16)(const float* x, int64_t n, uint16_t* out);  // round to nearest even
 };
 

@@ -5,6 +5,8 @@
 // Queries and weights are rounded to the f16 that keys and values have, as ggml does: the same tokens from the same file
 // are worth more than the error, which is no larger than that of the keys and values themselves.
 // Blocks of keys keep a piece of K or V in the first-level cache while all heads use it; no result depends on them.
+// A score depends on its key alone, and sums over values go through `out` from key to key: so scores and values may be
+// computed over ranges of keys, as those arrive from a drive, with the bits of one range over all of them.
 #pragma once
 
 #include "kernels/ops_impl.h"
@@ -24,10 +26,10 @@ struct Attention {
     for (int64_t d = 0; d < head_dim; d += 32) __builtin_prefetch(row + d);
   }
 
-  // Scores of kHeads heads over `n` <= kLanes keys.
+  // Scores of kHeads heads over `n` <= kLanes keys of the range.
   template <int kHeads>
   static void score(const AttentionArgs& a, int64_t head, int64_t key, int64_t n) {
-    const float* q = a.out + head * a.head_dim;  // rounded, see run()
+    const float* q = a.out + head * a.head_dim;  // rounded, see begin()
     const int64_t whole = a.head_dim / 16 * 16;
     const int64_t tail = a.head_dim - whole;
     Vec partial[kHeads][kLanes] = {};
@@ -47,7 +49,7 @@ struct Attention {
     }
     for (int h = 0; h < kHeads; ++h) {
       const Vec scores = sum_each<Isa>(partial[h]) * a.scale;
-      float* out = a.scores + (head + h) * a.n_visible + key;
+      float* out = a.scores + (head + h) * a.n_visible + a.first + key;
       if (n == kLanes) {
         __builtin_memcpy(out, &scores, sizeof scores);
       } else {
@@ -63,12 +65,12 @@ struct Attention {
     if constexpr (kHeads > 1) score_heads<kHeads / 2>(a, head, key, n);
   }
 
-  // out[kHeads, 16 * kChunks dims from `dim`] += p * v over keys [key, end).
+  // out[kHeads, 16 * kChunks dims from `dim`] += p * v over keys [key, end) of the range.
   template <int kHeads, int kChunks>
   static void accumulate(const AttentionArgs& a, int64_t head, int64_t dim, int64_t key, int64_t end) {
     V sums[kHeads][kChunks];
     float* out = a.out + head * a.head_dim + dim;
-    const float* p = a.scores + head * a.n_visible;
+    const float* p = a.scores + head * a.n_visible + a.first;
     for (int h = 0; h < kHeads; ++h) {
       for (int c = 0; c < kChunks; ++c) sums[h][c] = load<Isa>(out + h * a.head_dim + c * 16);
     }
@@ -89,10 +91,11 @@ struct Attention {
   // The last head_dim % 16 dims of one head.
   static void accumulate_tail(const AttentionArgs& a, int64_t head, int64_t dim, int64_t key, int64_t end) {
     float* out = a.out + head * a.head_dim + dim;
+    const float* p = a.scores + head * a.n_visible + a.first;
     const int64_t n = a.head_dim - dim;
     V sum = load_tail<Isa>(out, n);
     for (int64_t i = key; i < end; ++i) {
-      sum = sum + splat16<Isa>(a.scores[head * a.n_visible + i]) * load_f16_tail<Isa>(a.v[i] + dim, n);
+      sum = sum + splat16<Isa>(p[i]) * load_f16_tail<Isa>(a.v[i] + dim, n);
     }
     store_tail(out, n, sum);
   }
@@ -113,24 +116,41 @@ struct Attention {
     if constexpr (kHeads > 1) accumulate_heads<kHeads / 2>(a, head, key, end);
   }
 
-  static void run(const AttentionArgs& a) {
-    // The output is written only after the scores are known; until then it holds the rounded queries.
-    Ops<Isa>::round_f16(a.q, a.group * a.head_dim, a.out);
-    for (int64_t key = 0; key < a.n_visible; key += kLanes) {
-      const int64_t n = a.n_visible - key < kLanes ? a.n_visible - key : kLanes;
-      for (int64_t i = key + kPrefetchRows; i < key + kPrefetchRows + n && i < a.n_visible; ++i) {
+  // The output is written only after the scores are known; until then it holds the rounded queries.
+  static void begin(const AttentionArgs& a) { Ops<Isa>::round_f16(a.q, a.group * a.head_dim, a.out); }
+
+  static void scores(const AttentionArgs& a) {
+    for (int64_t key = 0; key < a.n; key += kLanes) {
+      const int64_t n = a.n - key < kLanes ? a.n - key : kLanes;
+      for (int64_t i = key + kPrefetchRows; i < key + kPrefetchRows + n && i < a.n; ++i) {
         prefetch_row(a.k[i], a.head_dim);
       }
       score_heads<Isa::kScoreHeads>(a, 0, key, n);
     }
+  }
+
+  static void weigh(const AttentionArgs& a) {
     for (int64_t h = 0; h < a.group; ++h) Ops<Isa>::softmax(a.scores + h * a.n_visible, a.n_visible);
     Ops<Isa>::round_f16(a.scores, a.group * a.n_visible, a.scores);
     for (int64_t i = 0; i < a.group * a.head_dim; ++i) a.out[i] = 0;
-    for (int64_t key = 0; key < a.n_visible; key += kValueBlock) {
-      const int64_t end = key + kValueBlock < a.n_visible ? key + kValueBlock : a.n_visible;
-      for (int64_t i = end; i < end + kValueBlock && i < a.n_visible; ++i) prefetch_row(a.v[i], a.head_dim);
+  }
+
+  static void values(const AttentionArgs& a) {
+    for (int64_t key = 0; key < a.n; key += kValueBlock) {
+      const int64_t end = key + kValueBlock < a.n ? key + kValueBlock : a.n;
+      for (int64_t i = end; i < end + kValueBlock && i < a.n; ++i) prefetch_row(a.v[i], a.head_dim);
       accumulate_heads<Isa::kValueHeads>(a, 0, key, end);
     }
+  }
+
+  static void run(const AttentionArgs& args) {
+    AttentionArgs a = args;
+    a.first = 0;
+    a.n = a.n_visible;
+    begin(a);
+    scores(a);
+    weigh(a);
+    values(a);
   }
 };
 

@@ -19,6 +19,10 @@ struct OpsTable {
   void (*scale_add)(const float* x, float scale, int64_t n, float* into);
   void (*softmax)(float* x, int64_t n);
   void (*attention)(const AttentionArgs& args);
+  void (*attention_begin)(const AttentionArgs& args);
+  void (*attention_scores)(const AttentionArgs& args);
+  void (*attention_weigh)(const AttentionArgs& args);
+  void (*attention_values)(const AttentionArgs& args);
   void (*to_f16)(const float* x, int64_t n, uint16_t* out);
 };
 

@@ -49,6 +49,10 @@ Kernels join(const char* isa, const GemvTable& gemv, const NeuronKernels& neuron
   kernels.scale_add = ops.scale_add;
   kernels.softmax = ops.softmax;
   kernels.attention = ops.attention;
+  kernels.attention_begin = ops.attention_begin;
+  kernels.attention_scores = ops.attention_scores;
+  kernels.attention_weigh = ops.attention_weigh;
+  kernels.attention_values = ops.attention_values;
   kernels.to_f16 = ops.to_f16;
   return kernels;
 }

@@ -1,36 +1,30 @@
 #include "kv/kv_cache.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace edge {
 
-Result<std::unique_ptr<KvPool>> KvPool::create(const KvShape& shape, int64_t capacity_tokens, Budget& budget) {
-  auto pool = std::make_unique<KvPool>();
-  pool->shape_ = shape;
-  const int64_t n_pages = static_cast<int64_t>(shape.pages_for(capacity_tokens));
-  EDGE_ASSIGN(pool->memory_, budget.reserve(n_pages * shape.page_bytes(), "kv cache"));
-  for (int64_t page = n_pages; page-- > 0;) pool->free_.push_back(static_cast<int32_t>(page));
-  return pool;
-}
+KvCache::KvCache(KvPool& pool) : pool_(&pool) { pool.caches_.push_back(this); }
 
-int32_t KvPool::take_page() {
-  if (free_.empty()) return -1;
-  const int32_t page = free_.back();
-  free_.pop_back();
-  return page;
+KvCache::~KvCache() {
+  rollback();
+  truncate(0);
+  std::erase(pool_->caches_, this);
 }
 
 Status KvCache::stage(int64_t n_rows) {
-  const int64_t n_pages = static_cast<int64_t>(pool_->shape().pages_for(n_committed_ + n_rows));
-  while (static_cast<int64_t>(pages_.size()) < n_pages) {
-    const int32_t page = pool_->take_page();
-    if (page < 0) {
+  n_staged_ = 0;
+  const auto n_pages = static_cast<size_t>(pool_->shape().pages_for(n_committed_ + n_rows));
+  while (pages_.size() < n_pages) {
+    if (!pool_->take()) {
       return error(Code::kContextOverflow, "kv cache: %lld tokens do not fit; %lld pages of %lld tokens are all in use",
                    static_cast<long long>(n_committed_ + n_rows), static_cast<long long>(pages_.size()),
                    static_cast<long long>(page_tokens()));
     }
-    pages_.push_back(page);
+    pages_.push_back({});
   }
+  EDGE_TRY(pool_->hold(*this, n_committed_ / page_tokens()));
   n_staged_ = n_rows;
   return {};
 }
@@ -55,12 +49,17 @@ void KvCache::commit_all() {
   n_staged_ = 0;
 }
 
+void KvCache::rollback() {
+  n_staged_ = 0;
+  if (pool_->stream() != nullptr) pool_->stream()->stop();
+}
+
 void KvCache::truncate(int64_t n_tokens) {
   n_staged_ = 0;
   if (n_tokens < n_committed_) n_committed_ = n_tokens;
-  const size_t n_pages = pool_->shape().pages_for(n_committed_);
+  const auto n_pages = static_cast<size_t>(pool_->shape().pages_for(n_committed_));
   while (pages_.size() > n_pages) {
-    pool_->give_page(pages_.back());
+    pool_->give(pages_.back());
     pages_.pop_back();
   }
 }

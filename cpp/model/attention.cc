@@ -18,7 +18,8 @@ Status Decoder::attention(int64_t index, KvCache& kv) {
                          {layer.v, scratch_.v, pad16(kv_dim), layer.v_bias}};
   EDGE_TRY(linear_.run(*acts_, qkv));
   EDGE_TRY(rotate_and_store(index, kv));
-  attend(index, kv);
+  if (options_.score_rows > 0) EDGE_TRY(attend_streamed(index, kv));
+  else attend(index, kv);
   acts_->set(scratch_.attended, pad16(q_dim), n_rows_, q_dim);
   const Product out{layer.o, scratch_.projected, pad16(hidden), layer.o_bias};
   EDGE_TRY(linear_.run(*acts_, {&out, 1}));
@@ -61,7 +62,6 @@ Status Decoder::rotate_and_store(int64_t index, KvCache& kv) {
 void Decoder::attend(int64_t index, KvCache& kv) {
   const int64_t head_dim = config_.head_dim, n_kv_heads = config_.n_kv_heads;
   const int64_t group = config_.n_heads / n_kv_heads, max_visible = options_.context;
-  const int64_t window = config_.windows[static_cast<size_t>(index)];
   // Short texts are not worth a second core's attention: about 64 KiB of keys and values per piece.
   const int64_t head_bytes = (n_committed_ + n_rows_) * head_dim * 4;
   const int64_t grain = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(1, head_bytes));
@@ -72,8 +72,7 @@ void Decoder::attend(int64_t index, KvCache& kv) {
     float* scores = reinterpret_cast<float*>(values + max_visible);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / n_kv_heads, kv_head = item % n_kv_heads, offset = kv_head * head_dim;
-      // A window of w sees the w latest positions, its own included.
-      const int64_t first = window > 0 ? std::max<int64_t>(0, positions_[row] - window + 1) : 0;
+      const int64_t first = first_visible(index, positions_[row]);
       int64_t n_visible = 0;
       const auto see = [&](int64_t slot) {
         keys[n_visible] = kv.key(index, slot) + offset;

@@ -14,7 +14,8 @@ Decoder::Decoder(const DecoderConfig& config, const DecoderOptions& options, con
       linear_(store, directory, kernels, pool) {}
 
 uint64_t Decoder::scratch_bytes(const DecoderConfig& config, const DecoderOptions& options, int n_threads) {
-  return Scratch::bytes(config, options.max_rows, options.context, n_threads);
+  const int64_t visible = options.score_rows > 0 ? 0 : options.context;
+  return Scratch::bytes(config, options.max_rows, visible, n_threads) + stream_bytes(config, options, n_threads);
 }
 
 Result<std::unique_ptr<Decoder>> Decoder::create(const DecoderConfig& config, const DecoderOptions& options,
@@ -23,7 +24,11 @@ Result<std::unique_ptr<Decoder>> Decoder::create(const DecoderConfig& config, co
   EDGE_TRY(config.validate());
   std::unique_ptr<Decoder> decoder(new Decoder(config, options, directory, store, kernels, pool));
   EDGE_ASSIGN(decoder->weights_, ModelWeights::resolve(config, directory));
-  EDGE_ASSIGN(decoder->scratch_, Scratch::create(config, options.max_rows, options.context, pool.size(), budget));
+  const int64_t visible = options.score_rows > 0 ? 0 : options.context;
+  EDGE_ASSIGN(decoder->scratch_, Scratch::create(config, options.max_rows, visible, pool.size(), budget));
+  if (options.score_rows > 0) {
+    EDGE_ASSIGN(decoder->score_memory_, budget.reserve(stream_bytes(config, options, pool.size()), "attention scores"));
+  }
   decoder->acts_ = std::make_unique<ActRows>(kernels, pool, decoder->scratch_.acts);
   for (const LayerWeights& layer : decoder->weights_.layers) {
     if (layer.neuron_records == kNoWeight) continue;
@@ -44,6 +49,7 @@ Status Decoder::forward(const Batch& batch, KvCache& kv) {
   EDGE_TRY(check(batch, kv));
   EDGE_TRY(kv.stage(static_cast<int64_t>(batch.tokens.size())));
   place(batch, kv);
+  if (options_.score_rows > 0) start_stream(kv);
   Status status = embed(batch);
   for (int64_t layer = 0; status.ok() && layer < config_.n_layers; ++layer) {
     if (interrupted && interrupted()) {

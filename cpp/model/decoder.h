@@ -29,6 +29,9 @@ struct Batch {
 struct DecoderOptions {
   int64_t max_rows = 128;   // rows of one pass
   int64_t context = 0;      // tokens the KV cache can hold
+  // Where keys and values lie on a drive: rows whose scores are held at once, and the tokens of one read. 0: in memory.
+  int64_t score_rows = 0;
+  int64_t range_tokens = 0;
 };
 
 class Decoder {
@@ -72,6 +75,12 @@ class Decoder {
   Status embed(const Batch& batch);
   Status attention(int64_t layer, KvCache& kv);
   void attend(int64_t layer, KvCache& kv);
+  static uint64_t stream_bytes(const DecoderConfig& config, const DecoderOptions& options, int n_threads);
+  void start_stream(KvCache& kv);  // the reads of keys and values of this pass
+  Status attend_streamed(int64_t layer, KvCache& kv);
+  Status attend_block(int64_t layer, KvCache& kv, int64_t row_begin, int64_t row_end);
+  int64_t first_visible(int64_t layer, int64_t position) const;    // the first position a row there sees
+  int64_t n_staged_visible(int64_t layer, int64_t row) const;      // rows of the batch that it sees, itself included
   Status ffn(const LayerWeights& layer, const float* x, int64_t n_rows, float* out);
   Status mixture(const LayerWeights& layer, const float* x);
   Status norm(WeightId weight, WeightId bias, const float* x, int64_t x_stride, int64_t n_rows, float* out);
@@ -88,6 +97,7 @@ class Decoder {
   Linear linear_;
   ModelWeights weights_;
   Scratch scratch_;
+  Block score_memory_;  // [score_rows][n_heads][context] floats, then pointers per thread; streamed attention only
   std::unique_ptr<ActRows> acts_;
   std::unique_ptr<SparseFfn> sparse_;  // null when no layer comes by neuron
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "kernels": {"core"},
     "format": {"core", "io", "kernels"},  # kernels/format.h only: the tile sizes
     "store": {"core", "io", "format", "kernels"},
-    "kv": {"core", "kernels"},
+    "kv": {"core", "io", "kernels"},
     "sample": {"core"},
     "model": {"core", "kernels", "format", "store", "kv"},
     "speculate": {"core", "kernels", "format", "store", "kv", "model", "sample"},

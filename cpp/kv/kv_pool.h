@@ -1,0 +1,76 @@
+// The pages of an engine's sequences: in memory all of them, or as many as there are frames, the others in a file.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "core/budget.h"
+#include "core/status.h"
+#include "kv/kv_flash.h"
+#include "kv/kv_shape.h"
+#include "kv/kv_stream.h"
+
+namespace edge {
+
+class KvCache;
+
+// Where pages live. With resident_pages 0 all are in memory and nothing else here counts.
+struct KvOptions {
+  int64_t resident_pages = 0;
+  int64_t range_pages = 1;  // pages of one read of one layer's keys or values
+  ScratchOptions scratch;
+
+  bool on_flash() const { return resident_pages > 0; }
+};
+
+class KvPool {
+ public:
+  // The shape of pages that go to a drive: small, since the one being written stays in memory, and padded.
+  static KvShape flash_shape(int64_t n_layers, int64_t kv_dim);
+  // What create() takes from the budget.
+  static uint64_t bytes(const KvShape& shape, int64_t context_tokens, const KvOptions& options);
+  // Everything is reserved at once, so that a context that was accepted can always be filled.
+  static Result<std::unique_ptr<KvPool>> create(const KvShape& shape, int64_t context_tokens, const KvOptions& options,
+                                                Budget& budget);
+
+  const KvShape& shape() const { return shape_; }
+  const KvFlash* flash() const { return flash_.get(); }
+  KvFlash* flash() { return flash_.get(); }
+  // Null where all pages are in memory.
+  KvStream* stream() { return stream_.get(); }
+
+  // [token_in_page][kv_dim] of one layer's keys (or values) in one frame.
+  uint16_t* rows(int32_t frame, int64_t layer, KvHalf half) {
+    return reinterpret_cast<uint16_t*>(page(frame) + static_cast<uint64_t>(layer * 2 + half) * shape_.half_bytes());
+  }
+
+ private:
+  friend class KvCache;
+  std::byte* page(int32_t frame) { return frames_.data() + static_cast<uint64_t>(frame) * shape_.page_bytes(); }
+  int64_t n_frames() const { return n_frames_; }
+
+  // One more page of the context; false when all are taken.
+  bool take();
+  void give(const KvPage& page);
+  // Puts the pages from `first` on into memory, to be written to. Other pages make room: idle sequences' first, then the
+  // oldest of this one; a page goes to the file once. What room is left over takes back the latest pages.
+  // On error no page is lost.
+  Status hold(KvCache& cache, int64_t first);
+  Status make_room(KvCache& cache, int64_t first, int64_t n_frames);
+  // Gives the pages frames and their contents, those in the file from there.
+  Status bring(std::span<KvPage* const> pages);
+
+  KvShape shape_;
+  int64_t n_frames_ = 0;
+  int64_t n_pages_left_ = 0;
+  Block frames_;
+  std::vector<int32_t> free_frames_;
+  std::vector<int32_t> free_places_;
+  std::vector<KvCache*> caches_;
+  std::unique_ptr<KvFlash> flash_;
+  std::unique_ptr<KvStream> stream_;  // reads of flash_ that are in flight end before it
+};
+
+}  // namespace edge
