@@ -33,7 +33,12 @@ def ceiling(weights: Weights, limit_bytes: int, drive_rate: float, memory_rate: 
 
 
 def measure_point(
-    system: str, request: peers.Request, weights: Weights, percent: float, rounds: int
+    system: str,
+    request: peers.Request,
+    weights: Weights,
+    percent: float,
+    rounds: int,
+    process_bytes: int = 0,
 ) -> dict[str, Any]:
     """One system at one limit: ``rounds`` cold runs.
 
@@ -85,7 +90,9 @@ def measure_point(
         "foreign_cpus": report.spread_json([run.foreign_cpus for run in runs]),
         "drive_bytes_per_second": drive.json(),
         "memory_bytes_per_second": memory.json(),
-        "ceiling_tokens_per_second": ceiling(weights, request.limit_bytes, drive.median, memory.median),
+        "ceiling_tokens_per_second": ceiling(
+            weights, request.limit_bytes - process_bytes, drive.median, memory.median
+        ),
         "cache_emptied_by": how,
         "cached_share_before": warm_share,
     }
@@ -102,11 +109,13 @@ def measure(
     rounds: int,
     timeout_seconds: float,
     text: Path | None = None,
+    process_bytes: int = 0,
 ) -> dict[str, Any]:
     """Every system at every limit; returns the document that ``--json`` prints.
 
     Args:
         text: what edge's perplexity is measured on (models by neuron that were trained); None measures none.
+        process_bytes: added to every limit.
     """
     facts = machine.facts()
     vocab = min((entry.weights.vocab for entry in entries.values()), default=0)
@@ -122,16 +131,17 @@ def measure(
                 vocab,
                 prompt_tokens,
                 tokens,
-                limit_bytes=int(full_bytes * percent / 100),
+                limit_bytes=int(full_bytes * percent / 100) + process_bytes,
                 timeout_seconds=timeout_seconds,
                 text=text if peers.SYSTEMS[name].package == "edge" and name != "naive" else None,
             )
-            points.append(measure_point(name, request, entry.weights, percent, rounds))
+            points.append(measure_point(name, request, entry.weights, percent, rounds, process_bytes))
     return {
         "benchmark": "budget",
         "machine": facts,
         "model": model.name,
         "full_bytes": full_bytes,
+        "process_bytes": process_bytes,
         "threads": threads,
         "prompt_tokens": prompt_tokens,
         "tokens": tokens,
@@ -139,6 +149,22 @@ def measure(
         "absent": missing,
         "points": points,
     }
+
+
+def join(document: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Adds the points of an earlier document on the same model to ``document``, which goes before it.
+
+    Raises:
+        ValueError: it is of another benchmark or model.
+    """
+    for key in ("benchmark", "model", "full_bytes", "process_bytes"):
+        if earlier.get(key, 0) != document[key]:
+            raise ValueError(f"{key}: expected {document[key]!r}, found {earlier.get(key)!r}")
+    new = {(p["system"], p["percent"]) for p in document["points"]}
+    old = [p for p in earlier["points"] if (p["system"], p["percent"]) not in new]
+    document["points"] = sorted([*old, *document["points"]], key=lambda p: -float(p["percent"]))
+    facts = earlier["machine"]
+    document["earlier"] = [*earlier.get("earlier", []), {"date": facts["date"], "commit": facts["commit"]}]
 
 
 def show(document: dict[str, Any]) -> None:
@@ -188,12 +214,17 @@ def show(document: dict[str, Any]) -> None:
         notes.append(
             "lossy: a predictor decides which neurons count, and leaves some out that the model would use"
         )
+    if document.get("process_bytes"):
+        notes.append(
+            f"limits are percent of the model and {document['process_bytes'] / 2**20:g} MiB for the process"
+        )
     ahead = document["read_ahead_kib"]
     notes.append(f"kernel read-ahead of the drive: {'not known' if ahead is None else f'{ahead} KiB'}")
     emptied = {p["cache_emptied_by"] for p in document["points"]}
     warm = max((p["cached_share_before"] for p in document["points"]), default=0.0)
     notes.append(f"cache emptied by {', '.join(sorted(emptied))}; largest share left before a run {warm:.1%}")
     notes.append(report.machine_line(document["machine"]))
+    notes += [f"with points of {one['date']}, commit {one['commit']}" for one in document.get("earlier", [])]
     report.print_table(title, columns, rows, notes)
 
 
@@ -213,12 +244,26 @@ def main(argv: list[str] | None = None) -> int:
         "--budgets", default="100,75,50,35,25", help="limits in percent of the file, separated by commas"
     )
     parser.add_argument("--systems", default="edge,llama.cpp-mmap", help=f"of {', '.join(peers.SYSTEMS)}")
+    parser.add_argument(
+        "--process",
+        type=float,
+        default=0,
+        metavar="MIB",
+        help="add this to every limit: for models smaller than an interpreter",
+    )
     parser.add_argument("--folder", type=Path, help="the Hugging Face folder for layer-streaming")
     parser.add_argument("--tokens", type=int, default=8, help="timed tokens per run")
     parser.add_argument("--prompt", type=int, default=8, help="prompt tokens per run")
     parser.add_argument("--runs", type=int, default=3, help="cold runs of each system at each limit")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a run is given up")
     parser.add_argument("--text", type=Path, help="measure edge's perplexity on this file (trained models)")
+    parser.add_argument(
+        "--with",
+        dest="earlier",
+        type=Path,
+        metavar="JSON",
+        help="add the points of an earlier run on this model",
+    )
     parser.add_argument("--json", action="store_true", help="JSON on standard output instead of a table")
     parser.add_argument("--save", action="store_true", help=f"keep JSON and a PNG in {report.OUT}")
     args = parser.parse_args(argv)
@@ -236,10 +281,18 @@ def main(argv: list[str] | None = None) -> int:
     if refusal := cgroup_refusal():
         print(f"bench budget: {refusal}", file=sys.stderr)
         return 3
+    if not 0 <= args.process <= 1 << 20:
+        parser.error(f"--process: expected 0 to {1 << 20} MiB, found {args.process:g}")
     if args.text and not args.text.is_file():
         parser.error(f"--text: {args.text}: no such file")
     if args.text and _is_synthetic(args.model):
         parser.error(f"--text: {args.model} has random weights, whose perplexity means nothing")
+    earlier = None
+    if args.earlier:
+        try:
+            earlier = json.loads(args.earlier.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"--with: {args.earlier}: {error}")
     entries, missing = peers.entries(args.model, systems, args.peer_model, args.weights, args.folder)
     if not entries:
         return 1  # each one's reason is already on standard error
@@ -254,7 +307,13 @@ def main(argv: list[str] | None = None) -> int:
         args.runs,
         args.timeout,
         args.text,
+        int(args.process * 2**20),
     )
+    if earlier is not None:
+        try:
+            join(document, earlier)
+        except (ValueError, KeyError) as error:
+            print(f"--with: {args.earlier}: {error}", file=sys.stderr)  # what was measured is still shown
     if args.json:
         print(json.dumps(document, indent=2))
     else:

@@ -1,7 +1,7 @@
 """Real model shapes as lists of GGUF tensors, and synthetic vocabularies of the right size.
 
 Sources of the dimensions: the models' config.json files on their public pages (Llama-2-7B, TinyLlama-1.1B,
-OPT-6.7B, Qwen3-30B-A3B). ``moe-8x`` is a Mixtral-like shape small enough for a laptop.
+OPT-6.7B, OLMoE-1B-7B, Qwen3-30B-A3B). ``moe-8x`` is a Mixtral-like shape small enough for a laptop.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ SHAPES = {
         Shape("tinyllama-1.1b", "llama", 32000, 2048, 5632, 22, 32, 4, 2048, 64),
         Shape("opt-6.7b", "opt", 50272, 4096, 16384, 32, 32, 32, 2048, 128, tokenizer="bpe"),
         Shape("moe-8x", "llama", 32000, 2048, 7168, 16, 16, 8, 4096, 128, 8, 2),
+        # As a llama of this shape: OLMoE's norms of queries and keys left out.
+        Shape("olmoe-1b-7b", "llama", 50304, 2048, 1024, 16, 16, 16, 4096, 128, 64, 8),
         # 48 layers in the original; six keep the file small and every layer's work the same.
         Shape("qwen3-30b-a3b", "qwen3moe", 151936, 2048, 768, 6, 32, 4, 40960, 128, 128, 8, 1e-6, 1e6, "bpe"),
         # For tests: loads in a moment, all row lengths a multiple of 256.

@@ -9,15 +9,20 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
 
 from bench import shapes
 from bench.random_blocks import TYPES, write_blocks
+from bench.replay import Replay
 from bench.synth_hf import write_opt_folder
+from flashload.errors import ModelFileError
 
+_ROWS = 1024
 _FILE_TYPES = {
     "f16": 1,
     "q4_0": 2,
@@ -81,7 +86,15 @@ def _add_tokenizer(writer: GGUFWriter, shape: shapes.Shape) -> None:
     writer.add_add_bos_token(False)
 
 
-def write_model(path: Path, shape: shapes.Shape, mix: str, *, as_mpt: bool = False, seed: int = 0) -> int:
+def write_model(
+    path: Path,
+    shape: shapes.Shape,
+    mix: str,
+    *,
+    as_mpt: bool = False,
+    seed: int = 0,
+    replay: Replay | None = None,
+) -> int:
     """Writes a random model; returns the file's bytes.
 
     Args:
@@ -89,10 +102,13 @@ def write_model(path: Path, shape: shapes.Shape, mix: str, *, as_mpt: bool = Fal
         mix: one of ``shapes.MIXES``.
         as_mpt: an OPT shape under the name of MPT (same matrices), for llama.cpp, which has no OPT.
         seed: of the random bits.
+        replay: the routing that a mixture of experts follows; its own is random otherwise.
     """
     if shape.arch == "opt" and not as_mpt:
         raise ValueError(f"{shape.name}: GGUF has no OPT; write it as MPT or as a folder")
     plan = list(shapes.tensors(shape, mix))
+    if replay is not None:
+        plan = replay.plan(plan)
     writer = GGUFWriter(path, "mpt" if as_mpt else shape.arch)
     _add_metadata(writer, shape, mix)
     _add_tokenizer(writer, shape)
@@ -118,7 +134,12 @@ def write_model(path: Path, shape: shapes.Shape, mix: str, *, as_mpt: bool = Fal
         kind = TYPES[tensor.kind]
         left = int(np.prod(tensor.shape, dtype=np.int64)) // kind.values
         n_bytes = left * kind.block_bytes
-        if tensor.constant is not None:
+        planted = replay.values(tensor.name) if replay is not None else None
+        if planted is not None:
+            kind_code = GGMLQuantizationType[tensor.kind.upper()]
+            for first in range(0, len(planted), _ROWS):
+                out.write(quantize(planted[first : first + _ROWS], kind_code).tobytes())
+        elif tensor.constant is not None:
             out.write(np.full(left, tensor.constant, "<f4").data)
         else:
             write_blocks(out, kind, left, tensor.std, bits)
@@ -155,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--active", type=float, default=0.5, help="share of OPT neurons that fire (0.03 is typical)"
     )
+    parser.add_argument("--routing", type=Path, help="a recorded trace that a mixture of experts replays")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--format", choices=("q4", "f16"), default="q4", help="of a -sparse model's pack")
     parser.add_argument(
@@ -175,6 +197,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--as-mpt: only for OPT shapes")
     if not 0 < args.active < 1:
         parser.error(f"--active: expected a share between 0 and 1, found {args.active}")
+    replay = None
+    if args.routing:
+        try:
+            replay = Replay(args.routing, shape, args.seed)
+        except (ValueError, ModelFileError) as error:
+            parser.error(f"--routing: {error}")
+        shape = replace(shape, experts_per_token=replay.experts_per_token)
     start = time.perf_counter()
     if shape.arch == "opt" and not args.as_mpt:
         if args.mix not in (None, "f16"):
@@ -182,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         size = write_opt_folder(args.out, shape, active=args.active, seed=args.seed)
     else:
         mix = args.mix or "q4_0"
-        size = write_model(args.out, shape, mix, as_mpt=args.as_mpt, seed=args.seed)
+        size = write_model(args.out, shape, mix, as_mpt=args.as_mpt, seed=args.seed, replay=replay)
     seconds = time.perf_counter() - start
     _told(args.out, size, seconds)
     return 0

@@ -398,6 +398,20 @@ def test_budget_report_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_earlier_points_join_a_document() -> None:
+    document = document_of([point("edge", 500, 2.0)]) | {"benchmark": "budget", "process_bytes": 0}
+    earlier = document_of([point("edge", 500, 1.0), point("naive", 750, 0.3)]) | {
+        "benchmark": "budget",
+        "process_bytes": 0,
+    }
+    budget.join(document, earlier)
+    assert [(p["system"], p["percent"]) for p in document["points"]] == [("naive", 75), ("edge", 50)]
+    assert document["points"][1]["tokens_per_second"]["low"] == 2.0
+    assert document["earlier"][0]["commit"] == earlier["machine"]["commit"]
+    with pytest.raises(ValueError, match="full_bytes: expected 1000, found 999"):
+        budget.join(document, earlier | {"full_bytes": 999})
+
+
 # --- the command
 
 
