@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 
 import _edge
 
-from edge import speculation
+from edge import session, speculation
 from edge.completion import Chunk, Completion, StopScanner, TokenLogprob
 from edge.config import GenerationConfig
 from edge.stream import Stream, Turns
@@ -138,6 +138,8 @@ class Engine:
         core = self._core  # close() may take it away meanwhile
         if core is not None:
             core.cancel()
+
+    save_session, load_session = session.save_session, session.load_session
 
     # -- life -------------------------------------------------------------------------------------------------------
 

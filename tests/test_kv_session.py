@@ -11,7 +11,6 @@ import pytest
 import xxhash
 
 import edge
-from edge.session import load_session, save_session
 from flashload.errors import (
     CancelledError,
     ContextOverflowError,
@@ -288,13 +287,13 @@ def test_the_python_api(packs: dict[str, Path], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_tokens": 10, "temperature": 0, "ignore_eos": True}
     with edge.load(packs["wide"], memory="512MiB", context=300, threads=2) as engine:
         first = engine.generate(PROMPT, **settings)
-        save_session(engine, path)
+        engine.save_session(path)
         text = [*PROMPT, *first.tokens]
         want = engine.generate([*text, 9], **settings)
     with edge.load(packs["wide"], memory="512MiB", context=300, threads=1, kv="flash") as engine:
-        assert load_session(engine, path) == text
+        assert engine.load_session(path) == text
         found = engine.generate([*text, 9], **settings)
         assert found.tokens == want.tokens
         assert found.stats["reused_tokens"] >= len(text) - 1
     with pytest.raises(EdgeError, match="closed"):
-        save_session(engine, path)
+        engine.save_session(path)
