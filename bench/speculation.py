@@ -3,12 +3,16 @@
 Each round writes every prompt once without speculation and once with each setting, in one process and one engine, so
 that a machine whose speed drifts moves all alike; a setting's gain is taken against the plain run of its own round.
 Texts are compared token for token: a setting that changes one is a fault and ends the benchmark.
+
+A setting ``oracle:RATE:DEPTH`` guesses DEPTH tokens ahead, each right with probability RATE, from the plain run's text
+and in no time: what a drafter of that acceptance would gain on this machine, whatever the model knows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -35,15 +39,38 @@ PROMPTS = {
 }
 
 
-def _one(engine: Any, prompt: str, setting: Any, args: argparse.Namespace) -> Any:
-    return engine.generate(
-        prompt,
-        max_tokens=args.tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-        ignore_eos=True,
-        speculation=setting,
-    )
+def _one(engine: Any, prompt: list[int], setting: str, plain: list[int], args: argparse.Namespace) -> Any:
+    asked: dict[str, Any] = {
+        "max_tokens": args.tokens,
+        "temperature": args.temperature,
+        "seed": args.seed,
+        "ignore_eos": True,
+    }
+    if not setting.startswith("oracle:"):
+        return engine.generate(prompt, speculation=setting, **asked)
+    from unittest.mock import patch
+
+    import _edge
+
+    from edge.speculation import Speculators
+
+    rate, depth = float(setting.split(":")[1]), int(setting.split(":")[2])
+    text = [*prompt, *plain]
+
+    def propose(tokens: list[int], max_nodes: int) -> list[tuple[int, int]]:
+        # Chances belong to places of the text, so that every run meets the same.
+        ahead = range(len(tokens), min(len(tokens) + depth, len(text)))
+        right = [random.Random(1000 * args.seed + place).random() < rate for place in ahead]
+        guesses = [
+            text[place] if ok else (text[place] + 1) % 1000 for place, ok in zip(ahead, right, strict=True)
+        ]
+        return [(token, i) for i, token in enumerate(guesses[: max_nodes - 1])]
+
+    speculator = _edge.Speculator(engine._core)
+    speculator.add_callback(propose)
+    speculator.configure(depth=depth, max_rows=depth + 1)
+    with patch.object(Speculators, "configured", lambda self, settings: speculator):
+        return engine.generate(prompt, speculation="auto", **asked)
 
 
 def _drafters(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -72,14 +99,14 @@ def measure(engine: Any, settings: Sequence[str], args: argparse.Namespace) -> d
         for kind, prompts in PROMPTS.items():
             seconds: dict[str, float] = dict.fromkeys(settings, 0.0)
             done: dict[str, list[Any]] = {setting: [] for setting in settings}
-            for prompt in prompts:
-                plain = None
+            for text in prompts:
+                prompt = engine.tokenizer.encode(text, add_special_tokens=True)
+                plain: list[int] = []
                 for setting in settings:
-                    completion = _one(engine, prompt, setting, args)
-                    if plain is None:
-                        plain = completion.tokens
-                    elif plain != completion.tokens:
-                        raise RuntimeError(f"speculation={setting!r} changed the text after {prompt!r}")
+                    completion = _one(engine, prompt, setting, plain, args)
+                    plain = plain or completion.tokens
+                    if plain != completion.tokens:
+                        raise RuntimeError(f"speculation={setting!r} changed the text after {text!r}")
                     seconds[setting] += completion.stats["decode_seconds"]
                     done[setting].append(completion.stats)
             for setting in settings:
@@ -133,7 +160,8 @@ def pass_ms(engine: Any, args: argparse.Namespace) -> list[tuple[int, float]]:
 
     table = []
     for rows in (1, 2, 3, 4, 6, 8, 12, 16):
-        speculator = _edge.Speculator(engine._core, depth=max(1, rows - 1), max_rows=max(2, rows))
+        speculator = _edge.Speculator(engine._core)
+        speculator.configure(depth=max(1, rows - 1), max_rows=max(2, rows))
         if rows > 1:
             speculator.add_callback(partial(_chain_of, rows - 1))
         sampler = _edge.Sampler({"temperature": 0.0}, engine.vocab_size)

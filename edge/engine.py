@@ -52,7 +52,9 @@ class Engine:
         self._core: _edge.Engine | None = core
         self._sequence: _edge.Sequence | None = _edge.Sequence(core)
         self._drafting: speculation.Drafting | None = drafting or speculation.Drafting()
-        self._speculators: dict[speculation.Speculation, _edge.Speculator] = {}
+        self._speculators: speculation.Speculators | None = speculation.Speculators(
+            core, plan.context, self._drafting
+        )
         self._turns = Turns()
         self._cancelled = threading.Event()
 
@@ -153,6 +155,11 @@ class Engine:
                 stats[key] += used_bytes
         return stats
 
+    def prepare(self) -> None:
+        """Makes what the first request would make otherwise: the drafters of ``speculation="auto"``."""
+        with self._serving():
+            self._speculator(GenerationConfig())
+
     def can_draft(self, drafter: str) -> bool:
         """Whether ``speculation=drafter`` has what it needs: a draft model, or heads that came with the model."""
         return self._drafting is not None and self._drafting.has(drafter)
@@ -169,7 +176,7 @@ class Engine:
         """
         self._turns.take_last(self._cancelled.is_set)
         try:
-            self._speculators.clear()
+            self._speculators = None
             self._drafting = None
             self._sequence = None
             self._core = None
@@ -208,17 +215,11 @@ class Engine:
             self._turns.give_back()
 
     def _speculator(self, config: GenerationConfig) -> _edge.Speculator | None:
-        """Kept from request to request, so that what was learned of this machine and text stays."""
         settings = speculation.parse(config.speculation)
         if settings is None:
             return None
-        if settings not in self._speculators:
-            self._speculators.clear()
-            assert self._drafting is not None
-            self._speculators[settings] = speculation.make_speculator(
-                self._open_core(), settings, self.plan.context, self._drafting
-            )
-        return self._speculators[settings]
+        assert self._speculators is not None
+        return self._speculators.configured(settings)
 
     def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):

@@ -374,4 +374,6 @@ def _load(
     draft_core = None if reserved.draft is None else _open_core(reserved.draft.options, None, core)
     load_seconds = time.perf_counter() - start - host.pack_seconds
     drafting = Drafting(draft_core, reserved.medusa, bool(plan.stream_order), tuple(reserved.notes))
-    return Engine(core, plan, host.tokenizer, pack.metadata, load_seconds, drafting)
+    engine = Engine(core, plan, host.tokenizer, pack.metadata, load_seconds, drafting)
+    engine.prepare()
+    return engine

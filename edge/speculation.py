@@ -6,7 +6,7 @@ same token for token whether it is on or off: only time changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,12 @@ class Drafting:
     streams: bool = False
     notes: tuple[str, ...] = ()
 
+    def by_default(self, drafter: str) -> bool:
+        """Whether "auto" uses it."""
+        return self.has(drafter) and (drafter != "lookahead" or self.streams)
+
     def has(self, drafter: str) -> bool:
+        """Whether it can be used at all."""
         return {"draft": self.draft is not None, "medusa": self.medusa}.get(drafter, True)
 
 
@@ -125,49 +130,71 @@ _MISSING = {
 }
 
 
-def make_speculator(
-    core: _edge.Engine, settings: Speculation, context: int, drafting: Drafting
-) -> _edge.Speculator:
-    """The core's speculator for these settings, its memory inside the engine's budget.
+class Speculators:
+    """One engine's drafters, made when first asked for, and what was learned of them."""
 
-    Raises:
-        ArgumentError: a drafter was named that this engine has not.
-        BudgetError: it does not fit.
-    """
-    import _edge
+    def __init__(self, core: _edge.Engine, context: int, drafting: Drafting) -> None:
+        self._core = core
+        self._context = context
+        self._drafting = drafting
+        self._speculator: _edge.Speculator | None = None
+        self._made: dict[str, object] = {}
 
-    for name in settings.drafters:
-        if not drafting.has(name):
-            why = "; ".join(drafting.notes)
-            raise ArgumentError(
-                f"speculation: {name}: expected {_MISSING[name]}, found none" + (f" ({why})" if why else "")
-            )
-    drafters = settings.drafters or [
-        name for name in DRAFTERS if drafting.has(name) and (name != "lookahead" or drafting.streams)
-    ]
-    speculator = _edge.Speculator(
-        core, depth=settings.depth, max_rows=settings.max_rows, acceptance=settings.acceptance
-    )
-    adders: dict[str, Callable[[], None]] = {
-        "draft": lambda: speculator.add_draft(drafting.draft),  # type: ignore[arg-type]
-        "medusa": speculator.add_medusa,
-        "lookup": lambda: speculator.add_lookup(min(context, LOOKUP_WINDOW_TOKENS)),
-        "lookahead": lambda: speculator.add_lookahead(
-            settings.lookahead_window,
-            settings.lookahead_n,
-            settings.lookahead_grams,
-            "lookahead" in settings.drafters,
-        ),
-    }
-    # A draft model first: under rejection what was drawn from a distribution comes before mere guesses.
-    for name in sorted(drafters, key=list(adders).index):
+    def configured(self, settings: Speculation) -> _edge.Speculator:
+        """The core's speculator for these settings, its memory inside the engine's budget.
+
+        Raises:
+            ArgumentError: a drafter was named that this engine has not.
+            BudgetError: it does not fit.
+        """
+        import _edge
+
+        for name in settings.drafters:
+            if not self._drafting.has(name):
+                why = "; ".join(self._drafting.notes)
+                raise ArgumentError(
+                    f"speculation: {name}: expected {_MISSING[name]}, found none"
+                    + (f" ({why})" if why else "")
+                )
+        if self._speculator is None:
+            self._speculator = _edge.Speculator(self._core)
+        drafters = []
+        # A draft model first: under rejection what was drawn from a distribution comes before mere guesses.
+        for name in ("draft", "medusa", "lookup", "lookahead"):
+            wanted = name in settings.drafters or (not settings.drafters and self._drafting.by_default(name))
+            if wanted and self._make(name, settings):
+                drafters.append(name)
+        self._speculator.configure(
+            depth=settings.depth,
+            max_rows=settings.max_rows,
+            acceptance=settings.acceptance,
+            drafters=drafters or ["none"],
+            always=["lookahead"] if "lookahead" in settings.drafters else [],
+        )
+        return self._speculator
+
+    def _make(self, name: str, settings: Speculation) -> bool:
+        speculator = self._speculator
+        assert speculator is not None
+        window = (settings.lookahead_window, settings.lookahead_n, settings.lookahead_grams)
+        key = window if name == "lookahead" else None
+        if name in self._made and self._made[name] == key:
+            return True
         try:
-            adders[name]()
+            if name == "draft" and self._drafting.draft is not None:
+                speculator.add_draft(self._drafting.draft)
+            elif name == "medusa":
+                speculator.add_medusa()
+            elif name == "lookup":
+                speculator.add_lookup(min(self._context, LOOKUP_WINDOW_TOKENS))
+            elif name == "lookahead":
+                speculator.add_lookahead(*window)
         except (BudgetError, UnsupportedModelError):
-            # Nobody asked for this one by name.
             if settings.drafters:
                 raise
-    return speculator
+            return False  # nobody asked for this one by name
+        self._made[name] = key
+        return True
 
 
 def spent(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -62,26 +62,23 @@ def open_engine(path: Path, placement: str, context: int = CONTEXT, threads: int
 
 @contextmanager
 def guessing(propose: Propose, depth: int = 16, max_rows: int = 33) -> Iterator[None]:
-    """While it lasts, new speculators guess what `propose` says, whatever is asked for."""
+    """While it lasts all guesses are what `propose` says, whatever is asked for."""
 
-    def make(core: Any, *rest: Any, **named: Any) -> _edge.Speculator:
-        speculator = _edge.Speculator(core, depth=depth, max_rows=max_rows)
+    def configured(self: Any, settings: speculation.Speculation) -> _edge.Speculator:
+        speculator = _edge.Speculator(self._core)
         speculator.add_callback(propose)
+        speculator.configure(depth=depth, max_rows=max_rows)
         return speculator
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speculation, "make_speculator", make)
+        patch.setattr(speculation.Speculators, "configured", configured)
         yield
 
 
 def with_guesses(engine: edge.Engine, propose: Propose, prompt: Any, **settings: Any) -> edge.Completion:
     """A completion whose guesses are all from `propose`."""
-    engine._speculators.clear()
-    try:
-        with guessing(propose):
-            return engine.generate(prompt, speculation="auto", **settings)
-    finally:
-        engine._speculators.clear()
+    with guessing(propose):
+        return engine.generate(prompt, speculation="auto", **settings)
 
 
 def chain(tokens: Sequence[int]) -> Nodes:

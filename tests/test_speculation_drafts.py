@@ -106,6 +106,20 @@ def test_the_draft_follows_when_the_text_moves(packs: dict[str, Path]) -> None:
             assert found.stats["speculation"]["drafters"]["draft"]["acceptance"] == 1
 
 
+def test_a_restored_session_is_drafted_anew(packs: dict[str, Path], tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"max_tokens": 30, "ignore_eos": True, **SETTINGS["drawn"]}
+    with edge.load(packs["target"], context=CONTEXT, threads=1, draft=packs["target"]) as engine:
+        first = engine.generate(PROMPT, speculation="off", **asked)
+        _edge.save_session(engine._sequence, str(tmp_path / "session"))
+        text = [*PROMPT, *first.tokens, 7]
+        plain = engine.generate(text, speculation="off", **asked)
+        engine.generate([9, 8, 7], speculation={"depth": 3}, **asked)
+        _edge.load_session(engine._sequence, str(tmp_path / "session"))
+        found = engine.generate(text, speculation={"drafters": "draft", "depth": 3}, **asked)
+        assert found.stats["reused_tokens"] > 30 and found.tokens == plain.tokens
+        assert found.stats["speculation"]["drafters"]["draft"]["acceptance"] == 1
+
+
 @pytest.mark.parametrize("draft", ["longer", "shorter"])
 def test_embeddings_may_be_padded(packs: dict[str, Path], draft: str) -> None:
     with edge.load(packs["padded"], context=CONTEXT, threads=1, draft=packs[draft]) as engine:
@@ -175,8 +189,9 @@ def test_heads_guess_what_their_formula_says(packs: dict[str, Path]) -> None:
         sequence, core = engine._sequence, engine._core
         assert sequence is not None and core is not None
         sampler = _edge.Sampler({"temperature": 0.0}, engine.vocab_size)
-        speculator = _edge.Speculator(core, depth=3)
+        speculator = _edge.Speculator(core)
         speculator.add_medusa()
+        speculator.configure(depth=3)
         sequence.set_tokens(PROMPT)
         sequence.keep_hidden()
         for _ in range(12):
@@ -206,7 +221,8 @@ def test_rejection_keeps_the_distribution(packs: dict[str, Path]) -> None:
         for a, p_a in judge.distribution(engine.logits(PROMPT), PROMPT, 5):
             for b, p_b in judge.distribution(engine.logits([*PROMPT, a]), [*PROMPT, a], 6):
                 expected[a, b] = n * p_a * p_b
-        speculator = _edge.Speculator(core, depth=2, acceptance="rejection")
+        speculator = _edge.Speculator(core)
+        speculator.configure(depth=2, acceptance="rejection")
         speculator.add_draft(engine._drafting.draft)
         found: Counter[Any] = Counter()
         for seed in range(n):

@@ -83,15 +83,21 @@ py::dict stats(const Speculator& speculator) {
 
 const Binding kBinding("speculation", [](py::module_& module) {
   py::class_<Speculator>(module, "Speculator", "Drafters, verification and their controller for one engine.")
-      .def(py::init([](Engine& engine, int64_t depth, int64_t max_rows, const std::string& acceptance) {
+      .def(py::init<Engine&>(), py::arg("engine"), py::keep_alive<1, 2>())
+      .def("configure",
+           [](Speculator& self, int64_t depth, int64_t max_rows, const std::string& acceptance,
+              std::vector<std::string> drafters, std::vector<std::string> always) {
              SpeculationOptions options;
              options.acceptance = rule_of(acceptance);
              options.depth = depth;
              options.max_rows = max_rows;
-             return std::make_unique<Speculator>(engine, options);
-           }),
-           py::arg("engine"), py::arg("depth") = 0, py::arg("max_rows") = 33,
-           py::arg("acceptance") = "coupling", py::keep_alive<1, 2>())
+             options.drafters = std::move(drafters);
+             options.always = std::move(always);
+             self.configure(std::move(options));
+           },
+           py::arg("depth") = 0, py::arg("max_rows") = 33, py::arg("acceptance") = "coupling",
+           py::arg("drafters") = std::vector<std::string>(), py::arg("always") = std::vector<std::string>(),
+           "For the steps to come. No drafters named: all of them.")
       .def("add_lookup",
            [](Speculator& self, int64_t window_tokens) {
              self.add(value(LookupDrafter::create(window_tokens, self.budget())));
@@ -100,13 +106,13 @@ const Binding kBinding("speculation", [](py::module_& module) {
            [](Speculator& self, Engine& draft) { check(self.add_draft(draft)); }, py::keep_alive<1, 2>())
       .def("add_medusa", [](Speculator& self) { check(run([&] { return self.add_medusa(); })); })
       .def("add_lookahead",
-           [](Speculator& self, int64_t window, int64_t n, int64_t n_grams, bool always) {
+           [](Speculator& self, int64_t window, int64_t n, int64_t n_grams) {
              if (window < 1 || window > 32 || n < 2 || n > 8 || n_grams < 1 || n_grams > 32) {
                raise(error(Code::kBadArgument, "lookahead: expected a window of 1..32, n of 2..8 and 1..32 n-grams, found "
                            "%lld, %lld and %lld", static_cast<long long>(window), static_cast<long long>(n),
                            static_cast<long long>(n_grams)));
              }
-             self.add(std::make_unique<LookaheadDrafter>(window, n, n_grams, always));
+             self.add(std::make_unique<LookaheadDrafter>(window, n, n_grams));
            })
       .def("add_callback",
            [](Speculator& self, py::object propose) {

@@ -16,7 +16,7 @@ Status Sequence::save(const std::string& path) {
 
 Status Sequence::load(const std::string& path) {
   tokens_.clear();
-  has_logits_ = false;
+  forget_pass();
   EDGE_ASSIGN(tokens_, load_session(path, model_of(engine_), kv_, engine_.decoder().interrupted));
   // The logits of the last token are not saved: it is computed again.
   if (n_pending() == 0 && !tokens_.empty()) kv_.truncate(static_cast<int64_t>(tokens_.size()) - 1);

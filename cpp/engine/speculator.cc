@@ -21,7 +21,12 @@ constexpr double kDraftPrior = 0.1;
 constexpr double kDearestRiders = 0.6;
 // What a further row costs until it was measured, as a share of a plain pass, where weights stream.
 constexpr double kStreamedRow = 0.02;
+constexpr double kReadPrior = 0.03;  // of reading a token of the text
 constexpr double kFresh = 0.2;
+// A drafter this far behind reads and guesses in one.
+constexpr int64_t kNoLag = 20;
+// Tokens over which catching up must pay.
+constexpr int64_t kHorizon = 256;
 
 double now_ms() {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -29,16 +34,37 @@ double now_ms() {
 
 }  // namespace
 
-Speculator::Speculator(Engine& engine, SpeculationOptions options) : engine_(engine), options_(options) {
+Speculator::Speculator(Engine& engine) : engine_(engine) {
   if (!engine.options().plan.stream_order.empty()) controller_.cost.set_row_prior(kStreamedRow);
 }
 
+void Speculator::configure(SpeculationOptions options) {
+  options_ = std::move(options);
+  for (Turn& turn : turns_) enable(turn);
+}
+
+void Speculator::enable(Turn& turn) const {
+  const auto named = [&](const std::vector<std::string>& names) {
+    return std::find(names.begin(), names.end(), turn.stats.name) != names.end();
+  };
+  turn.enabled = options_.drafters.empty() || named(options_.drafters);
+  turn.always = named(options_.always);
+}
+
 void Speculator::add(std::unique_ptr<Drafter> drafter) {
+  revision_ = 0;
+  for (Turn& turn : turns_) {
+    if (turn.stats.name != drafter->name()) continue;
+    drafter->set_first_source(turn.drafter->first_source());
+    turn.drafter = std::move(drafter);
+    return;
+  }
   drafter->set_first_source(n_sources_);
   for (int i = 0; i < drafter->n_sources(); ++i) controller_.acceptance.set_prior(n_sources_++, drafter->prior(i));
   Turn turn;
   turn.stats.name = drafter->name();
   turn.drafter = std::move(drafter);
+  enable(turn);
   turns_.push_back(std::move(turn));
 }
 
@@ -76,7 +102,7 @@ void Speculator::follow(Sequence& sequence) {
   revision_ = sequence.revision();
   for (Turn& turn : turns_) {
     turn.drafter->restart();
-    if (turn.drafter->wants_hidden()) sequence.keep_hidden();
+    if (turn.enabled && turn.drafter->wants_hidden()) sequence.keep_hidden();
   }
 }
 
@@ -95,7 +121,7 @@ Result<std::vector<SampledToken>> Speculator::plain(Sequence& sequence, Sampler&
 // What a drafter whose guesses take time promises, as things are.
 Controller::Chain Speculator::promise(const Turn& turn) const {
   const Drafter& drafter = *turn.drafter;
-  if (!controller_.may_spend()) return {};
+  if (!controller_.may_spend(0)) return {};
   const double riders_ms = controller_.cost(1 + drafter.rider_rows()) - controller_.cost(1);
   const double ms = riders_ms + (turn.ms_per_guess > 0 ? turn.ms_per_guess : kDraftPrior * controller_.cost(1));
   std::array<double, kDeepest> rates;
@@ -109,14 +135,20 @@ Controller::Chain Speculator::promise(const Turn& turn) const {
   return chain;
 }
 
+// What it takes a drafter to catch up with the text.
+double Speculator::reading_ms(const Turn& turn, int64_t lag) const {
+  if (lag <= kNoLag) return 0;
+  const double ms = turn.ms_per_token_read > 0 ? turn.ms_per_token_read : kReadPrior * controller_.cost(1);
+  return static_cast<double>(lag) * ms;
+}
+
 // Whether a drafter that does not seem to pay is asked all the same, now and then, to see whether it would by now.
-bool Speculator::probes(Turn& turn) {
-  if (!controller_.may_spend()) return false;
+bool Speculator::probes(Turn& turn, double reading_ms) {
   if (turn.probe_steps_left > 0) {
     --turn.probe_steps_left;
-    return true;
+    return controller_.may_spend(0);
   }
-  if (++turn.idle_tokens < turn.probe_after_tokens) return false;
+  if (++turn.idle_tokens < turn.probe_after_tokens || !controller_.may_spend(reading_ms)) return false;
   turn.idle_tokens = 0;
   turn.probe_after_tokens = std::min(2 * turn.probe_after_tokens, kLongestProbe);
   const double plain_ms = controller_.cost(1);
@@ -137,23 +169,30 @@ int32_t Speculator::deepest(const Turn& turn) const {
   return deepest;
 }
 
-Status Speculator::ask(Turn& turn, DraftContext context, int64_t depth) {
+Status Speculator::ask(Turn& turn, DraftContext context, int64_t depth, bool reads_for_free) {
   const double ms_per_depth = turn.drafter->costs_by_depth() ? turn.ms_per_guess : 0;
   context.depth = depth;
   context.least_reach = controller_.cost.known() ? controller_.least_reach(ms_per_depth) : 0;
-  const bool lags = turn.drafter->lag(context.text) > 32;
   const double start = now_ms();
+  double begin = start;
+  if (const int64_t lag = turn.drafter->lag(context.text); lag > kNoLag) {
+    EDGE_TRY(turn.drafter->read(context));
+    begin = now_ms();
+    const double ms = (begin - start) / static_cast<double>(lag);
+    turn.ms_per_token_read += (turn.ms_per_token_read > 0 ? kFresh : 1.0) * (ms - turn.ms_per_token_read);
+  }
   EDGE_TRY(turn.drafter->propose(context, tree_));
-  const double ms = now_ms() - start;
-  turn.stats.ms += ms;
-  if (lags) return {};  // reading a prompt is not the price of a guess
-  turn.ms = ms;
-  const double per_guess = turn.drafter->costs_by_depth() ? ms / std::max(1, deepest(turn)) : ms;
-  turn.ms_per_guess += (turn.ms_per_guess > 0 ? kFresh : 1.0) * (per_guess - turn.ms_per_guess);
+  const double end = now_ms();
+  const double ms = (end - begin) / (turn.drafter->costs_by_depth() ? std::max(1, deepest(turn)) : 1);
+  turn.ms_per_guess += (turn.ms_per_guess > 0 ? kFresh : 1.0) * (ms - turn.ms_per_guess);
+  turn.stats.ms += end - start;
+  // A drafter that promises to win its reading back is not held to account for it.
+  turn.ms = end - (reads_for_free ? begin : start);
+  if (reads_for_free) controller_.invest(begin - start);
   return {};
 }
 
-Status Speculator::propose(Sequence& sequence, Sampler& sampler) {
+Status Speculator::propose(Sequence& sequence, Sampler& sampler, int64_t room) {
   DraftContext context;
   context.text = sequence.tokens();
   context.sampler = &sampler;
@@ -161,31 +200,36 @@ Status Speculator::propose(Sequence& sequence, Sampler& sampler) {
   context.wants_distributions = options_.acceptance == AcceptRule::kRejection;
   for (Turn& turn : turns_) turn.ms = 0;
   if (options_.depth > 0) {
-    for (Turn& turn : turns_) EDGE_TRY(ask(turn, context, options_.depth));
+    for (Turn& turn : turns_) {
+      if (turn.enabled) EDGE_TRY(ask(turn, context, options_.depth, true));
+    }
     return {};
   }
   context.acceptance = &controller_.acceptance;
   for (Turn& turn : turns_) {
-    if (turn.drafter->is_free() || turn.drafter->always()) EDGE_TRY(ask(turn, context, kDeepest));
+    if (turn.enabled && asked_first(turn)) EDGE_TRY(ask(turn, context, kDeepest, true));
   }
   // Of those whose guesses take time the one that promises most, if it is more than is there for nothing.
   Controller::Chain best{0, controller_.rate(tree_)};
   const Turn* chosen = nullptr;
   for (const Turn& turn : turns_) {
-    if (turn.drafter->is_free() || turn.drafter->always()) continue;
+    if (!turn.enabled || asked_first(turn)) continue;
     const Controller::Chain chain = promise(turn);
     if (chain.depth == 0 || chain.rate <= best.rate) continue;
+    // Catching up is worth it when the tokens to come win it back.
+    const double won_ms = static_cast<double>(std::min(room, kHorizon)) * (controller_.cost(1) - 1 / chain.rate);
+    if (reading_ms(turn, turn.drafter->lag(context.text)) > won_ms) continue;
     best = chain;
     chosen = &turn;
   }
   for (Turn& turn : turns_) {
-    if (turn.drafter->is_free() || turn.drafter->always()) continue;
+    if (!turn.enabled || asked_first(turn)) continue;
     if (&turn == chosen) {
       turn.probe_after_tokens = kFirstProbe;
       turn.idle_tokens = 0;
-      EDGE_TRY(ask(turn, context, best.depth));
-    } else if (probes(turn)) {
-      EDGE_TRY(ask(turn, context, kProbeDepth));
+      EDGE_TRY(ask(turn, context, best.depth, true));
+    } else if (probes(turn, reading_ms(turn, turn.drafter->lag(context.text)))) {
+      EDGE_TRY(ask(turn, context, kProbeDepth, false));
     }
   }
   return {};
@@ -205,14 +249,14 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
   tree_limits.max_depth = room - 1;
   tree_limits.vocab_size = static_cast<int32_t>(engine_.decoder().config().vocab_size);
   tree_.reset(sequence.tokens().back(), tree_limits);
-  EDGE_TRY(propose(sequence, sampler));
+  EDGE_TRY(propose(sequence, sampler, room));
   double draft_ms = 0;
   for (const Turn& turn : turns_) draft_ms += turn.ms;
   proposed_ = tree_;
   if (options_.depth == 0) {
     bool always = false;
-    for (const Turn& turn : turns_) always = always || turn.drafter->always();
-    if (always || controller_.may_spend()) controller_.prune(tree_);
+    for (const Turn& turn : turns_) always = always || (turn.enabled && turn.always);
+    if (always || controller_.may_spend(0)) controller_.prune(tree_);
     else tree_.reset(sequence.tokens().back(), tree_limits);
   }
 
@@ -223,7 +267,7 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
     if (draft_ms > 0) controller_.account(0, draft_ms);
   } else {
     bool wants_best = false;
-    for (const Turn& turn : turns_) wants_best = wants_best || turn.drafter->wants_best();
+    for (const Turn& turn : turns_) wants_best = wants_best || (turn.enabled && turn.drafter->wants_best());
     const std::unique_ptr<Acceptor> acceptor = make_acceptor(sampler);
     VerifyLimits within = limits;
     within.max_tokens = room;
@@ -232,7 +276,9 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
     controller_.cost.record(tree_.size(), ms);
     if (controller_.cost.known()) controller_.account(static_cast<int64_t>(verified.tokens.size()), ms + draft_ms);
     count(tree_, verified);
-    for (Turn& turn : turns_) turn.drafter->observe({tree_, verified.path, verified.best});
+    for (Turn& turn : turns_) {
+      if (turn.enabled) turn.drafter->observe({tree_, verified.path, verified.best});
+    }
     tokens = std::move(verified.tokens);
   }
   std::vector<int32_t> ids;

@@ -21,6 +21,8 @@ struct SpeculationOptions {
   // Fixed sizes instead of the controller's choice: guesses deep (0: the controller chooses), and rows of a pass.
   int64_t depth = 0;
   int64_t max_rows = 33;
+  std::vector<std::string> drafters;  // those asked; empty: all
+  std::vector<std::string> always;    // those the controller does not turn off
 };
 
 struct DrafterStats {
@@ -42,8 +44,11 @@ struct SpeculationStats {
 class Speculator {
  public:
   // The engine must outlive it. One sequence at a time; drafters start again with another.
-  Speculator(Engine& engine, SpeculationOptions options);
+  explicit Speculator(Engine& engine);
 
+  // For the steps to come; what was learned stays.
+  void configure(SpeculationOptions options);
+  // Takes the place of a drafter of the same name.
   void add(std::unique_ptr<Drafter> drafter);
   // draft: an engine of the same vocabulary, opened with this one as its partner; it must outlive the speculator.
   Status add_draft(Engine& draft);
@@ -62,6 +67,9 @@ class Speculator {
   struct Turn {
     std::unique_ptr<Drafter> drafter;
     DrafterStats stats;
+    bool enabled = true;
+    bool always = false;
+    double ms_per_token_read = 0;
     double ms_per_guess = 0;  // of a depth, or of all where depth costs nothing; 0: not measured
     int64_t idle_tokens = 0;
     int64_t probe_after_tokens = 64;
@@ -70,10 +78,13 @@ class Speculator {
   };
 
   void follow(Sequence& sequence);
-  Status propose(Sequence& sequence, Sampler& sampler);
-  Status ask(Turn& turn, DraftContext context, int64_t depth);
+  Status propose(Sequence& sequence, Sampler& sampler, int64_t room);
+  void enable(Turn& turn) const;
+  Status ask(Turn& turn, DraftContext context, int64_t depth, bool reads_for_free);
+  double reading_ms(const Turn& turn, int64_t lag) const;
+  bool asked_first(const Turn& turn) const { return turn.drafter->is_free() || turn.always; }
   Controller::Chain promise(const Turn& turn) const;
-  bool probes(Turn& turn);
+  bool probes(Turn& turn, double reading_ms);
   int32_t deepest(const Turn& turn) const;  // of its guesses in the tree
   std::unique_ptr<Acceptor> make_acceptor(Sampler& sampler) const;
   Result<std::vector<SampledToken>> plain(Sequence& sequence, Sampler& sampler, bool decodes);

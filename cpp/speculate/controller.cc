@@ -14,9 +14,9 @@ constexpr double kOutlier = 2.5;
 constexpr double kDecay = 0.97;
 constexpr double kPriorWeight = 3;
 // A tree must promise this much more than it costs: estimates err.
-constexpr double kWorthwhile = 1.03;
+constexpr double kWorthwhile = 1.05;
 constexpr double kLossShare = 0.02;
-constexpr double kLossPasses = 3;
+constexpr double kLossPasses = 1.5;
 constexpr double kWinPasses = 30;
 constexpr int64_t kLongestRetry = 1024;
 
@@ -27,19 +27,21 @@ void PassCost::record(int64_t rows, double ms) {
   double& known = ms_[static_cast<size_t>(rows)];
   const double weight = ms < known ? kFreshLower : kFresh;
   known = known > 0 ? known + weight * (std::min(ms, kOutlier * known) - known) : ms;
-}
-
-double PassCost::operator()(int64_t rows) const {
-  rows = std::clamp<int64_t>(rows, 1, kMaxRows);
-  if (ms_[static_cast<size_t>(rows)] > 0) return ms_[static_cast<size_t>(rows)];
-  int64_t below = rows, above = rows;
-  while (below > 1 && !(ms_[static_cast<size_t>(below)] > 0)) --below;
-  while (above <= kMaxRows && !(ms_[static_cast<size_t>(above)] > 0)) ++above;
-  const double low = ms_[static_cast<size_t>(below)];
-  const double slope = above <= kMaxRows
-                           ? (ms_[static_cast<size_t>(above)] - low) / static_cast<double>(above - below)
-                           : std::max(row_prior_ * ms_[1], below > 1 ? (low - ms_[1]) / static_cast<double>(below - 1) : 0.0);
-  return low + slope * static_cast<double>(rows - below);
+  if (!this->known()) return;
+  // More rows never take less time: what looks so was measured in a bad moment.
+  double least = 0;
+  int64_t above = 0;  // the nearest measured rows above, at `least` ms
+  for (int64_t m = kMaxRows; m >= 1; --m) {
+    const double here = ms_[static_cast<size_t>(m)];
+    if (!(here > 0)) continue;
+    least = above > 0 ? std::min(least, here) : here;
+    const double slope = above > 0 ? (curve_[static_cast<size_t>(above)] - least) / static_cast<double>(above - m) : 0;
+    for (int64_t k = m; k < (above > 0 ? above : kMaxRows + 1); ++k) {
+      const double beyond = std::max(row_prior_ * ms_[1], m > 1 ? (least - ms_[1]) / static_cast<double>(m - 1) : 0.0);
+      curve_[static_cast<size_t>(k)] = least + (above > 0 ? slope : beyond) * static_cast<double>(k - m);
+    }
+    above = m;
+  }
 }
 
 void Acceptance::record(uint8_t source, int64_t depth, bool accepted) {
@@ -73,8 +75,8 @@ double Acceptance::rate(uint8_t source, int n_sources, int64_t depth) const {
   return (accepted + kPriorWeight * prior_[static_cast<size_t>(source + n_sources / 2)]) / (tried + kPriorWeight);
 }
 
-bool Controller::may_spend() const {
-  return cost.known() && balance_ms_ > -(kLossPasses * cost(1) + kLossShare * total_ms_);
+bool Controller::may_spend(double ms) const {
+  return cost.known() && balance_ms_ - ms > -(kLossPasses * cost(1) + kLossShare * total_ms_);
 }
 
 Controller::Chain Controller::chain(std::span<const double> rates, double ms_fixed, double ms_per_depth) const {

@@ -3,6 +3,7 @@
 // whatever the estimates say.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <span>
@@ -22,10 +23,11 @@ class PassCost {
   void set_row_prior(double share) { row_prior_ = share; }
   void record(int64_t rows, double ms);
   bool known() const { return ms_[1] > 0; }
-  double operator()(int64_t rows) const;
+  double operator()(int64_t rows) const { return curve_[static_cast<size_t>(std::clamp<int64_t>(rows, 1, kMaxRows))]; }
 
  private:
   double row_prior_ = 0.15;
+  std::array<double, kMaxRows + 1> curve_{};  // of all rows: never falling
   std::array<double, kMaxRows + 1> ms_{};  // 0: not measured
 };
 
@@ -58,8 +60,8 @@ class Controller {
   PassCost cost;
   Acceptance acceptance;
 
-  // Whether the account allows passes that may not pay.
-  bool may_spend() const;
+  // Whether the account allows `ms` that may not pay, and passes that may not.
+  bool may_spend(double ms) const;
   // The depth to which a chain of guesses pays best, and the tokens a millisecond it then promises; depth 0: none does.
   struct Chain {
     int64_t depth = 0;
@@ -77,6 +79,11 @@ class Controller {
   void prune(DraftTree& tree);
   // What a pass that verified drafts gave, draft time included.
   void account(int64_t n_tokens, double ms);
+  // Time spent on a promise of more than itself: it counts, but does not end a streak.
+  void invest(double ms) {
+    saved_ms_ -= ms;
+    total_ms_ += ms;
+  }
   // Time that plain passes took: what a loss is measured against.
   void account_plain(double ms) { total_ms_ += ms; }
   // Judges what was proposed, verified or not, by the tokens that followed the root.

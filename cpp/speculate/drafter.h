@@ -58,14 +58,14 @@ class Drafter {
   virtual Sources chain_sources(int64_t depth) const { return (void)depth, Sources{first_source(), n_sources()}; }
   // Tokens of the text that this drafter has yet to read before it can guess.
   virtual int64_t lag(std::span<const int32_t> text) const { return (void)text, 0; }
+  // Reads them, all but the last.
+  virtual Status read(const DraftContext& context) { return (void)context, Status(); }
   virtual bool wants_hidden() const { return false; }
   virtual bool wants_best() const { return false; }
   // Rows that a pass carries for the drafter's own sake.
   virtual int64_t rider_rows() const { return 0; }
   // Steps that it takes to see whether it pays.
   virtual int64_t probe_steps() const { return 1; }
-  // Asked for by name: the controller does not turn it off.
-  virtual bool always() const { return false; }
   // False where one guess costs as much as the deepest.
   virtual bool costs_by_depth() const { return true; }
   // Guesses cost next to nothing, so they may be judged without being verified.

@@ -4,8 +4,8 @@
 
 namespace edge {
 
-LookaheadDrafter::LookaheadDrafter(int64_t window, int64_t n, int64_t n_grams, bool always)
-    : window_(window), n_(n), n_grams_(n_grams), always_(always), buckets_(kBuckets) {}
+LookaheadDrafter::LookaheadDrafter(int64_t window, int64_t n, int64_t n_grams)
+    : window_(window), n_(n), n_grams_(n_grams), buckets_(kBuckets) {}
 
 void LookaheadDrafter::restart() {
   levels_.clear();

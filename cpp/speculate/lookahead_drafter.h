@@ -14,7 +14,7 @@ namespace edge {
 class LookaheadDrafter final : public Drafter {
  public:
   // window: columns; n: tokens of an n-gram; n_grams: those remembered for one first token.
-  LookaheadDrafter(int64_t window, int64_t n, int64_t n_grams, bool always);
+  LookaheadDrafter(int64_t window, int64_t n, int64_t n_grams);
 
   const char* name() const override { return "lookahead"; }
   void restart() override;
@@ -26,8 +26,7 @@ class LookaheadDrafter final : public Drafter {
   bool wants_best() const override { return true; }
   bool costs_by_depth() const override { return false; }
   int64_t rider_rows() const override { return window_ * (n_ - 1); }
-  int64_t probe_steps() const override { return always_ ? 0 : 16; }
-  bool always() const override { return always_; }
+  int64_t probe_steps() const override { return 16; }
 
  private:
   static constexpr size_t kBuckets = 512;
@@ -43,7 +42,6 @@ class LookaheadDrafter final : public Drafter {
   Bucket& bucket(int32_t first) { return buckets_[static_cast<uint32_t>(first) * 0x9E3779B1u % kBuckets]; }
 
   int64_t window_, n_, n_grams_;
-  bool always_;
   std::vector<int32_t> levels_;  // [n - 1][window], level 0 nearest to the text; empty before the first pass
   std::vector<int32_t> nodes_;   // [n - 1][window] of the tree in flight; empty when the window had no room
   std::vector<Bucket> buckets_;

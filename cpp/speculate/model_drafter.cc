@@ -74,19 +74,25 @@ Status ModelDrafter::pass(std::span<const int32_t> tokens, bool wants_logits) {
 }
 
 // Brings keys and values to the whole text; what was drafted and came true is kept.
-Status ModelDrafter::read(std::span<const int32_t> text) {
+Status ModelDrafter::catch_up(std::span<const int32_t> text, bool wants_logits) {
   const int64_t n = static_cast<int64_t>(text.size());
   // The last token is computed again if need be: its logits are what the first guess is drawn from.
-  const int64_t kept = std::min(n - lag(text), n - 1);
+  const int64_t kept = std::min(n - lag(text), n - (wants_logits ? 1 : 0));
   tokens_.resize(static_cast<size_t>(kept));
   kv_.truncate(kept);
   for (int64_t begin = kept; begin < n;) {
     const int64_t rows = std::min(n - begin, decoder_.max_rows());
-    EDGE_TRY(pass(text.subspan(static_cast<size_t>(begin), static_cast<size_t>(rows)), begin + rows == n));
+    EDGE_TRY(pass(text.subspan(static_cast<size_t>(begin), static_cast<size_t>(rows)), wants_logits && begin + rows == n));
     begin += rows;
   }
   n_agreed_ = n;
   return {};
+}
+
+Status ModelDrafter::read(const DraftContext& context) {
+  const int64_t n = static_cast<int64_t>(context.text.size());
+  if (n < 2 || n > context_) return {};
+  return catch_up(context.text.first(context.text.size() - 1), false);
 }
 
 Status ModelDrafter::add_sampled(const DraftContext& context, int32_t node, std::span<const int32_t> text,
@@ -139,7 +145,7 @@ Status ModelDrafter::propose(const DraftContext& context, DraftTree& tree) {
     config_ = config;
     sampler_ = std::make_unique<Sampler>(std::move(config), vocab_size_);
   }
-  EDGE_TRY(read(context.text));
+  EDGE_TRY(catch_up(context.text, true));
   std::vector<int32_t> text(context.text.begin(), context.text.end());
   int32_t node = 0;
   double reach = 1;

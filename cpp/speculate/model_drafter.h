@@ -25,6 +25,7 @@ class ModelDrafter final : public Drafter {
   double prior(int i) const override;
   Sources chain_sources(int64_t) const override { return {first_source(), kLevels}; }
   int64_t lag(std::span<const int32_t> text) const override;
+  Status read(const DraftContext& context) override;
 
  private:
   static constexpr int kLevels = 6;  // by the draft's own probability of its guess; then the same for second guesses
@@ -34,7 +35,7 @@ class ModelDrafter final : public Drafter {
 
   uint8_t source_of(double logprob, bool second) const;
   Status pass(std::span<const int32_t> tokens, bool wants_logits);
-  Status read(std::span<const int32_t> text);
+  Status catch_up(std::span<const int32_t> text, bool wants_logits);
   Status add_sampled(const DraftContext& context, int32_t node, std::span<const int32_t> text, DraftTree& tree,
                      int32_t* next);
   Status add_drawn(const DraftContext& context, int32_t node, std::span<const int32_t> text, DraftTree& tree,
