@@ -2,18 +2,44 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstring>
+#include <numeric>
 
 namespace edge {
 namespace {
 
 // Neurons whose dot products one thread takes at a time: their values for 64 rows fit its first cache.
 constexpr int64_t kDotNeurons = 32;
+// Activation rows that go with them at a time, so that these stay in that cache too.
+constexpr int64_t kDotRows = 16;
 // Neurons added in one go: for many rows their columns stay in the second cache.
 constexpr int64_t kColumnNeurons = 256;
 // Less than this is done before another core has noticed.
 constexpr int64_t kPieceBytes = 32 << 10;
 constexpr int64_t kPiecesPerThread = 8;
+
+// Which of a few neurons each row uses: places in the list they were given in, ascending.
+template <size_t kMost>
+class Users {
+ public:
+  Users(std::span<const int32_t> wanted, const uint64_t* rows_of) {
+    static_assert(kMost <= 256, "places are bytes");
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      for (uint64_t rows = rows_of[wanted[i]]; rows != 0; rows &= rows - 1) {
+        const auto row = static_cast<size_t>(std::countr_zero(rows));
+        places_[row][n_[row]++] = static_cast<uint8_t>(i);
+      }
+    }
+  }
+  std::span<const uint8_t> of(int64_t row) const {
+    return {places_[static_cast<size_t>(row)].data(), n_[static_cast<size_t>(row)]};
+  }
+
+ private:
+  std::array<std::array<uint8_t, kMost>, Scratch::kNeuronRows> places_;
+  std::array<uint16_t, Scratch::kNeuronRows> n_{};
+};
 
 }  // namespace
 
@@ -102,12 +128,20 @@ void SparseFfn::gates(const Turn& turn, const std::byte* first, uint64_t stride_
   const int64_t grain = (n_neurons + n_pieces - 1) / n_pieces;
   pool_.parallel(n_neurons, grain, [&](int64_t begin, int64_t end, int) {
     std::array<const std::byte*, kDotNeurons> rows;
+    // Gathered here first: rows of gates lie so far apart that their lines would push each other out of the cache.
+    std::array<float, kDotNeurons * kDotRows> product;
     for (int64_t at = begin; at < end; at += kDotNeurons) {
       const int64_t n = std::min(kDotNeurons, end - at);
       for (int64_t i = 0; i < n; ++i) rows[static_cast<size_t>(i)] = first + static_cast<uint64_t>(at + i) * stride_bytes;
-      kernels_.neuron.dot[neuron_index(turn.format)](rows.data(), n, config_.hidden_size, scratch_.neuron_acts,
-                                                     turn.act_stride, turn.n_rows, scratch_.gate + at,
-                                                     turn.gate_stride);
+      for (int64_t row = 0; row < turn.n_rows; row += kDotRows) {
+        const int64_t n_rows = std::min(kDotRows, turn.n_rows - row);
+        kernels_.neuron.dot[neuron_index(turn.format)](rows.data(), n, config_.hidden_size,
+                                                       scratch_.neuron_acts + row * turn.act_stride, turn.act_stride,
+                                                       n_rows, product.data(), kDotNeurons);
+        for (int64_t i = 0; i < n_rows; ++i) {
+          std::copy_n(product.data() + i * kDotNeurons, n, scratch_.gate + (row + i) * turn.gate_stride + at);
+        }
+      }
     }
   });
   if (turn.gate_bias == nullptr) return;
@@ -152,16 +186,28 @@ void SparseFfn::collect(Turn& turn) {
   }
 }
 
-void SparseFfn::dot(const Turn& turn, std::span<const int32_t> wanted, int64_t offset, const float* bias,
-                    float* out) const {
-  std::array<const std::byte*, kDotNeurons> rows;
+void SparseFfn::multiply(const Turn& turn, std::span<const int32_t> wanted, int64_t row, int64_t n_rows) {
+  const NeuronDotFn kernel = kernels_.neuron.dot[neuron_index(turn.format)];
   const auto n = static_cast<int64_t>(wanted.size());
-  for (size_t i = 0; i < wanted.size(); ++i) rows[i] = scratch_.records[wanted[i]] + offset;
-  kernels_.neuron.dot[neuron_index(turn.format)](rows.data(), n, config_.hidden_size, scratch_.neuron_acts,
-                                                 turn.act_stride, turn.n_rows, out, kDotNeurons);
-  if (bias == nullptr) return;
-  for (int64_t row = 0; row < turn.n_rows; ++row) {
-    for (int64_t i = 0; i < n; ++i) out[row * kDotNeurons + i] += bias[scratch_.neurons[wanted[static_cast<size_t>(i)]]];
+  std::array<const std::byte*, kDotNeurons> rows;
+  std::array<float, kDotNeurons * kDotRows> gate, up;
+  const auto dot = [&](int64_t offset, float* out) {
+    for (size_t i = 0; i < wanted.size(); ++i) rows[i] = scratch_.records[wanted[i]] + offset;
+    kernel(rows.data(), n, config_.hidden_size, scratch_.neuron_acts + row * turn.act_stride, turn.act_stride, n_rows,
+           out, kDotNeurons);
+  };
+  if (!turn.exact) dot(turn.gate_offset, gate.data());
+  if (config_.gated) dot(turn.up_offset, up.data());
+  for (int64_t r = 0; r < n_rows; ++r) {
+    float* value = scratch_.gate + (row + r) * turn.gate_stride;
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t index = wanted[static_cast<size_t>(i)], neuron = scratch_.neurons[index];
+      const auto at = static_cast<size_t>(r * kDotNeurons + i);
+      float g = value[index], u = 1.0f;  // exact gates have their bias
+      if (!turn.exact) g = turn.gate_bias == nullptr ? gate[at] : gate[at] + turn.gate_bias[neuron];
+      if (config_.gated) u = turn.up_bias == nullptr ? up[at] : up[at] + turn.up_bias[neuron];
+      value[index] = g > 0.0f ? g * u : 0.0f;
+    }
   }
 }
 
@@ -171,23 +217,26 @@ void SparseFfn::values(const Turn& turn, size_t begin, size_t end) {
   const int64_t n_pieces = std::clamp<int64_t>(work_bytes / kPieceBytes, 1, pool_.size() * kPiecesPerThread);
   pool_.parallel(n, (n + n_pieces - 1) / n_pieces, [&](int64_t from, int64_t to, int) {
     std::array<int32_t, kDotNeurons> wanted;
-    std::array<float, kDotNeurons * Scratch::kNeuronRows> gate, up;
     size_t n_here = 0;
     const auto finish = [&] {
       const std::span<const int32_t> here(wanted.data(), n_here);
-      if (!turn.exact) dot(turn, here, turn.gate_offset, turn.gate_bias, gate.data());
-      if (config_.gated) dot(turn, here, turn.up_offset, turn.up_bias, up.data());
-      for (int64_t row = 0; row < turn.n_rows; ++row) {
-        float* value = scratch_.gate + row * turn.gate_stride;
-        for (size_t i = 0; i < n_here; ++i) {
-          const int64_t at = row * kDotNeurons + static_cast<int64_t>(i);
-          const bool used = (scratch_.neuron_rows[here[i]] >> row & 1) != 0;
-          const float g = turn.exact ? value[here[i]] : gate[static_cast<size_t>(at)];
-          const float u = config_.gated ? up[static_cast<size_t>(at)] : 1.0f;
-          value[here[i]] = used && g > 0.0f ? g * u : 0.0f;
-          scratch_.computed[here[i]] = true;
+      int64_t n_used = 0;
+      for (const int32_t i : here) n_used += std::popcount(scratch_.neuron_rows[i]);
+      if (n_used == static_cast<int64_t>(n_here) * turn.n_rows) {
+        for (int64_t row = 0; row < turn.n_rows; row += kDotRows) {
+          multiply(turn, here, row, std::min(kDotRows, turn.n_rows - row));
+        }
+      } else {
+        // Sharing a neuron between rows gains less than leaving out the rows that do not use it.
+        Users<kDotNeurons> users(here, scratch_.neuron_rows);
+        std::array<int32_t, kDotNeurons> own;
+        for (int64_t row = 0; row < turn.n_rows; ++row) {
+          const std::span<const uint8_t> used = users.of(row);
+          for (size_t i = 0; i < used.size(); ++i) own[i] = here[used[i]];
+          if (!used.empty()) multiply(turn, {own.data(), used.size()}, row, 1);
         }
       }
+      for (const int32_t i : here) scratch_.computed[i] = true;
       n_here = 0;
     };
     for (int64_t i = static_cast<int64_t>(begin) + from; i < static_cast<int64_t>(begin) + to; ++i) {
@@ -205,14 +254,18 @@ void SparseFfn::add_columns(const Turn& turn, size_t begin, size_t end) {
   struct Active {
     std::array<const std::byte*, kColumnNeurons> column;
     std::array<float, kColumnNeurons> value;
-    int64_t n;
+    int64_t n = 0;
   };
   for (size_t at = begin; at < end; at += kColumnNeurons) {
-    const size_t until = std::min(end, at + kColumnNeurons);
+    std::array<int32_t, kColumnNeurons> wanted;
+    const size_t n = std::min<size_t>(kColumnNeurons, end - at);
+    std::iota(wanted.begin(), wanted.begin() + static_cast<int64_t>(n), static_cast<int32_t>(at));
+    const Users<kColumnNeurons> users({wanted.data(), n}, scratch_.neuron_rows);
     const auto pick = [&](int64_t row, Active* active) {
       const float* value = scratch_.gate + row * turn.gate_stride;
       active->n = 0;
-      for (size_t i = at; i < until; ++i) {
+      for (const uint8_t used : users.of(row)) {
+        const size_t i = at + used;
         if (value[i] == 0.0f) continue;
         active->column[static_cast<size_t>(active->n)] = scratch_.records[i] + turn.down_offset;
         active->value[static_cast<size_t>(active->n++)] = value[i];

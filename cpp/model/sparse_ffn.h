@@ -55,9 +55,11 @@ class SparseFfn {
   Status predict(const Turn& turn);
   // The neurons that any row uses, their gates moved together.
   void collect(Turn& turn);
-  // scratch.gate[row][i] = relu(gate) * up of the wanted neurons [begin, end) whose records are here and not yet used.
+  // scratch.gate[row][i] = relu(gate) * up of the wanted neurons [begin, end) whose records are here and not yet used;
+  // of rows that do not use a neuron nothing is said.
   void values(const Turn& turn, size_t begin, size_t end);
-  void dot(const Turn& turn, std::span<const int32_t> wanted, int64_t offset, const float* bias, float* out) const;
+  // The same for a few of them that all of rows [row, row + n_rows) use.
+  void multiply(const Turn& turn, std::span<const int32_t> wanted, int64_t row, int64_t n_rows);
   // scratch.neuron_out += value * down column, for wanted neurons [begin, end) in order.
   void add_columns(const Turn& turn, size_t begin, size_t end);
 
