@@ -12,9 +12,10 @@ import pytest
 from flashload.format import PackFile
 from flashload.pack import pack
 from flashload.plan import Plan, make_plan, weights_of
+from tests.neuron_packs import by_neuron, tiny_relu
 from tests.tiny import tiny_gguf, tiny_llama_gguf
 
-FORMATS = ("f32", "f16", "q8_0", "q4_0", "q4_k", "moe")
+FORMATS = ("f32", "f16", "q8_0", "q4_0", "q4_k", "moe", "neurons")
 #: How much of the way from the floor to a fully resident model the budget goes.
 BUDGETS = {"resident": 1.0, "75%": 0.75, "40%": 0.4, "floor": 0.0}
 ISAS = tuple(isa["name"] for isa in _edge.isas() if isa["available"])
@@ -29,6 +30,11 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths = {}
     for name in FORMATS:
         source = folder / f"{name}.gguf"
+        if name == "neurons":
+            paths[name] = by_neuron(
+                tiny_relu(folder, "llama", 3, num_hidden_layers=4), folder / "n.edge", "q8", rank=32
+            )
+            continue
         if name == "moe":
             tiny_gguf(source, "mixtral", "q8_0", seed=3)
         else:
@@ -45,6 +51,7 @@ def plan_for(path: Path, budget: str, threads: int) -> tuple[dict[str, Any], Pla
     finally:
         file.close()
     arguments: dict[str, Any] = {"context": 64, "threads": threads, "host_bytes": 0}
+    arguments["predictor"] = False  # what changes an answer
     full = make_plan(weights, decoder, memory_bytes=1 << 34, **arguments)
     needed = full.predicted_peak_bytes
     least = make_plan(weights, decoder, memory_bytes=needed, **arguments).floor_bytes
@@ -64,6 +71,9 @@ def options(path: Path, decoder: dict[str, Any], plan: Plan, isa: str, max_rows:
         "stream_order": plan.stream_order,
         "ring_bytes": plan.ring_bytes,
         "demand_bytes": plan.demand_bytes,
+        "neuron_slots": plan.neuron_slots,
+        "neuron_bytes": plan.neuron_bytes,
+        "neuron_staging_bytes": plan.neuron_staging_bytes,
         "io_engine": "auto",
         "threads": plan.threads,
         "isa": isa,
