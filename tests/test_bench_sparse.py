@@ -289,6 +289,18 @@ def test_random_weights_have_no_perplexity(packs: dict[str, Path], tmp_path: Pat
         budget.main([str(packs["q4"]), "--text", str(text)])
 
 
+def test_perplexity_is_that_of_the_scores(tiny: Any, tmp_path: Path) -> None:
+    import edge
+
+    text = tmp_path / "text"
+    text.write_text("one and two and three " * 40)
+    result = run("edge", tiny("tiny"), 512, text=text)
+    with edge.load(tiny("tiny"), context=512, threads=1) as engine:
+        scores = engine.score(engine.tokenizer.encode(text.read_text())[:512])
+    mean = np.mean([score for score in scores if score is not None])
+    assert result["perplexity"] == pytest.approx(np.exp(-mean), rel=1e-5)
+
+
 def test_lossy_cells_are_labelled(capsys: pytest.CaptureFixture[str]) -> None:
     from tests.test_bench import document_of, point
 

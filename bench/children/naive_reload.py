@@ -86,12 +86,13 @@ class Model:
             return
         # Products with all rows of the records, the down columns among them: cheaper than setting the gates apart.
         parts = entry.neuron_parts
-        values = _edge.neuron_dot(self.isa, int(entry.format), data, entry.cols, x)[:, ::parts]
-        values = values + self.biases.get(entry.layer, np.float32(0))
+        values = _edge.neuron_dot(self.isa, int(entry.format), data, entry.cols, x).reshape(n_rows, -1, parts)
+        gate = values[..., 0] + self.biases.get(entry.layer, np.float32(0))
+        values = np.maximum(gate, 0) * (values[..., 1] if parts == 3 else 1)
         records = data.reshape(entry.rows, parts, row_bytes(entry.format, entry.cols))
         start = np.zeros(-(-entry.cols // 32) * 32, np.float32)
         for row in values:
-            active = np.flatnonzero(row > 0)
+            active = np.flatnonzero(row)
             columns = np.ascontiguousarray(records[active, parts - 1])
             if len(active):
                 _edge.neuron_axpy(
