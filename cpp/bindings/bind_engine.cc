@@ -86,6 +86,23 @@ py::array_t<float> to_array(const std::vector<float>& values) {
   return py::array_t<float>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
+// A writable C-ordered array [n_layers][max_rows][width] of items T, or none.
+template <typename T>
+std::span<T> room(const py::object& array, const char* name) {
+  if (array.is_none()) return {};
+  const py::buffer_info info = array.cast<py::buffer>().request(/*writable=*/true);
+  bool packed = info.ndim == 3 && info.itemsize == static_cast<py::ssize_t>(sizeof(T));
+  py::ssize_t stride = info.itemsize;
+  for (py::ssize_t i = info.ndim; packed && i-- > 0; stride *= info.shape[static_cast<size_t>(i)]) {
+    packed = info.strides[static_cast<size_t>(i)] == stride;
+  }
+  if (!packed) {
+    check(error(Code::kBadArgument, "capture: %s: expected a C-ordered array of 3 dimensions of %zu-byte items, found another",
+                name, sizeof(T)));
+  }
+  return {static_cast<T*>(info.ptr), static_cast<size_t>(info.size)};
+}
+
 void bind(py::module_& module) {
   py::class_<Engine>(module, "Engine", "A loaded model inside its budget.")
       .def(py::init(&open), py::arg("options"), py::arg("progress").none(true) = nullptr,
@@ -103,6 +120,17 @@ void bind(py::module_& module) {
       .def_property_readonly("n_tokens", [](const Sequence& self) { return self.tokens().size(); })
       .def_property_readonly("n_pending", &Sequence::n_pending)
       .def("advance", [](Sequence& self) { check(run([&] { return as_status(self.advance()); })); })
+      .def(
+          "capture",
+          [](Sequence& self, const py::object& inputs, const py::object& gates, const py::object& open) {
+            const FfnCapture into{room<uint16_t>(inputs, "inputs"), room<uint16_t>(gates, "gates"),
+                                  room<uint8_t>(open, "open")};
+            return value(run([&] { return self.capture(into); }));
+          },
+          py::arg("inputs") = py::none(), py::arg("gates") = py::none(), py::arg("open") = py::none(),
+          "advance(), and what each feed-forward layer saw, into float16 inputs [layers, max_rows, hidden], float16 gates "
+          "(before the activation) [layers, max_rows, neurons] and uint8 open (bits of gates above zero, lowest first) "
+          "[layers, max_rows, ceil(neurons / 8)]; returns the rows written.")
       .def("next",
            [](Sequence& self, Sampler& sampler) {
              const SampledToken token = value(run([&] { return self.next(sampler); }));

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/ffn_capture.h"
 #include "sample/sampler.h"
 #include "speculate/verify.h"
 
@@ -26,6 +27,9 @@ class Sequence {
   Status advance();
   // Computes what is pending, draws the next token and appends it.
   Result<SampledToken> next(Sampler& sampler);
+  // advance(), and what each feed-forward layer saw meanwhile; returns how many rows that were. kBadArgument where a layer
+  // is a mixture or its neurons are guessed.
+  Result<int64_t> capture(const FfnCapture& into);
   // The logits after the last token; computes what is pending.
   Result<std::vector<float>> logits();
   // Log-probabilities of tokens[1..] given those before each; replaces the text.

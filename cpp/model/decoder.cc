@@ -63,7 +63,7 @@ Status Decoder::forward(const Batch& batch, KvCache& kv) {
                   scratch_.normed);
     if (!status.ok()) break;
     if (weights.neuron_records != kNoWeight) {
-      status = sparse_->run(weights, scratch_.normed, n_rows_, scratch_.projected);
+      status = sparse_->run(weights, scratch_.normed, n_rows_, scratch_.projected, watch_ffn);
     } else {
       status = weights.experts.empty() ? ffn(weights, scratch_.normed, n_rows_, scratch_.projected)
                                        : mixture(weights, scratch_.normed);

@@ -11,6 +11,7 @@
 #include "kernels/kernels.h"
 #include "kv/kv_cache.h"
 #include "model/decoder_config.h"
+#include "model/ffn_rows.h"
 #include "model/linear.h"
 #include "model/scratch.h"
 #include "model/sparse_ffn.h"
@@ -63,6 +64,8 @@ class Decoder {
   WeightId head() const { return weights_.head; }
 
   std::function<bool()> interrupted;
+  // Told what every dense layer whose gates are computed saw; empty: nobody asks.
+  WatchFfn watch_ffn;
   const DecoderConfig& config() const { return config_; }
   int64_t max_rows() const { return options_.max_rows; }
 

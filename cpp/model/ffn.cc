@@ -32,6 +32,7 @@ Status Decoder::ffn(const LayerWeights& layer, const float* x, int64_t n_rows, f
                             {layer.up, scratch_.up, pad16(inner), layer.up_bias}};
   EDGE_TRY(linear_.run(*acts_, std::span(inputs).subspan(config_.gated ? 0 : 1)));
   const float* gate = config_.gated ? scratch_.gate : scratch_.up;
+  if (watch_ffn && layer.index >= 0) watch_ffn({layer.index, 0, n_rows, x, gate});
   activate(gate, config_.gated ? scratch_.up : nullptr, n_rows, inner, scratch_.gate);
   acts_->set(scratch_.gate, pad16(inner), n_rows, inner);
   const Product down{layer.down, out, pad16(hidden), layer.down_bias};

@@ -51,16 +51,17 @@ Status SparseFfn::check(const LayerWeights& layer) const {
                directory_.entry(layer.neuron_records).name.c_str());
 }
 
-Status SparseFfn::run(const LayerWeights& layer, const float* x, int64_t n_rows, float* out) {
+Status SparseFfn::run(const LayerWeights& layer, const float* x, int64_t n_rows, float* out, const WatchFfn& watch) {
   const int64_t stride = pad16(config_.hidden_size);
   for (int64_t row = 0; row < n_rows; row += Scratch::kNeuronRows) {
     const int64_t n = std::min(Scratch::kNeuronRows, n_rows - row);
-    EDGE_TRY(block(layer, x + row * stride, n, out + row * stride));
+    EDGE_TRY(block(layer, x + row * stride, row, n, out + row * stride, watch));
   }
   return {};
 }
 
-Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t n_rows, float* out) {
+Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t first_row, int64_t n_rows, float* out,
+                        const WatchFfn& watch) {
   EDGE_ASSIGN(Turn turn, begin(layer, x, n_rows));
   const int64_t hidden = config_.hidden_size, out_stride = pad32(hidden);
   if (const std::byte* rows = window_.whole(layer.neuron_records)) {
@@ -71,6 +72,7 @@ Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t n_row
     turn.exact = false;
     EDGE_TRY(predict(turn));
   }
+  if (watch && turn.exact) watch({layer.index, first_row, n_rows, x, scratch_.gate});
   collect(turn);
   EDGE_TRY(window_.want(layer.neuron_records, {scratch_.neurons, turn.n_wanted},
                         {scratch_.neuron_rows, turn.n_wanted}, scratch_.records));

@@ -8,6 +8,7 @@
 #include "core/thread_pool.h"
 #include "kernels/kernels.h"
 #include "model/decoder_config.h"
+#include "model/ffn_rows.h"
 #include "model/linear.h"
 #include "model/scratch.h"
 #include "model/weights.h"
@@ -27,7 +28,8 @@ class SparseFfn {
   Status check(const LayerWeights& layer) const;
 
   // out[n_rows][pad16(hidden)] = down(relu(gate(x)) * up(x)), or down(relu(up(x))); x is [n_rows][pad16(hidden)].
-  Status run(const LayerWeights& layer, const float* x, int64_t n_rows, float* out);
+  // `watch`, where not empty, is told the gates, unless a predictor decides.
+  Status run(const LayerWeights& layer, const float* x, int64_t n_rows, float* out, const WatchFfn& watch);
 
  private:
   // One layer for at most Scratch::kNeuronRows rows.
@@ -48,7 +50,8 @@ class SparseFfn {
     size_t n_wanted;
   };
 
-  Status block(const LayerWeights& layer, const float* x, int64_t n_rows, float* out);
+  Status block(const LayerWeights& layer, const float* x, int64_t first_row, int64_t n_rows, float* out,
+               const WatchFfn& watch);
   Result<Turn> begin(const LayerWeights& layer, const float* x, int64_t n_rows);
   // scratch.gate[row][neuron] of every neuron: above zero where it is active, or held likely to be.
   void gates(const Turn& turn, const std::byte* first, uint64_t stride_bytes);

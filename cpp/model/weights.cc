@@ -84,6 +84,7 @@ LayerWeights resolve_layer(Resolver& find, const DecoderConfig& config, int64_t 
   const std::string prefix = "layers." + std::to_string(index) + ".";
   const int64_t hidden = config.hidden_size, q_dim = config.q_dim(), kv_dim = config.kv_dim();
   LayerWeights layer;
+  layer.index = index;
   layer.attn_norm = find.vector(prefix + "attn_norm.weight", hidden);
   layer.attn_norm_bias = find.optional_vector(prefix + "attn_norm.bias", hidden);
   layer.q = find.matrix(prefix + "q.weight", q_dim, hidden);

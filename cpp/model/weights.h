@@ -14,6 +14,7 @@ struct ExpertWeights {
 };
 
 struct LayerWeights {
+  int64_t index = -1;  // of the layer; -1 of one expert taken as a layer
   WeightId attn_norm = kNoWeight, attn_norm_bias = kNoWeight;
   WeightId q = kNoWeight, k = kNoWeight, v = kNoWeight, o = kNoWeight;
   WeightId q_bias = kNoWeight, k_bias = kNoWeight, v_bias = kNoWeight, o_bias = kNoWeight;
