@@ -32,7 +32,7 @@ SHAPES["words"] = (
     Shape("words", "qwen3moe", 151936, 256, 256, 2, 4, 2, 1024, 64, 8, 2, 1e-6, 1e6, "bpe"),
     "q4_0",
 )
-FOLDERS = {"tied": "llama", "opt": "opt"}
+FOLDERS = {"tied": "llama", "opt": "opt", "neurons": "opt"}
 MODELS = ("q4_0", "f16", "moe", "small", "small_moe", *FOLDERS)
 FEW_TOKENS = 4
 
@@ -117,7 +117,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
                 edge.pack(source, pack)
                 source.unlink()
             else:
-                inner = {"ffn_dim": 512} if name == "opt" else {"intermediate_size": 512}
+                inner = {"ffn_dim": 512} if FOLDERS[name] == "opt" else {"intermediate_size": 512}
                 folder_of = tiny_hf(
                     folder / name,
                     FOLDERS[name],
@@ -128,7 +128,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
                     tie_word_embeddings=True,
                     **inner,
                 )
-                edge.pack(folder_of, pack, weights="q8")
+                edge.pack(folder_of, pack, weights="q8", neurons="on" if name == "neurons" else "off")
             made[name] = Model(name, pack)
         return made[name]
 

@@ -58,7 +58,10 @@ def test_never_killed_in_a_group_of_that_size(name: str, context: int, model: Ge
     for budget in budgets(one, context):
         run = one.run(budget, context, limit=budget)
         assert not run.killed and run.returncode == 0, (budget, run)
-        assert run.result["tokens"] == one.tokens
+        assert run.result["tokens"] == one.tokens and run.result["peak_memory_bytes"] <= budget
+    less = budgets(one, context)[0] - 2 * JITTER_BYTES
+    refused = one.run(less, context, limit=less)
+    assert not refused.killed and refused.returncode == 1 and refused.floor_bytes > less
 
 
 @pytest.mark.usefixtures("cgroups")

@@ -9,7 +9,7 @@ import pytest
 
 import edge
 from edge import loading
-from tests.tiny import tiny_gguf, tiny_llama_gguf
+from tests.tiny import tiny_gguf, tiny_hf, tiny_llama_gguf
 
 PROMPT = [1, 17, 5, 99, 42]
 N_TOKENS = 6
@@ -21,6 +21,8 @@ PLACEMENTS = {
     "floor": ("dense", 0.0),
     "experts": ("moe", 0.5),
     "experts_floor": ("moe", 0.0),
+    "neurons": ("neurons", 0.3),
+    "neurons_floor": ("neurons", 0.0),
 }
 
 
@@ -51,11 +53,13 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("fault")
-    paths = {"dense": folder / "dense.edge", "moe": folder / "moe.edge"}
+    paths = {name: folder / f"{name}.edge" for name in ("dense", "moe", "neurons")}
     edge.pack(
         tiny_llama_gguf(folder / "dense.gguf", type="q8_0", seed=5, num_hidden_layers=4), paths["dense"]
     )
     edge.pack(tiny_gguf(folder / "moe.gguf", "mixtral", "q8_0", seed=3), paths["moe"])
+    relu = tiny_hf(folder / "relu", "opt", ffn_dim=1024, num_hidden_layers=3)
+    edge.pack(relu, paths["neurons"], weights="q8", neurons="on")
     return paths
 
 
