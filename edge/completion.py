@@ -31,6 +31,7 @@ class Chunk:
         token: the token behind it, or None for the last, flushing chunk.
         finish_reason: set on the last chunk only.
         stats: set on the last chunk only.
+        index: which of several prompts it belongs to.
     """
 
     text: str
@@ -38,6 +39,7 @@ class Chunk:
     logprob: TokenLogprob | None = None
     finish_reason: str | None = None
     stats: dict[str, Any] = field(default_factory=dict)
+    index: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,12 +13,13 @@ from typing import Any, Literal, overload
 import _edge
 
 from edge import session, speculation
-from edge.completion import Chunk, Completion, StopScanner, TokenLogprob
+from edge.completion import Chunk, Completion, TokenLogprob
 from edge.config import GenerationConfig
+from edge.meter import Meter
 from edge.stream import Stream, Turns
-from edge.tokenizer import StreamDecoder, Tokenizer
+from edge.tokenizer import Tokenizer
+from edge.writer import Writer
 from flashload.errors import ArgumentError, CancelledError, ContextOverflowError, EdgeError
-from flashload.machine import peak_rss_bytes
 from flashload.plan import Plan
 
 Progress = Callable[[int, int], None]
@@ -267,35 +267,30 @@ class Engine:
         if limit is None:
             limit = max(0, self.plan.context - len(tokens))
         seed = config.seed if config.seed is not None else secrets.randbits(63)
-        decoder = StreamDecoder(self.tokenizer, continues=continues)
-        chunks = self._generate(tokens, limit, seed, config, decoder, on_progress)
-        return Stream(self._turns, chunks)
+        writer = Writer(self.tokenizer, config, limit, continues)
+        return Stream(self._turns, self._generate(tokens, seed, config, writer, on_progress))
 
     def _generate(
         self,
         tokens: list[int],
-        limit: int,
         seed: int,
         config: GenerationConfig,
-        decoder: StreamDecoder,
+        writer: Writer,
         on_progress: Progress | None,
     ) -> Generator[Chunk, None, None]:
         sequence = self._begin()
         speculator = self._speculator(config)
-        meter = _Meter(self, seed, speculator)
+        meter = Meter(self, seed, speculator)
         sampler = _edge.Sampler(config.sampling(seed), self.vocab_size)
-        scanner = StopScanner(config.stop)
-        eos = set() if config.ignore_eos else set(self.tokenizer.eos_ids)
-        reason = "length"
         try:
             meter.reused = sequence.set_tokens(tokens)
             # The last token's pass belongs to the prompt: its logits are what the first token is drawn from.
-            while limit > 0 and sequence.n_pending > 0:
+            while not writer.ended and sequence.n_pending > 0:
                 sequence.advance()
                 if on_progress is not None:
                     on_progress(len(tokens) - sequence.n_pending, len(tokens))
             meter.prefilled(len(tokens))
-            while meter.generated < limit and reason != "stop":
+            while not writer.ended:
                 if sequence.n_tokens >= self.plan.context:
                     keep = self.plan.context // 2
                     sequence.shift(1, keep)
@@ -303,88 +298,19 @@ class Engine:
                 if speculator is None:
                     drawn = [sequence.next(sampler)]
                 else:
-                    drawn = speculator.step(sequence, sampler, limit - meter.generated, list(eos))
+                    drawn = speculator.step(sequence, sampler, writer.n_left, list(writer.eos))
                 try:
-                    for token, logprob, top in drawn:
-                        meter.generated += 1
+                    for one in drawn:
                         n_kept += 1
-                        if token in eos:
-                            reason = "stop"
-                            text = ""
-                        else:
-                            text = scanner.push(decoder.push(token))
-                            if scanner.stopped:
-                                reason = "stop"
-                        detail = None
-                        if config.logprobs is not None:
-                            detail = TokenLogprob(token, logprob, tuple(top))
-                        yield Chunk(text, token, detail)
-                        if reason == "stop":
+                        yield writer.push(*one)
+                        if writer.ended:
                             break
                 finally:
                     # What came after a stop string, or was never read, did not happen.
                     sequence.truncate(n_kept)
         except CancelledError:
-            reason = "cancelled"
-        text = "" if scanner.stopped else scanner.push(decoder.finish()) + scanner.finish()
-        yield Chunk(text, finish_reason=reason, stats=meter.stats())
-
-
-class _Meter:
-    """Counts and clocks of one request."""
-
-    def __init__(self, engine: Engine, seed: int, speculator: _edge.Speculator | None) -> None:
-        self._engine = engine
-        self._seed = seed
-        self._speculator = speculator
-        self._speculated = None if speculator is None else speculator.stats()
-        self._start = time.perf_counter()
-        self._prefill_end: float | None = None
-        self._before = engine.stats()
-        self._decode_before = self._before
-        self._n_prompt = 0
-        self.generated = 0
-        self.reused = 0
-
-    def prefilled(self, n_prompt: int) -> None:
-        self._n_prompt = n_prompt
-        self._prefill_end = time.perf_counter()
-        self._decode_before = self._engine.stats()
-
-    def stats(self) -> dict[str, Any]:
-        now = time.perf_counter()
-        after = self._engine.stats()
-        prefill_end = self._prefill_end or now
-        prefill_seconds, decode_seconds = prefill_end - self._start, now - prefill_end
-        # The first token costs no pass of its own: it comes from the prompt's last row.
-        passes = max(0, self.generated - 1)
-        flash = after["flash_bytes"] - self._decode_before["flash_bytes"]
-        plan = self._engine.plan
-        return {
-            "prompt_tokens": self._n_prompt,
-            "reused_tokens": self.reused,
-            "generated_tokens": self.generated,
-            "seed": self._seed,
-            "load_seconds": self._engine.load_seconds,
-            "prefill_seconds": prefill_seconds,
-            "decode_seconds": decode_seconds,
-            "prefill_tokens_per_second": _rate(self._n_prompt - self.reused, prefill_seconds),
-            "decode_tokens_per_second": _rate(passes, decode_seconds),
-            "flash_bytes": after["flash_bytes"] - self._before["flash_bytes"],
-            "flash_bytes_per_token": flash // passes if passes else 0,
-            "flash_wait_seconds": after["wait_seconds"] - self._before["wait_seconds"],
-            "peak_memory_bytes": peak_rss_bytes(),
-            "budget_bytes": plan.memory_bytes,
-            "placement": plan.placement,
-            "isa": after["isa"],
-            "speculation": speculation.spent(
-                self._speculated, None if self._speculator is None else self._speculator.stats()
-            ),
-        }
-
-
-def _rate(count: int, seconds: float) -> float:
-    return count / seconds if seconds > 0 else 0.0
+            writer.cancel()
+        yield writer.finish(meter.stats(writer.n_generated))
 
 
 def _config(settings: dict[str, Any]) -> GenerationConfig:

@@ -1,0 +1,71 @@
+"""Counts and clocks of requests: what :attr:`edge.Completion.stats` says."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import _edge
+
+from edge import speculation
+from flashload.machine import peak_rss_bytes
+
+if TYPE_CHECKING:
+    from edge.engine import Engine
+
+
+class Meter:
+    """Of one request; made when it begins."""
+
+    def __init__(self, engine: Engine, seed: int, speculator: _edge.Speculator | None) -> None:
+        self._engine = engine
+        self._seed = seed
+        self._speculator = speculator
+        self._speculated = None if speculator is None else speculator.stats()
+        self._start = time.perf_counter()
+        self._prefill_end: float | None = None
+        self._before = engine.stats()
+        self._decode_before = self._before
+        self._n_prompt = 0
+        self.reused = 0
+
+    def prefilled(self, n_prompt: int) -> None:
+        self._n_prompt = n_prompt
+        self._prefill_end = time.perf_counter()
+        self._decode_before = self._engine.stats()
+
+    def stats(self, generated: int) -> dict[str, Any]:
+        """After ``generated`` drawn tokens."""
+        now = time.perf_counter()
+        after = self._engine.stats()
+        prefill_end = self._prefill_end or now
+        prefill_seconds, decode_seconds = prefill_end - self._start, now - prefill_end
+        # The first token costs no pass of its own: it comes from the prompt's last row.
+        passes = max(0, generated - 1)
+        flash = after["flash_bytes"] - self._decode_before["flash_bytes"]
+        plan = self._engine.plan
+        return {
+            "prompt_tokens": self._n_prompt,
+            "reused_tokens": self.reused,
+            "generated_tokens": generated,
+            "seed": self._seed,
+            "load_seconds": self._engine.load_seconds,
+            "prefill_seconds": prefill_seconds,
+            "decode_seconds": decode_seconds,
+            "prefill_tokens_per_second": _rate(self._n_prompt - self.reused, prefill_seconds),
+            "decode_tokens_per_second": _rate(passes, decode_seconds),
+            "flash_bytes": after["flash_bytes"] - self._before["flash_bytes"],
+            "flash_bytes_per_token": flash // passes if passes else 0,
+            "flash_wait_seconds": after["wait_seconds"] - self._before["wait_seconds"],
+            "peak_memory_bytes": peak_rss_bytes(),
+            "budget_bytes": plan.memory_bytes,
+            "placement": plan.placement,
+            "isa": after["isa"],
+            "speculation": speculation.spent(
+                self._speculated, None if self._speculator is None else self._speculator.stats()
+            ),
+        }
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0
