@@ -16,7 +16,7 @@ from edge.speculation import LOOKUP_WINDOW_TOKENS
 from flashload.errors import ArgumentError, BudgetError
 from flashload.format import TOKENIZER, PackFile
 from flashload.machine import format_bytes
-from flashload.plan import STREAM, Plan, make_plan, weights_of
+from flashload.plan import STREAM, Directory, Plan, directory_of, place
 
 if TYPE_CHECKING:
     from edge.loading import Host
@@ -114,11 +114,10 @@ def open_draft(
 
     with open_pack(draft, weights=weights, on_pack=on_pack) as pack:
         check_vocabulary(target, pack)
-        decoder = pack.config.to_json()
-        entries = weights_of(pack)
-        placed = make_plan(
-            entries,
-            decoder,
+        model = directory_of(pack)
+        decoder = model.decoder
+        placed = place(
+            model,
             memory_bytes=1 << 60,
             context=min(plan.context, decoder["max_positions"]),
             threads=plan.threads,
@@ -145,11 +144,12 @@ def open_draft(
     return DraftModel(str(draft), options, taken)
 
 
-def heads_bytes(pack: PackFile) -> int:
+def heads_bytes(model: Directory) -> int:
     """What a pack's Medusa heads take in memory; 0 without any."""
-    stored = sum(w.stored_bytes for w in weights_of(pack) if w.name.startswith("medusa."))
-    n_heads = sum(name.startswith("medusa.") and name.endswith(".weight") for name in pack.entries)
-    return stored + 16 * (n_heads + 1) * pack.config.hidden_size + _SLACK_BYTES if n_heads else 0
+    heads = [w for w in model.entries if w.name.startswith("medusa.")]
+    n_heads = sum(w.name.endswith(".weight") for w in heads)
+    state_bytes = 16 * (n_heads + 1) * int(model.decoder["hidden_size"])
+    return sum(w.stored_bytes for w in heads) + state_bytes + _SLACK_BYTES if n_heads else 0
 
 
 def reserve(host: Host, plan: Plan, replan: PlanHost, draft: DraftModel | None) -> Reserved:
@@ -168,6 +168,8 @@ def reserve(host: Host, plan: Plan, replan: PlanHost, draft: DraftModel | None) 
             found = replan(grown, plan.context)
         except BudgetError:
             return None
+        # Less would do: what is reserved here is left out first.
+        found = replace(found, floor_bytes=plan.floor_bytes)
         return None if plan.placement == "resident" != found.placement else found
 
     if draft is not None:
@@ -178,7 +180,7 @@ def reserve(host: Host, plan: Plan, replan: PlanHost, draft: DraftModel | None) 
             reserved.notes.append(
                 f"draft {draft.name} left out: its {format_bytes(draft.bytes)} do not fit beside the model"
             )
-    if n_bytes := heads_bytes(host.pack):
+    if n_bytes := heads_bytes(host.directory):
         found = fits(n_bytes)
         head = next((i for i, name in enumerate(host.pack.entries) if name == "head.weight"), None)
         if head is None:

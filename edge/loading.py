@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,11 @@ from flashload.machine import (
     rss_bytes,
     trim_memory,
 )
-from flashload.plan import Plan, make_plan, weights_of
+from flashload.plan import Directory, Plan, directory_of, place
 from flashload.plan_kv import KV, choose_kv
 
 if TYPE_CHECKING:
+    from edge.draft import DraftModel, Reserved
     from edge.engine import Engine
     from edge.tokenizer import Tokenizer
 
@@ -133,15 +135,21 @@ class Host:
     """A pack open for loading, its tokenizer, and the memory this process holds for them.
 
     Attributes:
+        directory: the pack's, ready to be planned.
         host_bytes: held now: by the whole process, or only what opening added.
         peak_bytes: the most held until now, counted likewise.
     """
 
     pack: PackFile
+    directory: Directory
     tokenizer: Tokenizer
     host_bytes: int
     peak_bytes: int
     pack_seconds: float
+
+    def holding(self, pack: PackFile) -> Host:
+        """The same process with another pack."""
+        return replace(self, pack=pack, directory=directory_of(pack))
 
 
 @dataclass(frozen=True)
@@ -180,7 +188,7 @@ def prepare(
         host_bytes = max(0, host_bytes - before_bytes)
         # An older peak of the process is not edge's.
         peak_bytes = peak_bytes - before_bytes if peak_bytes > peak_before_bytes else 0
-    return Host(pack, tokenizer, host_bytes, peak_bytes, pack_seconds)
+    return Host(pack, directory_of(pack), tokenizer, host_bytes, peak_bytes, pack_seconds)
 
 
 def plan_host(
@@ -193,8 +201,6 @@ def plan_host(
     predictor: bool = True,
 ) -> Plan:
     """Places the weights; see :func:`edge.plan`."""
-    pack = host.pack
-    decoder = pack.config.to_json()
     # What is free now comes on top of what opening the model took already.
     memory_bytes = default_memory_bytes() + host.host_bytes if memory is None else parse_bytes(memory)
     n_threads = cpu_count() if threads is None else threads
@@ -202,14 +208,12 @@ def plan_host(
         raise ArgumentError(f"threads: expected 1..1024, found {threads!r}")
     if kv not in KV:
         raise ArgumentError(f"kv: expected one of {', '.join(KV)}, found {kv!r}")
-    weights = weights_of(pack)
 
-    def place(n_context: int, host_bytes: int, host_peak_bytes: int) -> Plan:
+    def fit(n_context: int, host_bytes: int, host_peak_bytes: int) -> Plan:
         return choose_kv(
             kv,
-            lambda where: make_plan(
-                weights,
-                decoder,
+            lambda where: place(
+                host.directory,
                 memory_bytes=memory_bytes,
                 context=n_context,
                 threads=n_threads,
@@ -222,20 +226,20 @@ def plan_host(
 
     def plan(n_context: int) -> Plan:
         try:
-            return place(n_context, host.host_bytes, host.peak_bytes + _JITTER_BYTES)
+            return fit(n_context, host.host_bytes, host.peak_bytes + _JITTER_BYTES)
         except BudgetError as refusal:
             missing_bytes = refusal.floor_bytes - memory_bytes
             if missing_bytes > min(_JITTER_BYTES, host.host_bytes):
                 raise
             # The floor that one run names is enough for the next; the plan's margin covers the difference.
-            return place(n_context, host.host_bytes - missing_bytes, host.peak_bytes)
+            return fit(n_context, host.host_bytes - missing_bytes, host.peak_bytes)
 
-    longest = decoder["max_positions"]
+    longest = host.directory.decoder["max_positions"]
     if context is not None:
         if isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= 1 << 24:
             raise ArgumentError(f"context: expected 1..{1 << 24} tokens, found {context!r}")
         return plan(context)
-    # Nobody asked for a length: take the longest usual one that leaves the weights resident, else the shortest usual.
+    # Nobody asked for a length: take the longest usual one that fits memory whole, else the shortest usual.
     n_context = min(longest, _DEFAULT_CONTEXT)
     while True:
         shorter = n_context // 2
@@ -245,9 +249,43 @@ def plan_host(
             if shorter < _SMALLEST_DEFAULT_CONTEXT:
                 raise
         else:
-            if chosen.placement == "resident" or shorter < _SMALLEST_DEFAULT_CONTEXT:
+            in_memory = chosen.placement == "resident" and chosen.kv_on_flash is None
+            if in_memory or shorter < _SMALLEST_DEFAULT_CONTEXT:
                 return chosen
         n_context = shorter
+
+
+def place_host(
+    host: Host,
+    *,
+    memory: int | str | None = None,
+    context: int | None = None,
+    threads: int | None = None,
+    kv: str = "auto",
+    predictor: bool = True,
+    draft: Callable[[Plan], DraftModel] | None = None,
+) -> Reserved:
+    """The whole budget shared out, as :func:`load` does it: the model, then what speculation takes.
+
+    Args:
+        draft: opens the draft model for a plan of the model alone.
+
+    Raises:
+        BudgetError: the budget is below the floor.
+    """
+    from edge.draft import reserve
+
+    memory_bytes = default_memory_bytes() + host.host_bytes if memory is None else parse_bytes(memory)
+    plan = plan_host(host, memory=memory_bytes, context=context, threads=threads, kv=kv, predictor=predictor)
+    # A draft model is not worth a context that no longer fits memory.
+    kv_beside = "memory" if plan.kv_on_flash is None else kv
+
+    def replan(grown: Host, n_context: int) -> Plan:
+        return plan_host(
+            grown, memory=memory_bytes, context=n_context, threads=threads, kv=kv_beside, predictor=predictor
+        )
+
+    return reserve(host, plan, replan, None if draft is None else draft(plan))
 
 
 def load(
@@ -281,8 +319,8 @@ def load(
         isa: force a kernel set (see ``edge doctor``); also the environment variable EDGE_ISA.
         io: "auto", "io_uring" or "pread".
         kv: "memory" holds the keys and values of the whole context; "flash" a part of them, and the rest in a nameless
-            file in EDGE_SCRATCH (a folder on a drive; the cache folder when unset); "auto" chooses "flash" when the
-            budget cannot hold the context otherwise.
+            file in EDGE_SCRATCH (a folder on a drive; the cache folder when unset); "auto" takes what
+            reads less from the drive for a token.
         predictor: "auto" lets the predictor that came with a sparse model guess which neurons are active where memory
             is too short to know (a small loss); "off" never does.
         draft: a smaller model of the same vocabulary whose guesses speculation verifies; held in memory inside the
@@ -327,28 +365,18 @@ def _load(
     on_load: Progress | None,
     drafts: DraftRequest | None,
 ) -> Engine:
-    from edge.draft import open_draft, reserve
+    from edge.draft import open_draft
     from edge.engine import Engine
     from edge.speculation import Drafting
 
     pack = host.pack
-    if memory is None:
-        memory = default_memory_bytes() + host.host_bytes
-    plan = plan_host(host, memory=memory, context=context, threads=threads, kv=kv, predictor=predictor)
-    # A draft model is not worth a context that no longer fits memory.
-    with_draft = "memory" if plan.kv_on_flash is None else kv
-    draft = None
+    open_it = None
     if drafts is not None:
-        draft = open_draft(
-            pack, drafts.model, plan, weights=drafts.weights, io=io, isa=isa, on_pack=drafts.on_pack
+        open_it = functools.partial(
+            open_draft, pack, drafts.model, weights=drafts.weights, io=io, isa=isa, on_pack=drafts.on_pack
         )
-    reserved = reserve(
-        host,
-        plan,
-        lambda grown, n_context: plan_host(
-            grown, memory=memory, context=n_context, threads=threads, kv=with_draft, predictor=predictor
-        ),
-        draft,
+    reserved = place_host(
+        host, memory=memory, context=context, threads=threads, kv=kv, predictor=predictor, draft=open_it
     )
     plan = reserved.plan
     options: dict[str, Any] = {

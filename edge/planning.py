@@ -7,17 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from edge.loading import Host, default_memory_bytes, plan_host, prepare, resolve_model
+from edge.loading import Host, default_memory_bytes, place_host, prepare, resolve_model
 from flashload.cache import cache_folder
 from flashload.curve import Curve, Option
 from flashload.errors import ArgumentError, BudgetError
 from flashload.estimate import CostModel
-from flashload.estimate_neurons import ACTIVE_SHARE
 from flashload.format import PackFile, is_pack
 from flashload.machine import cpu_count, format_bytes, parse_bytes, rss_bytes
 from flashload.pack import WEIGHTS
-from flashload.plan import Plan, make_plan, weights_of
-from flashload.plan_neurons import is_neurons
+from flashload.plan import Plan, directory_of
+from flashload.plan_neurons import ACTIVE_SHARE, is_neurons
 from flashload.probe import Machine, probe
 from flashload.virtual_pack import Outline, VirtualPack, outline
 from quant.formats import TILE_FORMATS
@@ -27,8 +26,6 @@ from quant.formats.neuron import NEURON_FORMATS
 _ROWS = 8
 #: A placement this near to the speed of everything in memory counts as fitting.
 _NEARLY = 0.7
-#: What the same process holds at the same point differs by this much (edge/loading.py).
-_JITTER_BYTES = 2 << 20
 _DEFAULT_CONTEXT, _SMALLEST_DEFAULT_CONTEXT = 4096, 512
 _MAX_CONTEXT, _MAX_THREADS = 1 << 24, 1024
 
@@ -102,6 +99,7 @@ class ModelPlan:
             "floor_bytes": self.floor_bytes,
             "fits": self.fits,
             "predicted_tokens_per_second": self.predicted_tokens_per_second,
+            "flash_bytes_per_token": self.chosen.flash_bytes_per_token if self.chosen else None,
             "options": [option.to_dict() for option in self.options],
             "recommended": self.recommended.to_dict()
             | {"within_memory": self.recommended.memory_bytes <= self.memory_bytes},
@@ -127,7 +125,8 @@ def _estimated_host(model: Outline, before_bytes: int, whole_process: bool) -> H
     base = rss_bytes() if whole_process else max(0, rss_bytes() - before_bytes)
     held, built = model.vocab_bytes
     # The plan asks a pack for nothing but its configuration and its entries.
-    return Host(cast(PackFile, model.packs["keep"]), cast(Any, None), base + held, base + built, 0.0)
+    pack = cast(PackFile, model.packs["keep"])
+    return Host(pack, directory_of(pack), cast(Any, None), base + held, base + built, 0.0)
 
 
 def _check(context: int | None, threads: int | None) -> None:
@@ -153,27 +152,20 @@ def _bits(pack: VirtualPack) -> tuple[int, float]:
     return n_bytes, 8 * n_bytes / max(1, sum(e.rows * e.cols * max(1, e.neuron_parts) for e in matrices))
 
 
-def _curve(option: str, model: Outline, host: Host, machine: Machine, context: int, threads: int) -> Curve:
+def _curve(
+    option: str, model: Outline, host: Host, machine: Machine, context: int, threads: int, kv: str
+) -> Curve:
     pack = model.packs[option]
-    weights = weights_of(cast(PackFile, pack))
-    decoder = pack.config.to_json()
+    packed = host.holding(cast(PackFile, pack))
 
     def make(memory_bytes: int) -> Plan:
-        return make_plan(
-            weights,
-            decoder,
-            memory_bytes=memory_bytes,
-            context=context,
-            threads=threads,
-            host_bytes=host.host_bytes,
-            host_peak_bytes=host.peak_bytes + _JITTER_BYTES,
-        )
+        return place_host(packed, memory=memory_bytes, context=context, threads=threads, kv=kv).plan
 
     weight_bytes, bits = _bits(pack)
     return Curve(
         option,
         make,
-        CostModel(weights, decoder, machine),
+        CostModel(packed.directory.entries, packed.directory.decoder, machine),
         weight_bytes=weight_bytes,
         bits_per_weight=bits,
         needs_packing=model.kind == "pack" and option != "keep",
@@ -187,6 +179,7 @@ def plan(
     context: int | None = None,
     threads: int | None = None,
     weights: str = "keep",
+    kv: str = "auto",
     whole_process: bool = False,
     probe_again: bool = False,
     on_probe: Callable[[], None] | None = None,
@@ -196,7 +189,7 @@ def plan(
     Args:
         model: a pack, a GGUF file, a Hugging Face folder, or one of which only ``config.json`` (and, better,
             ``model.safetensors.index.json``) is there; or a shipped model's name.
-        memory, context, threads, weights: as for :func:`edge.load`.
+        memory, context, threads, weights, kv: as for :func:`edge.load`.
         whole_process: the budget bounds the whole process, as on the command line.
         probe_again: measure the machine (2 to 3 seconds) even when its figures are known.
         on_probe: called before the machine is measured.
@@ -223,10 +216,10 @@ def plan(
         found = outline(path)
         host = _estimated_host(found, before_bytes, whole_process)
     memory_bytes = default_memory_bytes() + host.host_bytes if memory is None else parse_bytes(memory)
-    packed = Host(cast(PackFile, found.packs[weights]), host.tokenizer, host.host_bytes, host.peak_bytes, 0.0)
+    packed = host.holding(cast(PackFile, found.packs[weights]))
     placed: Plan | None = None
     try:
-        placed = plan_host(packed, memory=memory_bytes, context=context, threads=threads)
+        placed = place_host(packed, memory=memory_bytes, context=context, threads=threads, kv=kv).plan
         context, n_threads = placed.context, placed.threads
     except BudgetError:
         context = context or _shortest_context(found.config.max_positions)
@@ -238,7 +231,7 @@ def plan(
     machine = probe(
         place, n_threads, files, force=probe_again, neurons=_has_neurons(found), on_measure=on_probe
     )
-    curves = [_curve(option, found, host, machine, context, n_threads) for option in WEIGHTS]
+    curves = [_curve(option, found, host, machine, context, n_threads, kv) for option in WEIGHTS]
     asked = curves[WEIGHTS.index(weights)]
     options = _options(curves, memory_bytes)
     recommended, words = recommend(curves, memory_bytes)
@@ -347,10 +340,10 @@ def _repack_hint(found: Sequence[tuple[Curve, Option]], best: Option | None) -> 
 
 
 def _bits_text(option: Option) -> str:
-    bits = option.bits_per_weight
-    # Scales and a few finer matrices come on top of a format's bits.
-    whole = next((b for b in (4, 8, 16, 32) if bits < 1.25 * b), 32)
-    return f"at {whole} bits" + ("" if option.weights == "keep" else f" (--weights {option.weights})")
+    if option.weights == "keep":
+        # Scales and a few finer matrices come on top of a format's bits.
+        return f"at {int(option.bits_per_weight)} bits"
+    return f"at {option.weights.removeprefix('q')} bits (--weights {option.weights})"
 
 
 def _speed(option: Option) -> str:

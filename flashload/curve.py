@@ -28,6 +28,9 @@ class Option:
         predicted_peak_bytes: the most that will be held.
         predicted_tokens_per_second: decode at half the context.
         time_to_first_token_seconds: for a prompt of ``prompt_tokens``.
+        bound: "memory" or "drive", whichever a token waits for.
+        kv: "memory", or "flash" when keys and values of a full context are partly on the drive.
+        expert_slots: experts held at a time where not all of a mixture's are in memory, else 0.
         floor_bytes, resident_bytes: the least that runs, and what holds everything, at these weights.
         needs_packing: these weights are not the ones in the file: ``edge pack`` makes them from the checkpoint.
     """
@@ -42,6 +45,8 @@ class Option:
     flash_bytes_per_token: float
     expert_hit_rate: float | None
     bound: str
+    kv: str
+    expert_slots: int
     context: int
     floor_bytes: int
     resident_bytes: int
@@ -124,6 +129,8 @@ class Curve:
             flash_bytes_per_token=found.flash_bytes_per_token,
             expert_hit_rate=found.expert_hit_rate,
             bound=found.bound,
+            kv="flash" if plan.kv_on_flash else "memory",
+            expert_slots=plan.expert_slots,
             context=plan.context,
             floor_bytes=self.floor_bytes,
             resident_bytes=self.resident_bytes,

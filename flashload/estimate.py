@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flashload.estimate_neurons import ACTIVE_SHARE, NeuronCost
-from flashload.pack_layout import PAGE_BYTES
+from flashload.estimate_neurons import NeuronCost
 from flashload.plan import RESIDENT, Plan, Weight
-from flashload.plan_neurons import is_extra
+from flashload.plan_kv import KV_BUFFERS
+from flashload.plan_neurons import ACTIVE_SHARE, is_extra
 from flashload.probe import READ_BYTES, Machine
 from quant.formats import TILE_FORMATS, TILE_ROWS, WeightFormat
 
@@ -71,6 +71,15 @@ def expected_hit_rate(capacity: float, n_experts: int, top_k: int) -> float:
     if capacity <= 1 or top_k >= n_experts:
         return 0.0
     return capacity / n_experts
+
+
+@dataclass(frozen=True)
+class _KvReads:
+    """Keys and values from the drive in one pass: bytes, how long the drive takes, and what of that nothing hides."""
+
+    flash_bytes: float
+    flash_seconds: float
+    exposed_seconds: float
 
 
 class _Group:
@@ -186,12 +195,8 @@ class CostModel:
             return None
         if all(plan.placements[w.id] == RESIDENT for w in self._weights if w.expert >= 0):
             return 1.0
-        reserved = sum(
-            16 * t.stored_bytes / max(t.rows, 16) + 3 * t.chunk_bytes + PAGE_BYTES for t in self._tables
-        )
-        capacity = max(0.0, plan.demand_bytes - reserved) / self._expert_bytes
         d = self._decoder
-        return expected_hit_rate(capacity / self._n_sparse, d["n_experts"], d["experts_per_token"])
+        return expected_hit_rate(plan.expert_slots / self._n_sparse, d["n_experts"], d["experts_per_token"])
 
     def _io_seconds(self, n_bytes: float) -> float:
         """What reading ``n_bytes`` takes from computing: the bus they arrive over, and cores when none is spare."""
@@ -199,6 +204,22 @@ class CostModel:
         spare = machine.cores > machine.threads
         cpu = 0.0 if spare else machine.drive.cpu_seconds_per_byte * n_bytes / machine.cores
         return cpu + n_bytes / machine.bus_bytes_per_second
+
+    def _kv_reads(self, plan: Plan, position: float, rows: int) -> _KvReads:
+        """Keys and values read back from their file, once for every ``score_rows`` rows.
+
+        While anything but attention is computed, reading runs ahead as far as there are buffers; the rest of a layer
+        arrives while it is attended to.
+        """
+        if plan.kv_on_flash is None:
+            return _KvReads(0.0, 0.0, 0.0)
+        windows = self._decoder["windows"]
+        request = plan.kv_on_flash.request_bytes(len(windows))
+        times = -(-rows // plan.kv_on_flash.score_rows)
+        n_bytes = times * plan.kv_on_flash.read_bytes(windows, position)
+        late = max(0.0, n_bytes - len(windows) * KV_BUFFERS * request)
+        exposed = self._machine.drive.seconds(late, request) - rows * self._attention_seconds(position)
+        return _KvReads(n_bytes, self._machine.drive.seconds(n_bytes, request), max(0.0, exposed))
 
     # -- decode -----------------------------------------------------------------------------------------------------
 
@@ -227,12 +248,14 @@ class CostModel:
         mixture, expert_bytes = self._mixture_seconds(hit, 1, top_k)
         neurons = self._neurons.work(plan, 1)
         stream = self._machine.drive.seconds(plan.stream_bytes)
-        read = plan.stream_bytes + expert_bytes + neurons.flash_bytes
-        memory = compute + mixture + neurons.seconds + self._io_seconds(read)
+        kv = self._kv_reads(plan, at, 1)
+        read = plan.stream_bytes + expert_bytes + neurons.flash_bytes + kv.flash_bytes
+        memory = compute + mixture + neurons.seconds + kv.exposed_seconds + self._io_seconds(read)
         # The ring runs on while the head is computed, as far as it has room.
         head = self._head.seconds(self._machine, 1) if plan.stream_bytes else 0.0
         exposed = max(0.0, head - plan.ring_bytes / self._machine.drive.sequential_bytes_per_second)
-        flash = stream + self._machine.drive.seconds(expert_bytes, self._read_bytes) + neurons.flash_seconds
+        flash = stream + self._machine.drive.seconds(expert_bytes, self._read_bytes)
+        flash += neurons.flash_seconds + kv.flash_seconds
         token = max(memory, flash) + (exposed if flash > memory else 0.0)
         return Prediction(
             tokens_per_second=1 / token,
@@ -287,7 +310,8 @@ class CostModel:
         compute += self._overhead_seconds(at_work)
         mixture, expert_bytes = self._mixture_seconds(hit, each, at_work)
         neurons = self._neurons.work(plan, rows)
-        read = plan.stream_bytes + expert_bytes + neurons.flash_bytes
-        memory = compute + mixture + neurons.seconds + self._io_seconds(read)
+        kv = self._kv_reads(plan, first + rows / 2, rows)
+        read = plan.stream_bytes + expert_bytes + neurons.flash_bytes + kv.flash_bytes
+        memory = compute + mixture + neurons.seconds + kv.exposed_seconds + self._io_seconds(read)
         flash = machine.drive.seconds(plan.stream_bytes) + machine.drive.seconds(expert_bytes)
-        return max(memory, flash + neurons.flash_seconds)
+        return max(memory, flash + neurons.flash_seconds + kv.flash_seconds)

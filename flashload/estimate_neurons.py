@@ -11,12 +11,10 @@ from dataclasses import dataclass
 
 from flashload.pack_layout import PAGE_BYTES
 from flashload.plan import Plan, Weight
-from flashload.plan_neurons import is_neurons
+from flashload.plan_neurons import ACTIVE_SHARE, is_neurons
 from flashload.probe import READ_BYTES, Machine
 from quant.formats import WeightFormat
 
-#: Share of the neurons that a token needs: OPT 0.03 (arXiv 2312.11514), Llamas trained to ReLU 0.1 to 0.3 (2402.13516).
-ACTIVE_SHARE = 0.1
 #: Rows that share one reading of a layer's neurons (flashload.plan).
 _BLOCK_ROWS = 64
 #: Records nearer than this come in one request (cpp/store/neuron_turn.cc).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,10 @@ _PAGE_TABLE_SHARE = 512
 #: Layer weights the ring holds at least: two leased together (gate and up), and a gap where the next does not fit
 #: before the end; and how many let the drive run ahead.
 _RING_LEAST, _RING_AHEAD = 3, 4
-#: Rounding of blocks, and what a sampler keeps.
 _SLACK_BYTES = 256 << 10
 _MAX_ROWS = (128, 64, 32, 16, 8)
+#: One that is computed with, one that arrives.
+_LEAST_EXPERTS = 2
 #: Rows that share one reading of a layer's neurons.
 _NEURON_ROWS = 64
 
@@ -75,6 +77,14 @@ class Plan:
     neuron_staging_bytes: int = 0
     neuron_slots: list[int] = field(default_factory=list, repr=False)
     slab_bytes: list[int] = field(default_factory=list, repr=False)
+    #: Experts that the demand cache holds at a time; 0 when all are in memory, or there are none.
+    expert_slots: int = 0
+    #: Experts that one token uses, all layers: the working set that the cache is measured in.
+    experts_per_token: int = 0
+    #: Read from the drive for a token, on average over a context that fills, every expert being as likely.
+    flash_bytes_per_token: int = 0
+    #: Rounding of blocks, and what a sampler keeps.
+    slack_bytes: int = _SLACK_BYTES
     #: How keys and values are kept when they are not all in memory; ``kv_bytes`` is then the part in memory.
     kv_on_flash: KvOnFlash | None = None
 
@@ -82,7 +92,8 @@ class Plan:
     def core_bytes(self) -> int:
         """What the core may reserve."""
         weights = self.resident_bytes + self.ring_bytes + self.demand_bytes
-        return weights + self.neuron_bytes + self.neuron_staging_bytes + self.kv_bytes + self.activation_bytes
+        neurons = self.neuron_bytes + self.neuron_staging_bytes
+        return weights + neurons + self.kv_bytes + self.activation_bytes + self.slack_bytes
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -93,11 +104,11 @@ class Plan:
         keys = (
             "memory_bytes context threads max_rows placement host_bytes resident_bytes stream_bytes ring_bytes "
             "demand_bytes kv_bytes activation_bytes floor_bytes neuron_mode neuron_bytes neuron_staging_bytes "
-            "slab_bytes"
+            "slab_bytes expert_slots experts_per_token slack_bytes "
+            "flash_bytes_per_token"
         )
         return {key: getattr(self, key) for key in keys.split()} | {
             "predicted_peak_bytes": self.predicted_peak_bytes,
-            "flash_bytes_per_token": self.stream_bytes,
             "kv": "flash" if self.kv_on_flash else "memory",
             "kv_file_bytes": self.kv_on_flash.file_bytes if self.kv_on_flash else 0,
         }
@@ -111,10 +122,16 @@ def _is_matrix(weight: Weight) -> bool:
     return weight.format not in (_VECTOR, _BLOB)
 
 
-class _Model:
-    """The directory, sorted by what may be done with each weight."""
+class Directory:
+    """A model's weights, sorted by what may be done with each: what all its plans begin with.
 
-    def __init__(self, weights: Sequence[Weight], tied_head: bool) -> None:
+    Args:
+        weights: the directory in file order, which is the order a pass reads them.
+        decoder: DecoderConfig as a dict.
+    """
+
+    def __init__(self, weights: Sequence[Weight], decoder: dict[str, Any]) -> None:
+        self.entries, self.decoder = weights, decoder
         self.neurons = NeuronModel(weights)
         self.unused = {w.id for w in weights if is_extra(w.name)} | {w.id for w in self.neurons.gates}
         weights = [w for w in weights if not (is_extra(w.name) or is_neurons(w.name))]
@@ -127,10 +144,17 @@ class _Model:
         self.head = [w for w in matrices if w.name == "head.weight"]
         #: Rows are looked up in these while they stream as the head.
         self.tied: list[Weight] = []
-        if tied_head:
+        if decoder["tied_head"]:
             self.head = [w for w in self.tables if w.name == "embed.weight"]
             self.tied = self.head
             self.tables = [w for w in self.tables if w.name != "embed.weight"]
+        #: The largest expert, one record of three weights: the cache gives each as much (cpp/store/demand_cache.cc).
+        records: Counter[tuple[int, int]] = Counter()
+        for weight in self.experts:
+            records[weight.layer, weight.expert] += weight.stored_bytes
+        self.n_experts, self.expert_bytes = len(records), max(records.values(), default=0)
+        n_layers = len({layer for layer, _ in records})
+        self.experts_per_token = n_layers * int(decoder["experts_per_token"]) if n_layers else 0
         known = {w.id for w in self.fixed + self.experts + self.tables + self.head}
         self.layers = [w for w in matrices if w.id not in known]
         self.largest_bytes = max((w.stored_bytes for w in self.layers), default=0)
@@ -142,9 +166,8 @@ class _Model:
 
     @property
     def demand_bytes(self) -> int:
-        """The least a demand cache works with: a row's chunks of each table, and one expert's three weights twice."""
-        expert = 3 * max((w.stored_bytes for w in self.experts), default=0)
-        return _row_bytes(self.tables) + 2 * expert
+        """The least a demand cache works with: a row's chunks of each table, and two experts."""
+        return _row_bytes(self.tables) + _LEAST_EXPERTS * self.expert_bytes
 
     def least_bytes(self, predictor: bool) -> int:
         """Weights, ring and caches at their smallest: the head streamed as well, or (a tiny one) held."""
@@ -205,11 +228,33 @@ def make_plan(
     predictor: bool = True,
     kv: str = "memory",
 ) -> Plan:
+    """:func:`place` for weights of which only one plan is made."""
+    return place(
+        Directory(weights, decoder),
+        memory_bytes=memory_bytes,
+        context=context,
+        threads=threads,
+        host_bytes=host_bytes,
+        host_peak_bytes=host_peak_bytes,
+        predictor=predictor,
+        kv=kv,
+    )
+
+
+def place(
+    model: Directory,
+    *,
+    memory_bytes: int,
+    context: int,
+    threads: int,
+    host_bytes: int,
+    host_peak_bytes: int = 0,
+    predictor: bool = True,
+    kv: str = "memory",
+) -> Plan:
     """Places every weight for one budget.
 
     Args:
-        weights: the directory in file order, which is the order a pass reads them.
-        decoder: DecoderConfig as a dict.
         memory_bytes: the ceiling.
         context: tokens of KV cache.
         threads: compute threads.
@@ -223,19 +268,19 @@ def make_plan(
     """
     import _edge
 
-    model = _Model(weights, decoder["tied_head"])
+    weights, decoder = model.entries, model.decoder
     whole = model.neurons.whole() if model.neurons.records else None
-    dense_bytes = _bytes([w for w in model.weights if w.format != _BLOB]) + _SLACK_BYTES
-    everything = dense_bytes + (whole.bytes if whole else 0)
+    dense_bytes = _bytes([w for w in model.weights if w.format != _BLOB])
+    everything = dense_bytes + _SLACK_BYTES + (whole.bytes if whole else 0)
     host_bytes += _MARGIN_BYTES + everything // _PAGE_TABLE_SHARE
 
     least_weights = min(everything, model.least_bytes(predictor))
     on_flash: KvOnFlash | None = None
 
-    def fixed(max_rows: int, spare_bytes: int = 0) -> tuple[int, int]:
+    def fixed(max_rows: int, spare_bytes: int = 0, left_over_bytes: int = 0) -> tuple[int, int]:
         nonlocal on_flash
         if kv == "flash":
-            on_flash = kv_on_flash(decoder, context, max_rows, threads, spare_bytes)
+            on_flash = kv_on_flash(decoder, context, max_rows, threads, spare_bytes, left_over_bytes)
             return on_flash.memory_bytes, on_flash.activation_bytes
         pages, activations, logits = _edge.fixed_bytes(decoder, context, max_rows, threads)
         return _round_up(pages), _round_up(activations) + _round_up(logits)
@@ -244,8 +289,8 @@ def make_plan(
     floor_bytes = max(floor_bytes, host_peak_bytes)
 
     def fixed_within(max_rows: int) -> tuple[int, int]:
-        least = sum(fixed(max_rows))
-        return fixed(max_rows, memory_bytes - host_bytes - least - least_weights)
+        free = memory_bytes - host_bytes - sum(fixed(max_rows))
+        return fixed(max_rows, free - least_weights, free - everything)
 
     def holds_all(max_rows: int) -> bool:
         return everything <= memory_bytes - host_bytes - sum(fixed_within(max_rows))
@@ -269,7 +314,7 @@ def make_plan(
             placed = streaming
             break
     if memory_bytes < host_peak_bytes or (everything > room and streaming is None):
-        raise _too_small(memory_bytes, floor_bytes, context, kv_bytes)
+        raise _too_small(memory_bytes, floor_bytes, context, kv_bytes, kv)
 
     placements = [RESIDENT] * len(weights)
     if placed.demand_bytes:
@@ -309,6 +354,9 @@ def make_plan(
         slab_bytes=[neuron_slots[w.id] * w.chunk_bytes for w in model.neurons.records]
         if neuron_slots
         else [],
+        expert_slots=placed.expert_slots,
+        experts_per_token=model.experts_per_token,
+        flash_bytes_per_token=_flash_bytes_per_token(model, placed, on_flash, context),
         kv_on_flash=on_flash,
     )
 
@@ -323,18 +371,32 @@ class _Placed:
     ring_bytes: int
     demand_bytes: int
     neurons: NeuronPlacement | None = None
+    expert_slots: int = 0
 
 
-def _window(model: _Model, room_bytes: int, predictor: bool) -> _Placed | None:
+def _flash_bytes_per_token(model: Directory, placed: _Placed, kv: KvOnFlash | None, context: int) -> int:
+    n_bytes = float(_bytes(placed.streamed))
+    if placed.expert_slots:
+        missing = 1 - placed.expert_slots / model.n_experts
+        n_bytes += model.experts_per_token * missing * model.expert_bytes
+    if placed.neurons is not None:
+        n_bytes += model.neurons.read_bytes(placed.neurons)
+    if kv is not None:
+        n_bytes += kv.mean_read_bytes(model.decoder["windows"], context)
+    return round(n_bytes)
+
+
+def _window(model: Directory, room_bytes: int, predictor: bool) -> _Placed | None:
     """Records of neurons in slots, everything else in memory; where that is too much, the rest streams as well.
 
     A byte of attention that streams is read for every token, one of a record only when its neuron is active: so slots
     get what the rest leaves.
     """
     neurons = model.neurons
-    held_bytes = _bytes(model.fixed) + _bytes(model.layers) + _bytes(model.head) + _SLACK_BYTES
+    held_bytes = _bytes(model.fixed) + _bytes(model.layers) + _bytes(model.head)
     modes = neurons.modes(predictor)
-    fitting = {mode: neurons.window(mode, room_bytes - held_bytes - model.demand_bytes) for mode in modes}
+    slot_room = room_bytes - held_bytes - model.demand_bytes - _SLACK_BYTES
+    fitting = {mode: neurons.window(mode, slot_room) for mode in modes}
     chosen, guess = fitting["exact"], fitting.get("predictor")
     if guess is not None and (chosen is None or neurons.predictor_pays(guess, chosen)):
         chosen = guess
@@ -350,15 +412,16 @@ def _window(model: _Model, room_bytes: int, predictor: bool) -> _Placed | None:
     return None
 
 
-def _stream(model: _Model, room_bytes: int) -> _Placed | None:
+def _stream(model: Directory, room_bytes: int) -> _Placed | None:
     """What stays and what streams when not everything fits; None when nothing helps."""
     always = _bytes(model.layers) + _bytes(model.head)
     room_bytes -= _SLACK_BYTES + _bytes(model.fixed) + model.demand_bytes
-    held = _bytes(model.fixed) + _SLACK_BYTES
+    held = _bytes(model.fixed)
     if model.experts and always <= room_bytes:
-        # Everything but the experts is read for every token; what is left goes to the expert cache.
-        demand_bytes = model.demand_bytes + (room_bytes - always) // _PAGE_BYTES * _PAGE_BYTES
-        return _Placed("experts", held + always, [], 0, demand_bytes)
+        # Everything but the experts is read for every token; what is left goes to as many experts as it holds whole.
+        slots = min(_LEAST_EXPERTS + (room_bytes - always) // model.expert_bytes, model.n_experts)
+        demand_bytes = _row_bytes(model.tables) + slots * model.expert_bytes
+        return _Placed("experts", held + always, [], 0, demand_bytes, expert_slots=slots)
     # The head stays if it can: a prompt chunk that needs no logits would stream it for nothing.
     for streamable, ring_bytes, row_bytes in (
         (model.layers, _RING_AHEAD * model.largest_bytes, 0),
@@ -371,12 +434,16 @@ def _stream(model: _Model, room_bytes: int) -> _Placed | None:
             resident = held + always - _bytes(streamed)
             name = "stream" if streamed else "resident"
             demand_bytes = model.demand_bytes + row_bytes
-            return _Placed(name, resident, streamed, ring_bytes if streamed else 0, demand_bytes)
+            slots = _LEAST_EXPERTS if model.experts else 0
+            return _Placed(
+                name, resident, streamed, ring_bytes if streamed else 0, demand_bytes, expert_slots=slots
+            )
     return None
 
 
-def _too_small(memory_bytes: int, floor_bytes: int, context: int, kv_bytes: int) -> BudgetError:
-    ways = [f"a shorter context (now {context} tokens, {format_bytes(kv_bytes)} of keys and values)"]
+def _too_small(memory_bytes: int, floor_bytes: int, context: int, kv_bytes: int, kv: str) -> BudgetError:
+    held = f"{format_bytes(kv_bytes)} of keys and values" + (" beside a file" if kv == "flash" else "")
+    ways = [f"a shorter context (now {context} tokens, {held})"]
     ways.append("fewer weight bits (edge pack --weights q4)")
     error = BudgetError(
         f"memory: {memory_bytes} bytes ({format_bytes(memory_bytes)}) are too few: this model needs at least "
@@ -385,6 +452,11 @@ def _too_small(memory_bytes: int, floor_bytes: int, context: int, kv_bytes: int)
     )
     error.floor_bytes = floor_bytes
     return error
+
+
+def directory_of(pack: PackFile) -> Directory:
+    """The directory of a pack, ready to be planned."""
+    return Directory(weights_of(pack), pack.config.to_json())
 
 
 def weights_of(pack: PackFile) -> list[Weight]:

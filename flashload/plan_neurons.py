@@ -18,6 +18,8 @@ _TURN_PER_NEURON, _TURN_PER_SLOT = 16 + 4, 4
 #: Of the neurons a token wants, (1 - share held) ** 3 have no slot; and a predictor wants a third more of them than are
 #: active. Measured: ``python -m bench window`` on a model of which 6 % are active.
 _MISS_POWER, _PREDICTED_PER_ACTIVE = 3, 4 / 3
+#: Share of the neurons that a token needs: OPT 0.03 (arXiv 2312.11514), Llamas trained to ReLU 0.1 to 0.3 (2402.13516).
+ACTIVE_SHARE = 0.1
 #: A predictor changes the text a little: it has to save a third of the reads.
 _WORTH_A_LOSS = 2 / 3
 
@@ -129,6 +131,11 @@ class NeuronModel:
         """Share of the wanted neurons that have no slot."""
         held = sum(placement.slots[w.id] for w in self.records)
         return float((1 - held / sum(w.rows for w in self.records)) ** _MISS_POWER)
+
+    def read_bytes(self, placement: NeuronPlacement) -> float:
+        """Read from the drive for one token."""
+        wanted = ACTIVE_SHARE * (_PREDICTED_PER_ACTIVE if placement.mode == "predictor" else 1)
+        return wanted * self._missing(placement) * sum(w.rows * w.chunk_bytes for w in self.records)
 
     def resident_bytes(self, placement: NeuronPlacement) -> int:
         """Bytes of the predictor weights that a placement loads."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,23 @@ def test_run_reads_a_prompt_file(gguf_file: Path, tmp_path: Path) -> None:
     prompt.write_text("the dog")
     done = edge("run", gguf_file, "--file", prompt, "-n", 2, "--context", 64)
     assert done.stdout.startswith("the dog")
+
+
+def test_keys_and_values_go_where_kv_says(gguf_file: Path, tmp_path: Path) -> None:
+    def run(kv: str) -> dict[str, Any]:
+        command = ("run", gguf_file, "the cat", "-n", 4, "--temperature", 0, "--context", 64, "--json")
+        found: dict[str, Any] = json.loads(edge(*command, "--kv", kv, EDGE_SCRATCH=str(tmp_path)).stdout)
+        return found
+
+    found = {kv: run(kv) for kv in ("auto", "memory", "flash")}
+    assert {kv: one["plan"]["kv"] for kv, one in found.items()} == {
+        "auto": "memory",
+        "memory": "memory",
+        "flash": "flash",
+    }
+    assert found["flash"]["tokens"] == found["memory"]["tokens"]
+    refused = edge("chat", gguf_file, "--kv", "disk", check=False)
+    assert refused.returncode == 2 and "'auto', 'memory', 'flash'" in refused.stderr
 
 
 def test_pack_show_verify_plan_list(gguf_file: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from edge.cli import plan_figure
 from edge.planning import ModelPlan
 from flashload.errors import ArgumentError, ModelFileError
 from tests.test_estimate import config_only
-from tests.tiny import hf_config, tiny_hf, tiny_llama_gguf
+from tests.tiny import hf_config, tiny_gguf, tiny_hf, tiny_llama_gguf
 
 RUN = [sys.executable, "-c", "from edge.cli import main; main()"]
 OPTION_KEYS = "placement predicted_tokens_per_second predicted_peak_bytes weights memory_bytes speculation"
@@ -126,6 +126,37 @@ def test_below_the_floor_is_told_not_refused(models: Callable[[str], Path]) -> N
     assert found["recommended"]["memory_bytes"] == least
     text = run(models("7b"), "--memory", "1MB", "--context", 512).stdout
     assert re.search(r"below the floor of .* \(\d+ bytes\)", text) and "the least that runs" in text
+
+
+def test_a_context_that_only_fits_on_the_drive(models: Callable[[str], Path]) -> None:
+    found = planned(models("7b"), "--memory", "1200MB", "--context", 4096)
+    assert found["fits"] is True and found["kv"] == "flash" and found["floor_bytes"] < 1200 * 10**6
+    chosen = [o for o in found["options"] if o["memory_bytes"] == 1200 * 10**6 and o["weights"] == "keep"]
+    assert [o["kv"] for o in chosen] == ["flash"]
+    assert chosen[0]["predicted_peak_bytes"] == found["predicted_peak_bytes"]
+    held = planned(models("7b"), "--memory", "1200MB", "--context", 4096, "--kv", "memory")
+    assert held["fits"] is False and held["floor_bytes"] > 1200 * 10**6
+    assert {o["kv"] for o in held["options"]} == {"memory"}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kv", ["auto", "memory", "flash"])
+def test_what_is_planned_is_what_is_loaded(
+    kv: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same allocator: with equal memory held before, every figure of the two plans is the same."""
+    for name in ("rss_bytes", "peak_rss_bytes"):
+        monkeypatch.setattr(f"edge.loading.{name}", lambda: 0)
+    monkeypatch.setenv("EDGE_SCRATCH", str(tmp_path))
+    edge.pack(tiny_gguf(tmp_path / "moe.gguf", "mixtral", "q8_0"), tmp_path / "moe.edge")
+    full = edge.plan(tmp_path / "moe.edge", memory="1GiB", context=128, kv=kv)
+    assert full.plan is not None
+    memory = int(full.floor_bytes + share * (full.plan.predicted_peak_bytes - full.floor_bytes))
+    found = edge.plan(tmp_path / "moe.edge", memory=memory, context=128, kv=kv)
+    with edge.load(tmp_path / "moe.edge", memory=memory, context=128, kv=kv) as engine:
+        assert engine.plan == found.plan
+        assert engine.plan.floor_bytes == found.floor_bytes == full.floor_bytes
+        assert engine.stats()["budget_bytes"] <= engine.plan.predicted_peak_bytes <= memory
 
 
 def test_without_memory_and_context(models: Callable[[str], Path]) -> None:

@@ -21,7 +21,7 @@ from flashload.errors import (
     UnsupportedModelError,
 )
 from flashload.pack import pack
-from tests.test_kv_flash import CONTEXT, PROMPT, answer, open_engine, plan_of
+from tests.kv_engines import CONTEXT, PROMPT, answer, open_engine, plan_of
 from tests.tiny import tiny_hf, tiny_llama_gguf
 
 HEADER_BYTES = 4096

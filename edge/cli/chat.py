@@ -7,10 +7,15 @@ from typing import Any
 
 import click
 
-from edge.cli.common import json_option, load_engine, load_options, print_json, sampling_options
+from edge.cli.common import (
+    json_option,
+    load_engine,
+    load_options,
+    print_json,
+    sampling_options,
+    take_load_options,
+)
 from edge.cli.run import summary
-
-_LOAD = ("memory", "context", "threads", "device", "weights", "io")
 
 
 @click.command("chat")
@@ -27,7 +32,7 @@ _LOAD = ("memory", "context", "threads", "device", "weights", "io")
 @json_option
 def command(model: str, system: str | None, template: Any, as_json: bool, **options: Any) -> None:
     """Talk with MODEL. With --json, each line of stdin is a user message and each line of stdout an answer."""
-    load = {key: options.pop(key) for key in _LOAD}
+    load = take_load_options(options)
     text = None if template is None else template.read()
     messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
     interactive = sys.stdin.isatty() and not as_json

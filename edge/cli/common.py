@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from flashload.plan_kv import KV
+
 if TYPE_CHECKING:
     from edge.engine import Engine
 
+_LOAD = ("memory", "context", "threads", "device", "weights", "io", "kv")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+kv_option = click.option(
+    "--kv",
+    default="auto",
+    show_default=True,
+    type=click.Choice(KV),
+    help="Keys and values of the context: in memory, or partly in a file on a drive (flash).",
+)
 
 
 def load_options(function: _F) -> _F:
@@ -38,10 +48,16 @@ def load_options(function: _F) -> _F:
                 help="How a checkpoint is packed, when it has to be.",
             ),
             click.option("--io", default="auto", show_default=True, help="auto, io_uring or pread."),
+            kv_option,
         ]
     ):
         function = option(function)
     return function
+
+
+def take_load_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Removes from a command's options those of :func:`load_options`, and returns them."""
+    return {key: options.pop(key) for key in _LOAD}
 
 
 def sampling_options(function: _F) -> _F:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge.cli.common import json_option, print_json
+from edge.cli.common import json_option, kv_option, print_json
 from flashload.machine import format_bytes
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ _PARTS = (
     ("neuron_staging_bytes", "records on their way in"),
     ("kv_bytes", "keys and values"),
     ("activation_bytes", "activations and logits"),
+    ("slack_bytes", "rounding, sampling"),
 )
 
 
@@ -40,6 +41,7 @@ _PARTS = (
     type=click.Choice(["keep", "q8", "q4"]),
     help="The weights whose parts are listed; the table has all.",
 )
+@kv_option
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Write the curve as a PNG.")
 @click.option("--probe", "probe_again", is_flag=True, help="Measure drive and memory again (2 to 3 seconds).")
 @json_option
@@ -49,6 +51,7 @@ def command(
     context: int | None,
     threads: int | None,
     weights: str,
+    kv: str,
     figure: Path | None,
     probe_again: bool,
     as_json: bool,
@@ -69,6 +72,7 @@ def command(
         context=context,
         threads=threads,
         weights=weights,
+        kv=kv,
         whole_process=True,
         probe_again=probe_again,
         on_probe=say,
@@ -140,10 +144,10 @@ def _curve_table(found: ModelPlan) -> Table:
 def _cell(option: Option | None, budget: int, floor_bytes: int) -> str:
     if option is None:
         return "below the floor" if budget < floor_bytes else ""
-    floor = ", floor" if budget == floor_bytes else ""
+    kv = ", kv flash" if option.kv == "flash" else ""
     return (
         f"{_figure(option.predicted_tokens_per_second)} tok/s, {_figure(option.time_to_first_token_seconds)} s "
-        f"({option.placement}{floor})"
+        f"({option.placement}{kv})"
     )
 
 
@@ -158,7 +162,13 @@ def _parts_table(found: ModelPlan) -> Table:
 
     plan = found.plan
     assert plan is not None
-    table = Table(title=Text(f"weights {found.weights}: {plan.placement}"), title_justify="left")
+    title = f"weights {found.weights}: {plan.placement}"
+    if plan.expert_slots:
+        sets = plan.expert_slots / plan.experts_per_token
+        title += f", {plan.expert_slots} experts at hand, {sets:.1f} times what a token uses"
+    if plan.kv_on_flash is not None:
+        title += f", keys and values in a file of up to {format_bytes(plan.kv_on_flash.file_bytes)}"
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("part")
     table.add_column("bytes", justify="right")
     for key, text in _PARTS:

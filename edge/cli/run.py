@@ -7,11 +7,18 @@ from typing import Any
 
 import click
 
-from edge.cli.common import json_option, load_engine, load_options, print_json, progress_bar, sampling_options
+from edge.cli.common import (
+    json_option,
+    load_engine,
+    load_options,
+    print_json,
+    progress_bar,
+    sampling_options,
+    take_load_options,
+)
 from flashload.machine import format_bytes
 
 _DEFAULT_TOKENS = 256
-_LOAD = ("memory", "context", "threads", "device", "weights", "io", "draft")
 
 
 @click.command("run")
@@ -41,7 +48,7 @@ def command(
     """Continue PROMPT with MODEL (a pack, a GGUF file, a Hugging Face folder, or a shipped model's name)."""
     if prompt_file is not None:
         prompt = prompt_file.read()
-    load = {key: options.pop(key) for key in _LOAD}
+    load = take_load_options(options) | {"draft": options.pop("draft")}
     with load_engine(model, as_json, load) as engine:
         if max_tokens is None:
             room = engine.plan.context - len(engine.tokenizer.encode(prompt, add_special_tokens=True))
