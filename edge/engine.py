@@ -156,9 +156,10 @@ class Engine:
         return stats
 
     def prepare(self) -> None:
-        """Makes what the first request would make otherwise: the drafters of ``speculation="auto"``."""
+        """Makes what the first request would make otherwise, the drafters of ``speculation="auto"``, and times them."""
         with self._serving():
-            self._speculator(GenerationConfig())
+            assert self._speculators is not None
+            self._speculators.measure()
 
     def can_draft(self, drafter: str) -> bool:
         """Whether ``speculation=drafter`` has what it needs: a draft model, or heads that came with the model."""

@@ -400,8 +400,8 @@ def _load(
         options["kv"] = plan.kv_on_flash.options(str(scratch_folder()))
     core = _open_core(options, on_load)
     draft_core = None if reserved.draft is None else _open_core(reserved.draft.options, None, core)
-    load_seconds = time.perf_counter() - start - host.pack_seconds
     drafting = Drafting(draft_core, reserved.medusa, bool(plan.stream_order), tuple(reserved.notes))
-    engine = Engine(core, plan, host.tokenizer, pack.metadata, load_seconds, drafting)
+    engine = Engine(core, plan, host.tokenizer, pack.metadata, 0.0, drafting)
     engine.prepare()
+    engine.load_seconds = time.perf_counter() - start - host.pack_seconds
     return engine

@@ -173,6 +173,10 @@ class Speculators:
         )
         return self._speculator
 
+    def measure(self) -> None:
+        """Makes the drafters of "auto" and learns what they and passes over several rows cost here."""
+        self.configured(Speculation()).measure()
+
     def _make(self, name: str, settings: Speculation) -> bool:
         speculator = self._speculator
         assert speculator is not None

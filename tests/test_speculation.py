@@ -287,6 +287,15 @@ def test_look_ups_find_what_repeats(engine: edge.Engine) -> None:
     assert found.stats["speculation"]["drafters"]["lookup"]["acceptance"] > 0.6
 
 
+def test_keys_and_values_on_a_drive(packs: dict[str, Path], engine: edge.Engine) -> None:
+    with edge.load(packs["resident"], context=CONTEXT, threads=2, kv="flash") as flash:
+        for settings in SETTINGS.values():
+            asked: dict[str, Any] = {"max_tokens": 80, "ignore_eos": True, "logprobs": 2, **settings}
+            plain = engine.generate([1, 5, 9], speculation="off", **asked)
+            found = with_guesses(flash, half_right([1, 5, 9, *plain.tokens]), [1, 5, 9], **asked)
+            assert (found.tokens, found.logprobs) == (plain.tokens, plain.logprobs)
+
+
 def test_lookahead_learns_what_the_model_repeats(engine: edge.Engine) -> None:
     asked: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, **GREEDY}
     plain = engine.generate([1, 5], speculation="off", **asked)

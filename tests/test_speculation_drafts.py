@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import edge
+from edge import speculation
 from edge.errors import ArgumentError
 from flashload.format import PackFile
 from tests.test_speculation import SETTINGS
@@ -135,6 +136,17 @@ def test_another_vocabulary_is_refused(packs: dict[str, Path]) -> None:
         edge.load(packs["target"], context=CONTEXT, draft=packs["other words"])
     with pytest.raises(ArgumentError, match="no-such-model"):
         edge.load(packs["target"], context=CONTEXT, draft="no-such-model")
+
+
+def test_costs_are_known_after_a_load(packs: dict[str, Path]) -> None:
+    with edge.load(packs["heads"], context=CONTEXT, draft=packs["draft"]) as engine:
+        assert engine._speculators is not None
+        stats = engine._speculators.configured(speculation.Speculation()).stats()
+        costs = [ms for _, ms in stats["pass_ms"]]
+        assert costs == sorted(costs) and costs[0] > 0
+        assert list(stats["drafters"]) == ["draft", "medusa", "lookup"] and stats["saved_ms"] == 0
+        plain = engine.generate(PROMPT, max_tokens=20, speculation="off", **SETTINGS["drawn"])
+        assert engine.generate(PROMPT, max_tokens=20, **SETTINGS["drawn"]).tokens == plain.tokens
 
 
 def test_a_draft_is_counted_and_given_back(packs: dict[str, Path]) -> None:

@@ -81,6 +81,18 @@ py::dict stats(const Speculator& speculator) {
   return dict;
 }
 
+int64_t chain_verified(Controller& controller, const std::vector<int32_t>& guesses, const std::vector<int32_t>& text) {
+  DraftTree tree;
+  const int64_t n = static_cast<int64_t>(guesses.size());
+  tree.reset(0, {n + 1, n, INT32_MAX});
+  int32_t parent = 0;
+  for (int32_t guess : guesses) parent = tree.add(parent, guess, 0);
+  const DraftTree proposed = tree;
+  controller.prune(tree);
+  controller.learn(proposed, text);
+  return tree.size() - 1;
+}
+
 const Binding kBinding("speculation", [](py::module_& module) {
   py::class_<Speculator>(module, "Speculator", "Drafters, verification and their controller for one engine.")
       .def(py::init<Engine&>(), py::arg("engine"), py::keep_alive<1, 2>())
@@ -118,6 +130,8 @@ const Binding kBinding("speculation", [](py::module_& module) {
            [](Speculator& self, py::object propose) {
              self.add(std::make_unique<CallbackDrafter>(std::move(propose)));
            })
+      .def("measure", [](Speculator& self) { check(run([&] { return self.measure(); })); },
+           "Times passes and guesses in a few milliseconds.")
       .def("step",
            [](Speculator& self, Sequence& sequence, Sampler& sampler, int64_t max_tokens,
               const std::vector<int32_t>& stop_tokens) {
@@ -138,6 +152,21 @@ const Binding kBinding("speculation", [](py::module_& module) {
            },
            "(token, parent) of every guess of the last step; parent 0 is the token before them.")
       .def("stats", &stats);
+  py::class_<Controller>(module, "SpeculationController", "Decides what is worth verifying; for tests, which plant costs.")
+      .def(py::init<>())
+      .def("record", [](Controller& self, int64_t rows, double ms) { self.cost.record(rows, ms); })
+      .def("cost", [](const Controller& self, int64_t rows) { return self.cost(rows); })
+      .def("set_prior", [](Controller& self, double rate) { self.acceptance.set_prior(0, rate); })
+      .def("chain",
+           [](const Controller& self, const std::vector<double>& rates, double ms_fixed, double ms_per_depth) {
+             const Controller::Chain chain = self.chain(rates, ms_fixed, ms_per_depth);
+             return std::pair(chain.depth, chain.rate);
+           },
+           py::arg("rates"), py::arg("ms_fixed") = 0.0, py::arg("ms_per_depth") = 0.0)
+      .def("verifies", &chain_verified, py::arg("guesses"), py::arg("text"),
+           "How many of a chain of guesses are verified; then it learns which of them the text bears out.")
+      .def("account", &Controller::account)
+      .def("may_spend", &Controller::may_spend, py::arg("ms") = 0.0);
   module.def(
       "draw_without_replacement",
       [](const Pairs& q, size_t n, uint64_t seed, uint64_t position) {

@@ -27,6 +27,10 @@ constexpr double kFresh = 0.2;
 constexpr int64_t kNoLag = 20;
 // Tokens over which catching up must pay.
 constexpr int64_t kHorizon = 256;
+// What measure() may take, for passes and again for guesses, and weights too large for it.
+constexpr double kMeasureMs = 25;
+constexpr uint64_t kMeasureBytes = 64 << 20;
+constexpr int64_t kMeasureRows = 16;
 
 double now_ms() {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -232,6 +236,67 @@ Status Speculator::propose(Sequence& sequence, Sampler& sampler, int64_t room) {
       EDGE_TRY(ask(turn, context, kProbeDepth, false));
     }
   }
+  return {};
+}
+
+Status Speculator::measure() {
+  const EngineOptions& options = engine_.options();
+  const bool in_memory = options.plan.stream_order.empty() && options.plan.demand_bytes == 0;
+  if (!in_memory || engine_.store().stats().resident_bytes > kMeasureBytes) return {};
+  Decoder& decoder = engine_.decoder();
+  const double start = now_ms();
+  const int64_t most = std::min({decoder.max_rows(), options.context, kMeasureRows});
+  KvCache kv(engine_.kv_pool());
+  // Different tokens: rows that share experts or neurons would look cheaper than they are.
+  std::vector<int32_t> tokens(static_cast<size_t>(most)), rows(tokens.size()), parents(tokens.size());
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    tokens[i] = static_cast<int32_t>((7 * i + 1) % static_cast<size_t>(decoder.config().vocab_size));
+    rows[i] = static_cast<int32_t>(i);
+    parents[i] = static_cast<int32_t>(i) - 1;
+  }
+  const auto pass = [&](size_t n) -> Result<double> {
+    const double begin = now_ms();
+    EDGE_TRY(decoder.forward({std::span(tokens).first(n), std::span(parents).first(n)}, kv));
+    const Status status = decoder.logits(std::span(rows).first(n), [](size_t, std::span<float>) { return Status(); });
+    kv.rollback();
+    engine_.store().rewind();
+    EDGE_TRY(status);
+    return now_ms() - begin;
+  };
+  EDGE_ASSIGN([[maybe_unused]] const double cold_ms, pass(1));
+  // One row whatever it takes: without it the controller knows nothing.
+  for (int64_t n = 1; n <= most && (n == 1 || now_ms() - start < kMeasureMs); n *= 2) {
+    for (int i = 0; i < 3; ++i) {
+      EDGE_ASSIGN(const double ms, pass(static_cast<size_t>(n)));
+      controller_.cost.record(n, ms);
+    }
+  }
+
+  SamplingConfig config;
+  config.temperature = 0;
+  Sampler sampler(config, decoder.config().vocab_size, &engine_.budget());
+  const std::vector<float> hidden(static_cast<size_t>(decoder.config().hidden_size), 1.0f);
+  DraftContext context;
+  context.text = tokens;
+  context.sampler = &sampler;
+  context.hidden = hidden;
+  for (Turn& turn : turns_) {
+    if (turn.drafter->is_free() || most < 8) continue;
+    for (int i = 0; i < 2 && now_ms() - start < 2 * kMeasureMs; ++i) {
+      turn.drafter->restart();
+      turn.ms_per_guess = turn.ms_per_token_read = 0;  // the first time is a cold one
+      tree_.reset(tokens.back(), {most, 4, static_cast<int32_t>(decoder.config().vocab_size)});
+      const double begin = now_ms();
+      EDGE_TRY(turn.drafter->read(context));
+      turn.ms_per_token_read = (now_ms() - begin) / static_cast<double>(tokens.size());
+      EDGE_TRY(ask(turn, context, 4, true));
+    }
+    turn.drafter->restart();
+    turn.stats.ms = 0;
+  }
+  tree_.reset(0, {});
+  controller_.forget_account();
+  revision_ = 0;
   return {};
 }
 

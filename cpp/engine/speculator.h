@@ -54,6 +54,9 @@ class Speculator {
   Status add_draft(Engine& draft);
   // The heads of the engine's own pack, read into its budget. kUnsupported: it has none, or its output head streams.
   Status add_medusa();
+  // Times passes over 1, 2, 4, 8 and 16 rows and what the drafters' guesses take, in a few milliseconds; nothing for
+  // models whose passes are longer than that, which are timed as they come.
+  Status measure();
   // Draws 1 or more tokens and appends them to the sequence, exactly as so many Sequence::next() would with the same
   // sampler. At most limits.max_tokens; none after a stop token.
   Result<std::vector<SampledToken>> step(Sequence& sequence, Sampler& sampler, const VerifyLimits& limits);

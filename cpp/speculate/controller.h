@@ -90,6 +90,7 @@ class Controller {
   void learn(const DraftTree& proposed, std::span<const int32_t> tokens);
 
   double saved_ms() const { return saved_ms_; }
+  void forget_account() { balance_ms_ = saved_ms_ = total_ms_ = 0; }
 
  private:
   static constexpr int64_t kRetry = 32;
