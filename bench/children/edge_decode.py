@@ -53,20 +53,27 @@ def main() -> None:
     # Ids every vocabulary here has; the first three are control tokens in many of them.
     prompt = [numbers.randrange(3, request["vocab"]) for _ in range(request["prompt_tokens"])]
 
-    def generate(ids: list[int], n: int) -> Any:
+    def generate(ids: list[int], n: int) -> tuple[list[int], dict[str, Any], int]:
+        """Tokens, figures, and the bytes read until the first token was there."""
+        tokens: list[int] = []
+        stats: dict[str, Any] = {}
+        until_first = 0
         # Random weights go round in circles, which look-ups would make much of.
-        return engine.generate(ids, max_tokens=n, temperature=0, ignore_eos=True, speculation="off")
+        settings = {"temperature": 0, "ignore_eos": True, "speculation": "off"}
+        for chunk in engine.stream(ids, max_tokens=n, **settings):
+            if chunk.token is not None:
+                tokens.append(chunk.token)
+            if len(tokens) == 1:
+                until_first = until_first or read_bytes()
+            stats = dict(chunk.stats) or stats
+        return tokens, stats, until_first
 
     # The warm-up prompt differs in its first token, so that no prefix of it can be reused by the timed one.
-    other = [3 if prompt[0] != 3 else 4, *prompt[1:]]
-    before = read_bytes()
-    generate(other, 1)
-    prefill_bytes = read_bytes() - before
+    generate([3 if prompt[0] != 3 else 4, *prompt[1:]], 1)
     emit(event="warm")
-    before, start = read_bytes(), time.perf_counter()
-    completion = generate(prompt, request["tokens"] + 1)
+    start = time.perf_counter()
+    tokens, stats, until_first = generate(prompt, request["tokens"] + 1)
     seconds = time.perf_counter() - start
-    stats = dict(completion.stats)
     prefill_rate = float(stats["prefill_tokens_per_second"])
     # The second rate is from the outside: whole call less the prefill. The two must agree.
     outside = request["tokens"] / (seconds - len(prompt) / prefill_rate)
@@ -75,8 +82,8 @@ def main() -> None:
         decode_tokens_per_second=float(stats["decode_tokens_per_second"]),
         decode_tokens_per_second_outside=outside,
         prefill_tokens_per_second=prefill_rate,
-        read_bytes_per_token=max(0, read_bytes() - before - prefill_bytes) / request["tokens"],
-        tokens=list(completion.tokens),
+        read_bytes_per_token=(read_bytes() - until_first) / request["tokens"],
+        tokens=tokens,
         info=json.dumps(stats, default=str),
         perplexity=perplexity(engine, request["text"]) if request.get("text") else None,
     )
