@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,3 +94,20 @@ class StopScanner:
             if self._held.endswith(stop[:n]):
                 return n
         return 0
+
+
+def collect(chunks: Iterator[Chunk], logprobs: int | None) -> Completion:
+    """The whole text of one request's chunks."""
+    text: list[str] = []
+    tokens: list[int] = []
+    details: list[TokenLogprob] = []
+    reason, stats = "length", {}
+    for chunk in chunks:
+        text.append(chunk.text)
+        if chunk.token is not None:
+            tokens.append(chunk.token)
+        if chunk.logprob is not None:
+            details.append(chunk.logprob)
+        if chunk.finish_reason is not None:
+            reason, stats = chunk.finish_reason, chunk.stats
+    return Completion("".join(text), tokens, reason, stats, details if logprobs is not None else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edge import speculation
@@ -117,3 +117,17 @@ def _integer(name: str, value: object, low: int, high: int) -> None:
 def _number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ArgumentError(f"{name}: expected a finite number, found {value!r}")
+
+
+def config_from(settings: dict[str, Any]) -> GenerationConfig:
+    """The settings of one request, by name.
+
+    Raises:
+        ArgumentError: an unknown name, or a value out of range.
+    """
+    try:
+        return GenerationConfig(**settings)
+    except TypeError as error:
+        known = ", ".join(asdict(GenerationConfig()))
+        unknown = ", ".join(sorted(set(settings) - set(asdict(GenerationConfig()))))
+        raise ArgumentError(f"generate: unknown setting {unknown}; expected {known}") from error

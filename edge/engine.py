@@ -6,15 +6,14 @@ import secrets
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal, overload
 
 import _edge
 
-from edge import session, speculation
-from edge.completion import Chunk, Completion, TokenLogprob
-from edge.config import GenerationConfig
+from edge import batch, session, speculation
+from edge.completion import Chunk, Completion, collect
+from edge.config import GenerationConfig, config_from
 from edge.meter import Meter
 from edge.stream import Stream, Turns
 from edge.tokenizer import Tokenizer
@@ -75,13 +74,13 @@ class Engine:
             ContextOverflowError: prompt and ``max_tokens`` exceed the context; names both numbers.
             DiskError, CorruptError: the drive failed or bytes do not match their checksum; the engine stays usable.
         """
-        return _collect(self.stream(prompt, on_progress=on_progress, **settings), settings.get("logprobs"))
+        return collect(self.stream(prompt, on_progress=on_progress, **settings), settings.get("logprobs"))
 
     def stream(
         self, prompt: str | Sequence[int], *, on_progress: Progress | None = None, **settings: Any
     ) -> Stream:
         """As :meth:`generate`, one :class:`edge.Chunk` per token; the last one carries finish_reason and stats."""
-        config = _config(settings)
+        config = config_from(settings)
         tokens = self._prompt_tokens(prompt)
         # A text of special tokens alone has not begun: its first word then takes no space before it.
         continues = not set(tokens) <= set(self.tokenizer.special_ids)
@@ -115,10 +114,10 @@ class Engine:
         """
         from edge.chat import prompt_tokens
 
-        config = _config(settings)
+        config = config_from(settings)
         tokens = prompt_tokens(self.tokenizer, messages, template=template)
         chunks = self._run(tokens, config, on_progress, continues=False)
-        return chunks if stream else _collect(chunks, config.logprobs)
+        return chunks if stream else collect(chunks, config.logprobs)
 
     def score(self, text: str | Sequence[int]) -> list[float | None]:
         """Natural log-probability of each token given those before it; None for the first, which nothing precedes."""
@@ -141,6 +140,7 @@ class Engine:
         if core is not None:
             core.cancel()
 
+    generate_many, stream_many = batch.generate_many, batch.stream_many
     save_session, load_session = session.save_session, session.load_session
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -312,28 +312,3 @@ class Engine:
         except CancelledError:
             writer.cancel()
         yield writer.finish(meter.stats(writer.n_generated))
-
-
-def _config(settings: dict[str, Any]) -> GenerationConfig:
-    try:
-        return GenerationConfig(**settings)
-    except TypeError as error:
-        known = ", ".join(asdict(GenerationConfig()))
-        unknown = ", ".join(sorted(set(settings) - set(asdict(GenerationConfig()))))
-        raise ArgumentError(f"generate: unknown setting {unknown}; expected {known}") from error
-
-
-def _collect(chunks: Iterator[Chunk], logprobs: int | None) -> Completion:
-    text: list[str] = []
-    tokens: list[int] = []
-    details: list[TokenLogprob] = []
-    reason, stats = "length", {}
-    for chunk in chunks:
-        text.append(chunk.text)
-        if chunk.token is not None:
-            tokens.append(chunk.token)
-        if chunk.logprob is not None:
-            details.append(chunk.logprob)
-        if chunk.finish_reason is not None:
-            reason, stats = chunk.finish_reason, chunk.stats
-    return Completion("".join(text), tokens, reason, stats, details if logprobs is not None else None)

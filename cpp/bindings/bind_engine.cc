@@ -145,11 +145,31 @@ void bind(py::module_& module) {
       .def("hidden",
            [](const Sequence& self) { return to_array({self.hidden().begin(), self.hidden().end()}); },
            "Final-normed state [hidden_size] that the newest token was drawn from, after keep_hidden().")
+      .def(
+          "fork", [](Sequence& self, int64_t n_tokens) { return value(self.fork(n_tokens)); }, py::arg("n_tokens"),
+          py::keep_alive<0, 1>(),
+          "Another text that begins as the first n_tokens of this one and shares their keys and values.")
       .def("truncate", [](Sequence& self, int64_t n_tokens) { check(self.truncate(n_tokens)); })
       .def("shift", [](Sequence& self, int64_t keep_first, int64_t keep_last) {
         check(self.shift(keep_first, keep_last));
       });
 
+  module.def(
+      "step",
+      [](Engine& engine, const std::vector<std::pair<Sequence*, Sampler*>>& pairs) {
+        std::vector<Sequence::Lane> lanes;
+        for (const auto& [text, sampler] : pairs) lanes.push_back({text, sampler});
+        const auto drawn = value(run([&] { return Sequence::step(engine, lanes); }));
+        py::list out;
+        for (const auto& token : drawn) {
+          if (token) out.append(py::make_tuple(token->token, token->logprob, token->top));
+          else out.append(py::none());
+        }
+        return out;
+      },
+      py::arg("engine"), py::arg("lanes"),
+      "One pass over pending tokens of several (Sequence, Sampler); a drawn (token, logprob, top) each, None while more is "
+      "pending.");
   module.def(
       "fixed_bytes",
       [](const py::dict& decoder, int64_t context, int64_t max_rows, int n_threads) {

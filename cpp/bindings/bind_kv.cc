@@ -21,6 +21,7 @@ void kv_options_from(const py::dict& dict, EngineOptions* options) {
 
 void add_kv_stats(Engine& engine, py::dict& dict) {
   const KvFlash* flash = engine.kv_pool().flash();
+  dict["kv_page_tokens"] = engine.kv_pool().shape().page_tokens;
   dict["kv_written_bytes"] = flash == nullptr ? 0 : flash->bytes_written();
   dict["kv_read_bytes"] = flash == nullptr ? 0 : flash->bytes_read();
   dict["kv_wait_seconds"] = flash == nullptr ? 0.0 : engine.kv_pool().stream()->wait_seconds();

@@ -17,9 +17,15 @@ uint64_t next_revision() {
 
 Result<std::unique_ptr<Sequence>> Sequence::create(Engine& engine) {
   std::unique_ptr<Sequence> sequence(new Sequence(engine));
-  const uint64_t bytes = static_cast<uint64_t>(engine.decoder().config().vocab_size) * sizeof(float);
-  EDGE_ASSIGN(sequence->logits_, engine.budget().reserve(bytes, "logits"));
+  EDGE_TRY(sequence->reserve_logits());
   return sequence;
+}
+
+Status Sequence::reserve_logits() {
+  if (logits_.data() != nullptr) return {};
+  const uint64_t bytes = static_cast<uint64_t>(engine_.decoder().config().vocab_size) * sizeof(float);
+  EDGE_ASSIGN(logits_, engine_.budget().reserve(bytes, "logits"));
+  return {};
 }
 
 Result<int64_t> Sequence::set_tokens(std::vector<int32_t> tokens) {
@@ -78,6 +84,7 @@ Status Sequence::pass(bool every_row, const OnRow& on_row) {
 
 Status Sequence::advance() {
   if (n_pending() == 0) return {};
+  EDGE_TRY(reserve_logits());
   return pass(false, [&](int64_t, std::span<float> logits) -> Status {
     std::memcpy(logits_.data(), logits.data(), logits.size_bytes());
     has_logits_ = true;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,18 @@ class Sequence {
   Status truncate(int64_t n_tokens);
   // One pass over the last token and guesses of what follows it (n_pending() must be 1); appends what it draws.
   Result<Verified> verify(const DraftTree& tree, Acceptor& acceptor, const VerifyLimits& limits, bool wants_best);
+  // Another text that begins as the first n_tokens of this one and shares their keys and values (KvCache::share). The
+  // budget is asked for its logits only when it is advanced by itself.
+  Result<std::unique_ptr<Sequence>> fork(int64_t n_tokens);
+  // A text and what draws its tokens.
+  struct Lane {
+    Sequence* text = nullptr;
+    Sampler* sampler = nullptr;
+  };
+  // One forward pass over pending tokens of several texts of one engine, at most max_rows together and at least one of
+  // each. Texts that nothing is pending of afterwards are drawn a token, which is appended: as next() would, to the bit.
+  // On error all texts are as before.
+  static Result<std::vector<std::optional<SampledToken>>> step(Engine& engine, std::span<const Lane> lanes);
   // Changes when the text does other than at its end; no two sequences ever have the same.
   uint64_t revision() const { return revision_; }
   // From now on hidden() is the final-normed hidden state [hidden_size] of the last token computed, which the newest
@@ -56,6 +69,7 @@ class Sequence {
   using OnRow = std::function<Status(int64_t token_index, std::span<float> logits)>;
   Status pass(bool every_row, const OnRow& on_row);
   Status remember_hidden(int32_t row);
+  Status reserve_logits();
   void forget_pass();
 
   Engine& engine_;

@@ -25,6 +25,11 @@ Status KvCache::stage(int64_t n_rows) {
     pages_.push_back({});
   }
   EDGE_TRY(pool_->hold(*this, n_committed_ / page_tokens()));
+  for (size_t i = static_cast<size_t>(n_committed_ / page_tokens()); i < pages_.size(); ++i) {
+    if (pool_->own(pages_[i])) continue;
+    return error(Code::kContextOverflow, "kv cache: no page of %lld tokens is left for the copy of a shared one",
+                 static_cast<long long>(page_tokens()));
+  }
   n_staged_ = n_rows;
   return {};
 }
@@ -52,6 +57,23 @@ void KvCache::commit_all() {
 void KvCache::rollback() {
   n_staged_ = 0;
   if (pool_->stream() != nullptr) pool_->stream()->stop();
+}
+
+Status KvCache::share(const KvCache& other, int64_t n_tokens) {
+  if (pool_->flash() != nullptr) {
+    return error(Code::kUnsupported, "kv cache: expected pages in memory to share, found pages on a drive");
+  }
+  if (other.pool_ != pool_ || &other == this || n_tokens < 0 || n_tokens > other.n_committed_) {
+    return error(Code::kBadArgument, "kv cache: expected 0..%lld tokens of another text to share, found %lld",
+                 static_cast<long long>(other.n_committed_), static_cast<long long>(n_tokens));
+  }
+  truncate(0);
+  for (int64_t i = 0; i < pool_->shape().pages_for(n_tokens); ++i) {
+    pages_.push_back(other.pages_[static_cast<size_t>(i)]);
+    pool_->add_user(pages_.back());
+  }
+  n_committed_ = n_tokens;
+  return {};
 }
 
 void KvCache::truncate(int64_t n_tokens) {

@@ -34,6 +34,9 @@ class KvCache {
   void commit(std::span<const int32_t> path);
   void commit_all();
   void rollback();
+  // Becomes the first n_tokens committed to `other`, a cache of the same pool, without copying them: a page is copied
+  // when one of those that share it stages rows there. kUnsupported where pages may go to a drive.
+  Status share(const KvCache& other, int64_t n_tokens);
   // Forgets everything behind the first n_tokens and returns their pages.
   void truncate(int64_t n_tokens);
 

@@ -1,6 +1,7 @@
 #include "kv/kv_pool.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "kv/kv_cache.h"
 
@@ -32,6 +33,7 @@ Result<std::unique_ptr<KvPool>> KvPool::create(const KvShape& shape, int64_t con
   pool->n_pages_left_ = shape.pages_for(context_tokens);
   pool->n_frames_ = options.on_flash() ? options.resident_pages : pool->n_pages_left_;
   EDGE_ASSIGN(pool->frames_, budget.reserve(static_cast<uint64_t>(pool->n_frames_) * shape.page_bytes(), "kv cache"));
+  pool->users_.assign(static_cast<size_t>(pool->n_frames_), 0);
   for (int64_t frame = pool->n_frames_; frame-- > 0;) pool->free_frames_.push_back(static_cast<int32_t>(frame));
   if (!options.on_flash()) return pool;
   const int64_t n_places = pool->n_pages_left_;
@@ -48,9 +50,26 @@ bool KvPool::take() {
 }
 
 void KvPool::give(const KvPage& page) {
+  if (page.frame >= 0 && users_[static_cast<size_t>(page.frame)] > 0) {
+    --users_[static_cast<size_t>(page.frame)];
+    return;
+  }
   ++n_pages_left_;
   if (page.frame >= 0) free_frames_.push_back(page.frame);
   if (page.place >= 0) free_places_.push_back(page.place);
+}
+
+bool KvPool::own(KvPage& shared) {
+  int32_t& users = users_[static_cast<size_t>(shared.frame)];
+  if (users == 0) return true;
+  // Pages that are taken have frames by now, so one that is left has one as well.
+  if (free_frames_.empty() || !take()) return false;
+  const int32_t frame = free_frames_.back();
+  free_frames_.pop_back();
+  std::memcpy(page(frame), page(shared.frame), shape_.page_bytes());
+  --users;
+  shared.frame = frame;
+  return true;
 }
 
 Status KvPool::hold(KvCache& cache, int64_t first) {

@@ -54,6 +54,9 @@ class KvPool {
   // One more page of the context; false when all are taken.
   bool take();
   void give(const KvPage& page);
+  // A page in memory may be several caches'. Before one writes to it, it takes a copy; false when no page is left.
+  void add_user(const KvPage& page) { ++users_[static_cast<size_t>(page.frame)]; }
+  bool own(KvPage& page);
   // Puts the pages from `first` on into memory, to be written to. Other pages make room: idle sequences' first, then the
   // oldest of this one; a page goes to the file once. What room is left over takes back the latest pages.
   // On error no page is lost.
@@ -67,6 +70,7 @@ class KvPool {
   int64_t n_pages_left_ = 0;
   Block frames_;
   std::vector<int32_t> free_frames_;
+  std::vector<int32_t> users_;  // per frame, besides the first
   std::vector<int32_t> free_places_;
   std::vector<KvCache*> caches_;
   std::unique_ptr<KvFlash> flash_;

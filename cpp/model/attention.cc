@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t kPieceBytes = 64 << 10;
 }  // namespace
 
-Status Decoder::attention(int64_t index, KvCache& kv) {
+Status Decoder::attention(int64_t index) {
   const LayerWeights& layer = weights_.layers[static_cast<size_t>(index)];
   const int64_t hidden = config_.hidden_size, q_dim = config_.q_dim(), kv_dim = config_.kv_dim();
   EDGE_TRY(norm(layer.attn_norm, layer.attn_norm_bias, scratch_.hidden, pad16(hidden), n_rows_, scratch_.normed));
@@ -17,9 +17,9 @@ Status Decoder::attention(int64_t index, KvCache& kv) {
                          {layer.k, scratch_.k, pad16(kv_dim), layer.k_bias},
                          {layer.v, scratch_.v, pad16(kv_dim), layer.v_bias}};
   EDGE_TRY(linear_.run(*acts_, qkv));
-  EDGE_TRY(rotate_and_store(index, kv));
-  if (options_.score_rows > 0) EDGE_TRY(attend_streamed(index, kv));
-  else attend(index, kv);
+  EDGE_TRY(rotate_and_store(index));
+  if (options_.score_rows > 0) EDGE_TRY(attend_streamed(index, *homes_.front().kv));
+  else attend(index);
   acts_->set(scratch_.attended, pad16(q_dim), n_rows_, q_dim);
   const Product out{layer.o, scratch_.projected, pad16(hidden), layer.o_bias};
   EDGE_TRY(linear_.run(*acts_, {&out, 1}));
@@ -27,7 +27,7 @@ Status Decoder::attention(int64_t index, KvCache& kv) {
   return {};
 }
 
-Status Decoder::rotate_and_store(int64_t index, KvCache& kv) {
+Status Decoder::rotate_and_store(int64_t index) {
   const LayerWeights& layer = weights_.layers[static_cast<size_t>(index)];
   const int64_t head_dim = config_.head_dim, q_dim = config_.q_dim(), kv_dim = config_.kv_dim();
   const int64_t half = static_cast<int64_t>(config_.rope_inv_freq.size());
@@ -52,18 +52,19 @@ Status Decoder::rotate_and_store(int64_t index, KvCache& kv) {
       prepare(scratch_.k + row * pad16(kv_dim), kv_dim, k_norm, row);
       float* v = scratch_.v + row * pad16(kv_dim);
       clip(v, kv_dim);
-      kernels_.to_f16(scratch_.k + row * pad16(kv_dim), kv_dim, kv.key(index, n_committed_ + row));
-      kernels_.to_f16(v, kv_dim, kv.value(index, n_committed_ + row));
+      const Home& home = homes_[static_cast<size_t>(row)];
+      kernels_.to_f16(scratch_.k + row * pad16(kv_dim), kv_dim, home.kv->key(index, home.slot(row)));
+      kernels_.to_f16(v, kv_dim, home.kv->value(index, home.slot(row)));
     }
   });
   return {};
 }
 
-void Decoder::attend(int64_t index, KvCache& kv) {
+void Decoder::attend(int64_t index) {
   const int64_t head_dim = config_.head_dim, n_kv_heads = config_.n_kv_heads;
   const int64_t group = config_.n_heads / n_kv_heads, max_visible = options_.context;
   // Short texts are not worth a second core's attention: about 64 KiB of keys and values per piece.
-  const int64_t head_bytes = (n_committed_ + n_rows_) * head_dim * 4;
+  const int64_t head_bytes = (*std::max_element(positions_.begin(), positions_.end()) + n_rows_) * head_dim * 4;
   const int64_t grain = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(1, head_bytes));
   pool_.parallel(n_rows_ * n_kv_heads, grain, [&](int64_t begin, int64_t end, int thread) {
     std::byte* scratch = scratch_.attention + scratch_.attention_stride * static_cast<uint64_t>(thread);
@@ -73,17 +74,18 @@ void Decoder::attend(int64_t index, KvCache& kv) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / n_kv_heads, kv_head = item % n_kv_heads, offset = kv_head * head_dim;
       const int64_t first = first_visible(index, positions_[row]);
+      const Home& home = homes_[static_cast<size_t>(row)];
       int64_t n_visible = 0;
       const auto see = [&](int64_t slot) {
-        keys[n_visible] = kv.key(index, slot) + offset;
-        values[n_visible++] = kv.value(index, slot) + offset;
+        keys[n_visible] = home.kv->key(index, slot) + offset;
+        values[n_visible++] = home.kv->value(index, slot) + offset;
       };
-      for (int64_t slot = first; slot < n_committed_; ++slot) see(slot);
+      for (int64_t slot = first; slot < home.kv->n_committed(); ++slot) see(slot);
       const uint64_t* mask = visible_.data() + row * mask_words_;
       for (int64_t word = 0; word < mask_words_; ++word) {
         for (uint64_t bits = mask[word]; bits != 0; bits &= bits - 1) {
           const int64_t other = word * 64 + std::countr_zero(bits);
-          if (positions_[other] >= first) see(n_committed_ + other);
+          if (positions_[other] >= first) see(home.slot(other));
         }
       }
       AttentionArgs args;

@@ -30,16 +30,18 @@ int64_t Decoder::first_visible(int64_t layer, int64_t position) const {
 }
 
 void Decoder::start_stream(KvCache& kv) {
+  const int64_t n_committed = kv.n_committed();
   std::vector<int64_t> first_slots;
   // No row of the batch stands before the first free slot.
-  for (int64_t layer = 0; layer < config_.n_layers; ++layer) first_slots.push_back(first_visible(layer, n_committed_));
+  for (int64_t layer = 0; layer < config_.n_layers; ++layer) first_slots.push_back(first_visible(layer, n_committed));
   const int64_t n_blocks = (n_rows_ + options_.score_rows - 1) / options_.score_rows;
-  kv.pool().stream()->start(kv.pages(), n_committed_, std::move(first_slots), n_blocks);
+  kv.pool().stream()->start(kv.pages(), n_committed, std::move(first_slots), n_blocks);
 }
 
 // One block of rows whose scores fit the scratch: all keys pass by, then all values.
 Status Decoder::attend_block(int64_t index, KvCache& kv, int64_t row_begin, int64_t row_end) {
   const int64_t head_dim = config_.head_dim, n_kv_heads = config_.n_kv_heads, group = config_.n_heads / n_kv_heads;
+  const int64_t n_committed = kv.n_committed();
   const KvShape& shape = kv.pool().shape();
   float* const scores = score_memory_.as<float>();
   const uint16_t** const pointers =
@@ -51,7 +53,7 @@ Status Decoder::attend_block(int64_t index, KvCache& kv, int64_t row_begin, int6
       for (int64_t item = begin; item < end; ++item) {
         const int64_t row = row_begin + item / n_kv_heads, kv_head = item % n_kv_heads;
         const int64_t at = row * pad16(config_.q_dim()) + kv_head * group * head_dim;
-        const int64_t n_past = n_committed_ - std::min(n_committed_, first_visible(index, positions_[row]));
+        const int64_t n_past = n_committed - std::min(n_committed, first_visible(index, positions_[row]));
         AttentionArgs args = {};
         args.q = scratch_.q + at;
         args.group = group;
@@ -72,7 +74,7 @@ Status Decoder::attend_block(int64_t index, KvCache& kv, int64_t row_begin, int6
     for (int64_t word = 0; word < mask_words_; ++word) {
       for (uint64_t bits = mask[word]; bits != 0; bits &= bits - 1) {
         const int64_t other = word * 64 + std::countr_zero(bits);
-        const int64_t slot = n_committed_ + other;
+        const int64_t slot = n_committed + other;
         if (positions_[other] < first) continue;
         rows[args.n++] = (half == kKeys ? kv.key(index, slot) : kv.value(index, slot)) + offset;
       }
@@ -82,7 +84,7 @@ Status Decoder::attend_block(int64_t index, KvCache& kv, int64_t row_begin, int6
   };
   const auto past = [&](const KvRange& range, AttentionArgs& args, int64_t row, const uint16_t** rows,
                         int64_t offset) {
-    const int64_t first = std::min(n_committed_, first_visible(index, positions_[row]));
+    const int64_t first = std::min(n_committed, first_visible(index, positions_[row]));
     const int64_t first_page = range.begin / shape.page_tokens;
     args.n = 0;
     for (int64_t slot = std::max(range.begin, first); slot < range.end; ++slot) {
@@ -97,7 +99,7 @@ Status Decoder::attend_block(int64_t index, KvCache& kv, int64_t row_begin, int6
     (range.half == kKeys ? args.k : args.v) = rows;
   };
   const auto stream = [&](void (*step)(const AttentionArgs&)) -> Status {
-    for (int64_t slot = first_visible(index, n_committed_); slot < n_committed_;) {
+    for (int64_t slot = first_visible(index, n_committed); slot < n_committed;) {
       EDGE_ASSIGN(const KvRange range, kv.pool().stream()->next(pool_));
       for_items([&](AttentionArgs& args, int64_t row, const uint16_t** rows, int64_t offset) {
         past(range, args, row, rows, offset);

@@ -46,10 +46,15 @@ Result<std::unique_ptr<Decoder>> Decoder::create(const DecoderConfig& config, co
 }
 
 Status Decoder::forward(const Batch& batch, KvCache& kv) {
-  EDGE_TRY(check(batch, kv));
-  EDGE_TRY(kv.stage(static_cast<int64_t>(batch.tokens.size())));
-  place(batch, kv);
-  if (options_.score_rows > 0) start_stream(kv);
+  const BatchPart part{&kv, static_cast<int64_t>(batch.tokens.size())};
+  return forward(batch, {&part, 1});
+}
+
+Status Decoder::forward(const Batch& batch, std::span<const BatchPart> parts) {
+  EDGE_TRY(check(batch, parts));
+  EDGE_TRY(stage(parts));
+  place(batch, parts);
+  if (options_.score_rows > 0) start_stream(*parts.front().kv);
   Status status = embed(batch);
   for (int64_t layer = 0; status.ok() && layer < config_.n_layers; ++layer) {
     if (interrupted && interrupted()) {
@@ -57,7 +62,7 @@ Status Decoder::forward(const Batch& batch, KvCache& kv) {
       break;
     }
     const LayerWeights& weights = weights_.layers[static_cast<size_t>(layer)];
-    status = attention(layer, kv);
+    status = attention(layer);
     if (!status.ok()) break;
     status = norm(weights.ffn_norm, weights.ffn_norm_bias, scratch_.hidden, pad16(config_.hidden_size), n_rows_,
                   scratch_.normed);
@@ -72,10 +77,20 @@ Status Decoder::forward(const Batch& batch, KvCache& kv) {
     kernels_.add(scratch_.projected, n_rows_ * pad16(config_.hidden_size), scratch_.hidden);
   }
   if (!status.ok()) {
-    kv.rollback();
+    for (const BatchPart& part : parts) part.kv->rollback();
     store_.rewind();
   }
   return status;
+}
+
+Status Decoder::stage(std::span<const BatchPart> parts) {
+  for (const BatchPart& part : parts) {
+    const Status status = part.kv->stage(part.n_rows);
+    if (status.ok()) continue;
+    for (const BatchPart& other : parts) other.kv->rollback();
+    return status;
+  }
+  return {};
 }
 
 void Decoder::commit(std::span<const int32_t> path, KvCache& kv) {
@@ -84,37 +99,69 @@ void Decoder::commit(std::span<const int32_t> path, KvCache& kv) {
 }
 
 void Decoder::commit_all(KvCache& kv) {
-  std::vector<int32_t> path(static_cast<size_t>(kv.n_staged()));
-  std::iota(path.begin(), path.end(), 0);
-  commit(path, kv);
+  const BatchPart part{&kv, kv.n_staged()};
+  commit_all({&part, 1});
 }
 
-Status Decoder::check(const Batch& batch, const KvCache& kv) const {
+void Decoder::commit_all(std::span<const BatchPart> parts) {
+  for (const BatchPart& part : parts) part.kv->commit_all();
+  std::vector<int32_t> path(static_cast<size_t>(n_rows_));
+  std::iota(path.begin(), path.end(), 0);
+  store_.commit(path);
+}
+
+Status Decoder::check(const Batch& batch, std::span<const BatchPart> parts) const {
   const int64_t n_rows = static_cast<int64_t>(batch.tokens.size());
   if (n_rows < 1 || n_rows > options_.max_rows || batch.parents.size() != batch.tokens.size()) {
     return error(Code::kBadArgument, "forward: expected 1..%lld rows with a parent each, found %lld rows, %zu parents",
                  static_cast<long long>(options_.max_rows), static_cast<long long>(n_rows), batch.parents.size());
   }
-  if (kv.n_committed() + n_rows > options_.context) {
-    return error(Code::kContextOverflow, "forward: %lld tokens, the context holds %lld",
-                 static_cast<long long>(kv.n_committed() + n_rows), static_cast<long long>(options_.context));
+  if (parts.size() > 1 && options_.score_rows > 0) {
+    return error(Code::kUnsupported, "forward: keys and values on a drive: expected one text in a pass, found %zu",
+                 parts.size());
   }
-  for (size_t i = 0; i < batch.tokens.size(); ++i) {
-    if (batch.tokens[i] < 0 || batch.tokens[i] >= config_.vocab_size) {
-      return error(Code::kBadArgument, "token %zu: expected an id in 0..%lld, found %d", i,
-                   static_cast<long long>(config_.vocab_size - 1), batch.tokens[i]);
+  int64_t first_row = 0;
+  for (const BatchPart& part : parts) {
+    EDGE_TRY(check_part(batch, part, first_row));
+    first_row += part.n_rows;
+  }
+  if (first_row != n_rows) {
+    return error(Code::kBadArgument, "forward: expected parts of %lld rows together, found %lld",
+                 static_cast<long long>(n_rows), static_cast<long long>(first_row));
+  }
+  return {};
+}
+
+Status Decoder::check_part(const Batch& batch, const BatchPart& part, int64_t first_row) const {
+  const int64_t left = static_cast<int64_t>(batch.tokens.size()) - first_row;
+  if (part.n_rows < 1 || part.n_rows > left) {
+    return error(Code::kBadArgument, "forward: expected a part of 1..%lld rows, found %lld", static_cast<long long>(left),
+                 static_cast<long long>(part.n_rows));
+  }
+  if (part.kv->n_committed() + part.n_rows > options_.context) {
+    return error(Code::kContextOverflow, "forward: %lld tokens, the context holds %lld",
+                 static_cast<long long>(part.kv->n_committed() + part.n_rows), static_cast<long long>(options_.context));
+  }
+  for (int64_t i = first_row; i < first_row + part.n_rows; ++i) {
+    const int32_t token = batch.tokens[static_cast<size_t>(i)], parent = batch.parents[static_cast<size_t>(i)];
+    if (token < 0 || token >= config_.vocab_size) {
+      return error(Code::kBadArgument, "token %lld: expected an id in 0..%lld, found %d", static_cast<long long>(i),
+                   static_cast<long long>(config_.vocab_size - 1), token);
     }
-    if (batch.parents[i] < -1 || batch.parents[i] >= static_cast<int32_t>(i)) {
-      return error(Code::kBadArgument, "parent of row %zu: expected -1..%d, found %d", i, static_cast<int>(i) - 1,
-                   batch.parents[i]);
+    if (parent < -1 || parent >= i || (parent >= 0 && parent < first_row)) {
+      return error(Code::kBadArgument, "parent of row %lld: expected -1 or %lld..%lld, found %d", static_cast<long long>(i),
+                   static_cast<long long>(first_row), static_cast<long long>(i) - 1, parent);
     }
   }
   return {};
 }
 
-void Decoder::place(const Batch& batch, const KvCache& kv) {
+void Decoder::place(const Batch& batch, std::span<const BatchPart> parts) {
   n_rows_ = static_cast<int64_t>(batch.tokens.size());
-  n_committed_ = kv.n_committed();
+  homes_.clear();
+  for (const BatchPart& part : parts) {
+    homes_.insert(homes_.end(), static_cast<size_t>(part.n_rows), {part.kv, static_cast<int64_t>(homes_.size())});
+  }
   mask_words_ = (n_rows_ + 63) / 64;
   positions_.assign(static_cast<size_t>(n_rows_), 0);
   visible_.assign(static_cast<size_t>(n_rows_ * mask_words_), 0);
@@ -122,7 +169,7 @@ void Decoder::place(const Batch& batch, const KvCache& kv) {
   for (int64_t row = 0; row < n_rows_; ++row) {
     const int32_t parent = batch.parents[static_cast<size_t>(row)];
     uint64_t* mask = visible_.data() + row * mask_words_;
-    positions_[row] = parent < 0 ? n_committed_ : positions_[parent] + 1;
+    positions_[row] = parent < 0 ? homes_[row].kv->n_committed() : positions_[parent] + 1;
     if (parent >= 0) std::copy_n(visible_.data() + parent * mask_words_, mask_words_, mask);
     mask[row / 64] |= uint64_t{1} << (row % 64);
     for (int64_t i = 0; i < half; ++i) {

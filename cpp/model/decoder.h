@@ -27,6 +27,13 @@ struct Batch {
   std::span<const int32_t> parents;
 };
 
+// One text's share of a batch: its rows follow those of the parts before it and are staged in `kv`. A parent is a row of
+// the same part, counted from the batch's first; -1 is the last token committed to `kv`.
+struct BatchPart {
+  KvCache* kv = nullptr;
+  int64_t n_rows = 0;
+};
+
 struct DecoderOptions {
   int64_t max_rows = 128;   // rows of one pass
   int64_t context = 0;      // tokens the KV cache can hold
@@ -48,10 +55,15 @@ class Decoder {
   // Runs the batch and stages its keys and values in `kv`; the caller commits or rolls back. Nothing is staged on error.
   // kCancelled when `interrupted` says so; it is asked once per layer.
   Status forward(const Batch& batch, KvCache& kv);
+  // The same for several texts, each with a cache of its own: every weight is read once for all of them, and no row's
+  // result depends on the others. kUnsupported where keys and values lie on a drive and there is more than one part.
+  Status forward(const Batch& batch, std::span<const BatchPart> parts);
   // Keeps the rows of the last batch named by `path` (ascending, each the parent of the next), in `kv` and in what the
   // store learns from.
   void commit(std::span<const int32_t> path, KvCache& kv);
   void commit_all(KvCache& kv);
+  // Keeps all rows of the last batch, each in its part's cache.
+  void commit_all(std::span<const BatchPart> parts);
   // Logits of rows of the last batch, in `rows` order: visit(i, logits[vocab_size]) may change them.
   using Visit = std::function<Status(size_t i, std::span<float> logits)>;
   Status logits(std::span<const int32_t> rows, const Visit& visit);
@@ -73,11 +85,20 @@ class Decoder {
   Decoder(const DecoderConfig& config, const DecoderOptions& options, const PackDirectory& directory,
           WeightStore& store, const Kernels& kernels, ThreadPool& pool);
 
-  Status check(const Batch& batch, const KvCache& kv) const;
-  void place(const Batch& batch, const KvCache& kv);  // positions, rotations, visibility
+  // The part of a row, and where in its cache the row is staged.
+  struct Home {
+    KvCache* kv = nullptr;
+    int64_t first_row = 0;  // of the part
+    int64_t slot(int64_t row) const { return kv->n_committed() + row - first_row; }
+  };
+
+  Status check(const Batch& batch, std::span<const BatchPart> parts) const;
+  Status check_part(const Batch& batch, const BatchPart& part, int64_t first_row) const;
+  Status stage(std::span<const BatchPart> parts);
+  void place(const Batch& batch, std::span<const BatchPart> parts);  // homes, positions, rotations, visibility
   Status embed(const Batch& batch);
-  Status attention(int64_t layer, KvCache& kv);
-  void attend(int64_t layer, KvCache& kv);
+  Status attention(int64_t layer);
+  void attend(int64_t layer);
   static uint64_t stream_bytes(const DecoderConfig& config, const DecoderOptions& options, int n_threads);
   void start_stream(KvCache& kv);  // the reads of keys and values of this pass
   Status attend_streamed(int64_t layer, KvCache& kv);
@@ -87,7 +108,7 @@ class Decoder {
   Status ffn(const LayerWeights& layer, const float* x, int64_t n_rows, float* out);
   Status mixture(const LayerWeights& layer, const float* x);
   Status norm(WeightId weight, WeightId bias, const float* x, int64_t x_stride, int64_t n_rows, float* out);
-  Status rotate_and_store(int64_t layer, KvCache& kv);
+  Status rotate_and_store(int64_t layer);
   Status head_product(int64_t n, size_t first, const Visit& visit);  // of scratch_.normed
   void activate(const float* gate, const float* up, int64_t n_rows, int64_t n, float* out);
 
@@ -106,7 +127,7 @@ class Decoder {
 
   // The batch in flight.
   int64_t n_rows_ = 0;
-  int64_t n_committed_ = 0;
+  std::vector<Home> homes_;  // per row
   std::vector<int64_t> positions_;
   std::vector<uint64_t> visible_;   // [n_rows][mask_words]: batch rows that row i sees, itself included
   int64_t mask_words_ = 0;
