@@ -264,8 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="JSON",
         help="add the points of an earlier run on this model",
     )
-    parser.add_argument("--json", action="store_true", help="JSON on standard output instead of a table")
-    parser.add_argument("--save", action="store_true", help=f"keep JSON and a PNG in {report.OUT}")
+    report.add_output(parser)
     args = parser.parse_args(argv)
     systems = args.systems.split(",")
     for name in systems:
@@ -314,14 +313,7 @@ def main(argv: list[str] | None = None) -> int:
             join(document, earlier)
         except (ValueError, KeyError) as error:
             print(f"--with: {args.earlier}: {error}", file=sys.stderr)  # what was measured is still shown
-    if args.json:
-        print(json.dumps(document, indent=2))
-    else:
-        show(document)
-    if args.save:
-        path = report.save(f"budget-{args.model.stem}", document)
-        report.plot_speed_over_memory(document, path.with_suffix(".png"))
-        print(f"saved {path} and its .png", file=sys.stderr)
+    report.put_out(f"budget-{args.model.stem}", document, show, args, report.plot_speed_over_memory)
     return 0 if any(p["survived"] for p in document["points"]) else 1
 
 

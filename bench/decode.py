@@ -7,7 +7,6 @@ whose speed drifts moves all of them alike. Figures are medians over the rounds 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -151,8 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         help="repeatable",
     )
     parser.add_argument("--only-peer", action="store_true", help="leave edge out")
-    parser.add_argument("--json", action="store_true", help="JSON on standard output instead of a table")
-    parser.add_argument("--save", action="store_true", help=f"keep the JSON in {report.OUT}")
+    report.add_output(parser)
     args = parser.parse_args(argv)
     peers.check_options(parser, args)
     systems = ([] if args.only_peer else ["edge"]) + args.peer
@@ -160,12 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     if not entries:
         return 1  # each one's reason is already on standard error
     document = measure(args.model, entries, missing, args.threads, args.prompt, args.tokens, args.runs)
-    if args.json:
-        print(json.dumps(document, indent=2))
-    else:
-        show(document)
-    if args.save:
-        print(f"saved {report.save(f'decode-{args.model.stem}', document)}", file=sys.stderr)
+    report.put_out(f"decode-{args.model.stem}", document, show, args)
     return 0 if any(s["survived"] for s in document["systems"]) else 1
 
 

@@ -7,8 +7,6 @@ least frequently used (half-life 12 tokens), edge's own, and the clairvoyant opt
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -122,10 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--capacities", type=_shares, default=list(CAPACITIES), help="of all experts (0.0625,0.125,...)"
     )
-    parser.add_argument("--json", action="store_true", help="print the document instead of a table")
-    parser.add_argument(
-        "--save", action="store_true", help="also write JSON, table and PNG into bench/results"
-    )
+    report.add_output(parser)
     args = parser.parse_args(argv)
     document: dict[str, Any] = {"machine": machine.facts(), "traces": []}
     try:
@@ -148,16 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     if not document["traces"]:
         print("experts: no trace (.csv, .jsonl, .xz of these) among the paths given", file=sys.stderr)
         return 1
-    if args.json:
-        print(json.dumps(document, indent=2))
-    else:
-        show(document)
-    if args.save:
-        saved = report.save("experts", document)
-        with saved.with_suffix(".txt").open("w") as text, contextlib.redirect_stdout(text):
-            show(document)
-        plot(document, saved.with_suffix(".png"))
-        print(f"saved {saved}, .txt and .png", file=sys.stderr)
+    report.put_out("experts", document, show, args, plot)
     return 0
 
 

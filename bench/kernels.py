@@ -9,8 +9,6 @@ shared machine it leaves out what the scheduler gave to others, but not what oth
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import sys
 from typing import Any
@@ -135,22 +133,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bytes", type=int, default=256_000_000, help="of matrices, larger than the caches")
     parser.add_argument("--seconds", type=float, default=1.0, help="per format and M")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--json", action="store_true", help="print the document instead of a table")
-    parser.add_argument("--save", action="store_true", help="also write JSON and table into bench/results")
+    report.add_output(parser)
     parser.add_argument(
         "--check", action="store_true", help="exit 1 when a share at M = 1 is below its target"
     )
     args = parser.parse_args(argv)
     document = measure(args)
-    if args.json:
-        print(json.dumps(document, indent=2))
-    else:
-        show(document)
-    if args.save:
-        path = report.save("kernels", document)
-        with path.with_suffix(".txt").open("w") as text, contextlib.redirect_stdout(text):
-            show(document)
-        print(f"saved {path} and .txt", file=sys.stderr)
+    report.put_out("kernels", document, show, args)
     return 1 if args.check and worst_share(document) < 1 else 0
 
 

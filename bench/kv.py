@@ -42,20 +42,7 @@ def open_engine(pack: Path, context: int, threads: int, share: float, folder: st
     page_tokens, _, half_bytes = _edge.kv_flash_shape(decoder)
     n_pages = -(-context // page_tokens)
     least = (plan.max_rows + page_tokens - 2) // page_tokens + 1
-    options: dict[str, Any] = {
-        "pack_path": str(pack),
-        "decoder": decoder,
-        "placement": plan.placements,
-        "stream_order": plan.stream_order,
-        "ring_bytes": plan.ring_bytes,
-        "demand_bytes": plan.demand_bytes,
-        "io_engine": "auto",
-        "threads": threads,
-        "isa": "",
-        "context": context,
-        "max_rows": plan.max_rows,
-        "budget_bytes": 1 << 36,
-    }
+    options = plan.engine_options(pack, decoder, budget_bytes=1 << 36)
     if share < 1.0:
         options["kv"] = {
             "resident_pages": max(least, int(share * n_pages)),

@@ -7,8 +7,6 @@ rate counts those bytes. ``read`` is a plain sequential pass over as much memory
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import sys
 from typing import Any
@@ -97,19 +95,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--active", type=int, default=2000, help="neurons of a pass")
     parser.add_argument("--bytes", type=int, default=256_000_000, help="of records, larger than the caches")
     parser.add_argument("--seconds", type=float, default=1.0, help="per case")
-    parser.add_argument("--json", action="store_true", help="print the document instead of a table")
-    parser.add_argument("--save", action="store_true", help="also write JSON and table into bench/results")
+    report.add_output(parser)
     args = parser.parse_args(argv)
     document = measure(args)
-    if args.json:
-        print(json.dumps(document, indent=2))
-    else:
-        show(document)
-    if args.save:
-        path = report.save("neurons", document)
-        with path.with_suffix(".txt").open("w") as text, contextlib.redirect_stdout(text):
-            show(document)
-        print(f"saved {path} and .txt", file=sys.stderr)
+    report.put_out("neurons", document, show, args)
     return 0
 
 

@@ -234,8 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         help="cpu: processor time, for what is in memory on a machine that is not quiet, with --threads 1",
     )
     parser.add_argument("--timeout", type=float, default=600)
-    parser.add_argument("--json", action="store_true", help="JSON on standard output instead of a table")
-    parser.add_argument("--save", action="store_true", help=f"keep the JSON in {report.OUT}")
+    report.add_output(parser)
     parser.add_argument("--check", action="store_true", help="exit 1 when a prediction misses its bar")
     args = parser.parse_args(argv)
     if args.threads is None:
@@ -276,12 +275,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(
                     f"{pack.name}, {memory_bytes / 1e9:.2f} GB: {said[0]} tok/s, {said[1]}", file=sys.stderr
                 )
-    if args.json:
-        print(json.dumps(document, indent=2))
-    else:
-        show(document)
-    if args.save:
-        print(f"saved {report.save('plan', document)}", file=sys.stderr)
+    report.put_out("plan", document, show, args)
     done = [p for p in document["points"] if "measured" in p]
     missed = [
         p

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -97,6 +100,34 @@ def save(name: str, document: dict[str, Any], folder: Path = OUT) -> Path:
     path = folder / f"{stem}.json"
     path.write_text(json.dumps(document, indent=2) + "\n")
     return path
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark is asked about its figures."""
+    parser.add_argument("--json", action="store_true", help="JSON on standard output instead of a table")
+    parser.add_argument("--save", action="store_true", help=f"keep JSON and table in {OUT}")
+
+
+def put_out(
+    name: str,
+    document: dict[str, Any],
+    show: Callable[[dict[str, Any]], None],
+    args: argparse.Namespace,
+    plot: Callable[[dict[str, Any], Path], None] | None = None,
+) -> None:
+    """Prints a document, as JSON or by ``show``, and keeps it (and what ``plot`` draws of it) where that was asked."""
+    if args.json:
+        print(json.dumps(document, indent=2))
+    else:
+        show(document)
+    if not args.save:
+        return
+    path = save(name, document)
+    with path.with_suffix(".txt").open("w") as text, contextlib.redirect_stdout(text):
+        show(document)
+    if plot is not None:
+        plot(document, path.with_suffix(".png"))
+    print(f"saved {path} and what belongs to it", file=sys.stderr)
 
 
 def _limit(point: dict[str, Any]) -> float:

@@ -11,7 +11,6 @@ and in no time: what a drafter of that acceptance would gain on this machine, wh
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -217,8 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--setting", action="append", default=[], help="repeatable; default: auto and each drafter"
     )
-    parser.add_argument("--json", action="store_true", help="JSON on standard output instead of a table")
-    parser.add_argument("--save", action="store_true", help=f"keep the JSON in {report.OUT}")
+    report.add_output(parser)
     args = parser.parse_args(argv)
     import edge
     from edge.speculation import DRAFTERS
@@ -229,12 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         there = [name for name in DRAFTERS if engine.can_draft(name)]
         settings = ["off", *(args.setting or ["auto", *there])]
         document = measure(engine, settings, args)
-    if args.json:
-        print(json.dumps(document, indent=2))
-    else:
-        show(document)
-    if args.save:
-        print(f"saved {report.save('speculation-' + document['model'], document)}", file=sys.stderr)
+    report.put_out("speculation-" + document["model"], document, show, args)
     return 0
 
 

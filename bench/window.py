@@ -8,7 +8,6 @@ figures are of the text, not of the machine. Without ``--text`` the model writes
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -150,16 +149,10 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="decode this text instead of the model's own")
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=200, help="per text")
-    parser.add_argument("--save", action="store_true", help="keep the figures in bench/results")
-    parser.add_argument("--json", action="store_true")
+    report.add_output(parser)
     args = parser.parse_args()
     document = measure(args)
-    if args.json:
-        print(json.dumps(document, indent=2))
-    else:
-        show(document)
-    if args.save:
-        report.save(f"window-{args.pack.stem}", document)
+    report.put_out(f"window-{args.pack.stem}", document, show, args)
     return 0
 
 

@@ -123,23 +123,7 @@ def open_draft(
             threads=plan.threads,
             host_bytes=0,
         )
-        options = {
-            "pack_path": str(pack.path),
-            "decoder": decoder,
-            "placement": placed.placements,
-            "stream_order": [],
-            "ring_bytes": 0,
-            "demand_bytes": 0,
-            "neuron_slots": placed.neuron_slots,
-            "neuron_bytes": placed.neuron_bytes,
-            "neuron_staging_bytes": placed.neuron_staging_bytes,
-            "io_engine": io,
-            "threads": placed.threads,
-            "isa": isa,
-            "context": placed.context,
-            "max_rows": placed.max_rows,
-            "budget_bytes": placed.core_bytes,
-        }
+        options = placed.engine_options(pack.path, decoder, io_engine=io, isa=isa)
     taken = placed.core_bytes + placed.core_bytes // _PAGE_TABLE_SHARE
     return DraftModel(str(draft), options, taken)
 

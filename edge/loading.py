@@ -379,25 +379,14 @@ def _load(
         host, memory=memory, context=context, threads=threads, kv=kv, predictor=predictor, draft=open_it
     )
     plan = reserved.plan
-    options: dict[str, Any] = {
-        "pack_path": str(pack.path),
-        "decoder": pack.config.to_json(),
-        "placement": plan.placements,
-        "stream_order": plan.stream_order,
-        "ring_bytes": plan.ring_bytes,
-        "demand_bytes": plan.demand_bytes,
-        "neuron_slots": plan.neuron_slots,
-        "neuron_bytes": plan.neuron_bytes,
-        "neuron_staging_bytes": plan.neuron_staging_bytes,
-        "io_engine": io,
-        "threads": plan.threads,
-        "isa": isa,
-        "context": plan.context,
-        "max_rows": plan.max_rows,
-        "budget_bytes": plan.core_bytes + reserved.core_bytes,
-    }
-    if plan.kv_on_flash is not None:
-        options["kv"] = plan.kv_on_flash.options(str(scratch_folder()))
+    options = plan.engine_options(
+        pack.path,
+        pack.config.to_json(),
+        scratch=scratch_folder() if plan.kv_on_flash else "",
+        io_engine=io,
+        isa=isa,
+        budget_bytes=plan.core_bytes + reserved.core_bytes,
+    )
     core = _open_core(options, on_load)
     draft_core = None if reserved.draft is None else _open_core(reserved.draft.options, None, core)
     drafting = Drafting(draft_core, reserved.medusa, bool(plan.stream_order), tuple(reserved.notes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashload.errors import BudgetError
@@ -98,6 +99,36 @@ class Plan:
     @property
     def predicted_peak_bytes(self) -> int:
         return self.host_bytes + self.core_bytes
+
+    def engine_options(
+        self, pack_path: str | Path, decoder: dict[str, Any], *, scratch: str | Path = "", **changes: Any
+    ) -> dict[str, Any]:
+        """What ``_edge.Engine`` is opened with to do as planned.
+
+        Args:
+            scratch: folder for keys and values that are not in memory.
+            changes: options, by the core's names, that are to be otherwise than planned or usual.
+        """
+        options = {
+            "pack_path": str(pack_path),
+            "decoder": decoder,
+            "placement": self.placements,
+            "stream_order": self.stream_order,
+            "ring_bytes": self.ring_bytes,
+            "demand_bytes": self.demand_bytes,
+            "neuron_slots": self.neuron_slots,
+            "neuron_bytes": self.neuron_bytes,
+            "neuron_staging_bytes": self.neuron_staging_bytes,
+            "io_engine": "auto",
+            "threads": self.threads,
+            "isa": "",
+            "context": self.context,
+            "max_rows": self.max_rows,
+            "budget_bytes": self.core_bytes,
+        }
+        if self.kv_on_flash is not None:
+            options["kv"] = self.kv_on_flash.options(str(scratch))
+        return options | changes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the per-weight lists."""

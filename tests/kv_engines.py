@@ -61,20 +61,9 @@ def open_engine(
 ) -> _edge.Engine:
     """A resident model; ``kv`` is (pages in memory, pages of a range, rows scored at once), None all in memory."""
     decoder, placed = plan or plan_of(path)
-    options: dict[str, Any] = {
-        "pack_path": str(path),
-        "decoder": decoder,
-        "placement": placed.placements,
-        "stream_order": placed.stream_order,
-        "ring_bytes": placed.ring_bytes,
-        "demand_bytes": placed.demand_bytes,
-        "io_engine": "auto",
-        "threads": threads,
-        "isa": isa,
-        "context": placed.context,
-        "max_rows": max_rows,
-        "budget_bytes": 1 << 28,
-    }
+    options = placed.engine_options(
+        path, decoder, isa=isa, threads=threads, max_rows=max_rows, budget_bytes=1 << 28
+    )
     if kv is not None:
         resident, ranges, scores = kv
         options["kv"] = {

@@ -41,22 +41,7 @@ def open_engine(path: Path, placement: str, context: int = CONTEXT, threads: int
             assert plan.placement != "resident", "never placed so"
             memory_bytes += 32 << 10
             plan = make_plan(weights, decoder, memory_bytes=memory_bytes, **settings)
-        core = _edge.Engine(
-            {
-                "pack_path": str(path),
-                "decoder": decoder,
-                "placement": plan.placements,
-                "stream_order": plan.stream_order,
-                "ring_bytes": plan.ring_bytes,
-                "demand_bytes": plan.demand_bytes,
-                "io_engine": "auto",
-                "threads": plan.threads,
-                "isa": "",
-                "context": plan.context,
-                "max_rows": plan.max_rows,
-                "budget_bytes": plan.core_bytes + (1 << 20),
-            }
-        )
+        core = _edge.Engine(plan.engine_options(path, decoder, budget_bytes=plan.core_bytes + (1 << 20)))
         return edge.Engine(core, plan, Tokenizer(pack.vocab()), pack.metadata, 0.0)
 
 

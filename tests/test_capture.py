@@ -14,7 +14,7 @@ from edge.errors import ArgumentError
 from flashload.format import PackFile
 from flashload.pack import pack
 from tests.neuron_packs import by_neuron, decoded, tiny_relu
-from tests.test_neuron_engine import options, plan_of, windowed
+from tests.test_neuron_engine import plan_of, windowed
 from tests.tiny import tiny_hf
 
 N, HIDDEN, NEURONS = 41, 64, 96
@@ -32,7 +32,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def engine_of(path: Path, **changes: Any) -> _edge.Engine:
     plan, decoder = plan_of(path, 1, False)
-    return _edge.Engine(options(path, plan, decoder, **changes))
+    return _edge.Engine(plan.engine_options(path, decoder, **changes))
 
 
 def captured(engine: _edge.Engine, max_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float]]:

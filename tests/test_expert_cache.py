@@ -393,20 +393,15 @@ def answer(
             assert placements[weight.id] == RESIDENT
             placements[weight.id] = DEMAND
     engine = _edge.Engine(
-        {
-            "pack_path": str(path),
-            "decoder": decoder,
-            "placement": placements,
-            "stream_order": [],
-            "ring_bytes": 0,
-            "demand_bytes": int((records or 0) * record),
-            "io_engine": "auto",
-            "threads": threads,
-            "isa": "ref",
-            "context": 64,
-            "max_rows": max_rows,
-            "budget_bytes": 1 << 30,
-        }
+        plan.engine_options(
+            path,
+            decoder,
+            placement=placements,
+            demand_bytes=int((records or 0) * record),
+            isa="ref",
+            max_rows=max_rows,
+            budget_bytes=1 << 30,
+        )
     )
     sequence = _edge.Sequence(engine)
     sequence.set_tokens(PROMPT)

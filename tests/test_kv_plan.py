@@ -41,22 +41,7 @@ def test_the_core_runs_in_what_the_plan_gives_it(name: str, packs: dict[str, Pat
         assert plan.kv_on_flash is not None
         assert plan.predicted_peak_bytes <= memory
         assert plan.floor_bytes == on_flash
-        options = {
-            "pack_path": str(packs[name]),
-            "decoder": decoder,
-            "placement": plan.placements,
-            "stream_order": plan.stream_order,
-            "ring_bytes": plan.ring_bytes,
-            "demand_bytes": plan.demand_bytes,
-            "io_engine": "auto",
-            "threads": 2,
-            "isa": "",
-            "context": context,
-            "max_rows": plan.max_rows,
-            "budget_bytes": plan.core_bytes,
-            "kv": plan.kv_on_flash.options(str(tmp_path)),
-        }
-        engine = _edge.Engine(options)
+        engine = _edge.Engine(plan.engine_options(packs[name], decoder, scratch=tmp_path, threads=2))
         answers.add(tuple(answer(_edge.Sequence(engine), PROMPT + PROMPT, 12)))
         stats = engine.stats()
         assert stats["peak_bytes"] <= plan.core_bytes

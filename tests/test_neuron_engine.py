@@ -43,27 +43,6 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pat
     return out
 
 
-def options(path: Path, plan: Plan, decoder: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {
-        "pack_path": str(path),
-        "decoder": decoder,
-        "placement": plan.placements,
-        "stream_order": plan.stream_order,
-        "ring_bytes": plan.ring_bytes,
-        "demand_bytes": plan.demand_bytes,
-        "neuron_slots": plan.neuron_slots,
-        "neuron_bytes": plan.neuron_bytes,
-        "neuron_staging_bytes": plan.neuron_staging_bytes,
-        "io_engine": "auto",
-        "threads": plan.threads,
-        "isa": "",
-        "context": plan.context,
-        "max_rows": plan.max_rows,
-        "budget_bytes": plan.core_bytes,
-        **changes,
-    }
-
-
 @cache
 def plan_of(path: Path, share: float, predictor: bool, threads: int = 2) -> tuple[Plan, dict[str, Any]]:
     """share 1 is resident, 0 the floor."""
@@ -102,9 +81,8 @@ def windowed(path: Path, slots: int | list[int], mode: str = "exact") -> dict[st
             n_slots[i] = slots if isinstance(slots, int) else slots[layer]
             layer += 1
     file.close()
-    return options(
+    return plan.engine_options(
         path,
-        plan,
         decoder,
         placement=placements,
         neuron_slots=n_slots,
@@ -135,7 +113,7 @@ def generate(engine: _edge.Engine, prompt: list[int], n_tokens: int) -> tuple[li
 @cache
 def expected(path: Path, n_prompt: int = len(PROMPT)) -> tuple[list[int], list[float]]:
     plan, decoder = plan_of(path, 1, True)
-    return answer(options(path, plan, decoder, isa="ref", threads=1, max_rows=1), long_prompt(n_prompt))
+    return answer(plan.engine_options(path, decoder, isa="ref", threads=1, max_rows=1), long_prompt(n_prompt))
 
 
 def long_prompt(n: int) -> list[int]:
@@ -221,7 +199,7 @@ def test_every_exact_budget(packs: dict[tuple[str, str], Path], family: str, sha
     assert plan.neuron_mode == "exact"
     # Well below the whole model a pass of fewer rows makes room for all weights.
     assert plan.placement == ("neurons" if share == 0 else "resident") or 0 < share < 0.8
-    engine = _edge.Engine(options(path, plan, decoder))
+    engine = _edge.Engine(plan.engine_options(path, decoder))
     assert generate(engine, PROMPT, 12) == expected(path)
     assert engine.stats()["peak_bytes"] <= plan.core_bytes
 
@@ -348,7 +326,7 @@ def test_more_memory_never_means_fewer_slots(packs: dict[tuple[str, str], Path],
 def test_predicted_runs_stay_inside_their_budget(packs: dict[tuple[str, str], Path], share: float) -> None:
     for path in packs.values():
         plan, decoder = plan_of(path, share, True)
-        engine = _edge.Engine(options(path, plan, decoder))
+        engine = _edge.Engine(plan.engine_options(path, decoder))
         generate(engine, PROMPT, 6)
         assert engine.stats()["peak_bytes"] <= plan.core_bytes
 

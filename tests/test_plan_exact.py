@@ -70,29 +70,6 @@ def budgets(plan: Any) -> list[int]:
     return [int(floor + share * max(0, full - floor)) for share in SHARES]
 
 
-def opened(path: Path, decoder: dict[str, Any], plan: Plan, folder: Path) -> _edge.Engine:
-    options: dict[str, Any] = {
-        "pack_path": str(path),
-        "decoder": decoder,
-        "placement": plan.placements,
-        "stream_order": plan.stream_order,
-        "ring_bytes": plan.ring_bytes,
-        "demand_bytes": plan.demand_bytes,
-        "neuron_slots": plan.neuron_slots,
-        "neuron_bytes": plan.neuron_bytes,
-        "neuron_staging_bytes": plan.neuron_staging_bytes,
-        "io_engine": "auto",
-        "threads": plan.threads,
-        "isa": "",
-        "context": plan.context,
-        "max_rows": plan.max_rows,
-        "budget_bytes": plan.core_bytes,
-    }
-    if plan.kv_on_flash is not None:
-        options["kv"] = plan.kv_on_flash.options(str(folder))
-    return _edge.Engine(options)
-
-
 @pytest.mark.parametrize("kv", ["memory", "flash"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_part_is_what_the_engine_holds(
@@ -102,7 +79,7 @@ def test_every_part_is_what_the_engine_holds(
     seen = set()
     for memory_bytes in budgets(plan):
         placed = plan(memory_bytes)
-        engine = opened(packs[name], decoder, placed, tmp_path)
+        engine = _edge.Engine(placed.engine_options(packs[name], decoder, scratch=tmp_path))
         sequence = _edge.Sequence(engine)
         sequence.set_tokens(PROMPT)
         sampler = _edge.Sampler({"temperature": 0.8, "seed": 1}, decoder["vocab_size"])
@@ -151,7 +128,7 @@ def test_the_cache_keeps_as_many_experts_as_it_says(packs: dict[str, Path], tmp_
     _, decoder = planner(packs["moe"], "memory")
     found, largest, rows = by_slots(packs["moe"])
     for slots, placed in found.items():
-        engine = opened(packs["moe"], decoder, placed, tmp_path)
+        engine = _edge.Engine(placed.engine_options(packs["moe"], decoder, scratch=tmp_path))
         read = []
         for _ in range(2):
             before = engine.stats()

@@ -1,24 +1,14 @@
-"""Times edge on one model, in a process of its own. Protocol: see ``llama_cpp_decode``."""
+"""Times edge on one model, in a process of its own. Protocol: see ``protocol``."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import sys
 import time
 from typing import Any
 
-
-def emit(**event: object) -> None:
-    print(json.dumps(event), flush=True)
-
-
-def read_bytes() -> int:
-    """Bytes this process had fetched from the drive so far."""
-    with open("/proc/self/io") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+from bench.children.protocol import emit, read_bytes, run
 
 
 def perplexity(engine: Any, path: str) -> float:
@@ -29,8 +19,7 @@ def perplexity(engine: Any, path: str) -> float:
     return math.exp(-sum(scores) / len(scores))
 
 
-def main() -> None:
-    request = json.loads(sys.argv[1])
+def main(request: dict[str, Any]) -> None:
     # model, threads, context, prompt_tokens, tokens, seed, limit_bytes (0 = none), predictor ("auto" or "off")
     import edge
 
@@ -87,12 +76,7 @@ def main() -> None:
         info=json.dumps(stats, default=str),
         perplexity=perplexity(engine, request["text"]) if request.get("text") else None,
     )
-    os._exit(0)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception as error:
-        emit(event="error", message=f"{type(error).__name__}: {error}")
-        sys.exit(1)
+    run(main)

@@ -2,32 +2,20 @@
 
 The model is a Hugging Face folder of safetensors in their own dtype (OPT and Llama layouts are run as what they are:
 their matrices, one after the other, with attention over the context left out, which can only be faster). Nothing of
-edge is imported; the interpreter needs torch and safetensors. Protocol: see ``llama_cpp_decode``.
+edge is imported; the interpreter needs torch and safetensors. Protocol: see ``protocol``.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from protocol import run, time_baseline
 from safetensors import safe_open
-
-
-def emit(**event: object) -> None:
-    print(json.dumps(event), flush=True)
-
-
-def read_bytes() -> int:
-    """Bytes this process had fetched from the drive so far."""
-    with open("/proc/self/io") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
 class Model:
@@ -72,42 +60,11 @@ class Model:
                 torch.nn.functional.linear(torch.randn(n_rows, matrix.shape[1]).to(matrix.dtype), matrix)
 
 
-def main() -> None:
-    request: dict[str, Any] = json.loads(sys.argv[1])
+def main(request: dict[str, Any]) -> None:
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
-    start = time.perf_counter()
-    model = Model(Path(request["model"]))
-    emit(
-        event="loaded",
-        seconds=time.perf_counter() - start,
-        version=torch.__version__,
-        read_bytes=read_bytes(),
-    )
-    start = time.perf_counter()
-    model.forward(request["prompt_tokens"])
-    prefill_seconds = time.perf_counter() - start
-    emit(event="warm")
-    before, start = read_bytes(), time.perf_counter()
-    for n in range(request["tokens"]):
-        model.forward(1)
-        emit(event="token", n=n + 1)
-    rate = request["tokens"] / (time.perf_counter() - start)
-    emit(
-        event="result",
-        decode_tokens_per_second=rate,
-        decode_tokens_per_second_outside=rate,
-        prefill_tokens_per_second=request["prompt_tokens"] / prefill_seconds,
-        read_bytes_per_token=(read_bytes() - before) / request["tokens"],
-        tokens=[],
-        info="",
-    )
-    os._exit(0)
+    time_baseline(request, lambda: Model(Path(request["model"])), torch.__version__)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception as error:
-        emit(event="error", message=f"{type(error).__name__}: {error}")
-        sys.exit(1)
+    run(main)

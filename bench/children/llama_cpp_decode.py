@@ -1,21 +1,19 @@
 """Times llama.cpp on one model; the interpreter needs llama-cpp-python and nothing else of this project.
 
-One JSON request as the only argument (keys: see ``main``); JSON lines on standard output, one per event, so
-that the parent knows how far a killed process came. Only the low-level API is used: one ``llama_decode`` per
+Keys of the request: see ``main``; the rest: ``protocol``. Only the low-level API is used: one ``llama_decode`` per
 token and an argmax over the logits, so neither Python nor a sampler takes part in the figure.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
-import os
 import random
-import sys
 import time
+from typing import Any
 
 import llama_cpp as lc
 import numpy as np
+from protocol import emit, read_bytes, run
 
 LOAD_MODES = {
     "mmap": lc.LLAMA_LOAD_MODE_MMAP,
@@ -23,16 +21,6 @@ LOAD_MODES = {
     "direct": lc.LLAMA_LOAD_MODE_DIRECT_IO,
     "auto": lc.LLAMA_LOAD_MODE_AUTO,
 }
-
-
-def emit(**event: object) -> None:
-    print(json.dumps(event), flush=True)
-
-
-def read_bytes() -> int:
-    """Bytes this process had fetched from the drive so far."""
-    with open("/proc/self/io") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
 class Session:
@@ -81,8 +69,7 @@ class Session:
         lc.llama_memory_clear(lc.llama_get_memory(self.context), True)
 
 
-def main() -> None:
-    request = json.loads(sys.argv[1])
+def main(request: dict[str, Any]) -> None:
     # model, threads, context, prompt_tokens, tokens, seed, load_mode, repack
     start = time.perf_counter()
     session = Session(request)
@@ -110,13 +97,7 @@ def main() -> None:
         tokens=generated,
         info=lc.llama_print_system_info().decode(errors="replace").strip(),
     )
-    # Nothing is freed by hand: the process ends here, and an exit cannot fail after the figures are out.
-    os._exit(0)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception as error:
-        emit(event="error", message=f"{type(error).__name__}: {error}")
-        sys.exit(1)
+    run(main)

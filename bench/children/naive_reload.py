@@ -2,38 +2,26 @@
 
 One thread reads each matrix of a pack whole into one buffer, drops it from the page cache, and multiplies it with
 edge's own kernel; experts are those a fair coin would route to. Products are with random inputs, attention over the
-context is left out: it can only be faster than a real engine of this kind. Protocol: see ``llama_cpp_decode``.
+context is left out: it can only be faster than a real engine of this kind. Protocol: see ``protocol``.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import _edge
 import numpy as np
 
+from bench.children.protocol import run, time_baseline
 from flashload.format import PackFile
 from flashload.pack_layout import Entry
 from quant.formats import TILE_FORMATS
 from quant.formats.neuron import NEURON_FORMATS, row_bytes
 
 PIECE_BYTES = 8 << 20
-
-
-def emit(**event: object) -> None:
-    print(json.dumps(event), flush=True)
-
-
-def read_bytes() -> int:
-    """Bytes this process had fetched from the drive so far."""
-    with open("/proc/self/io") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
 def is_matrix(entry: Entry) -> bool:
@@ -116,35 +104,9 @@ class Model:
         os.posix_fadvise(self.file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def main() -> None:
-    request: dict[str, Any] = json.loads(sys.argv[1])
-    start = time.perf_counter()
-    model = Model(request["model"], request["seed"])
-    emit(event="loaded", seconds=time.perf_counter() - start, version="baseline", read_bytes=read_bytes())
-    start = time.perf_counter()
-    model.forward(request["prompt_tokens"])
-    prefill_seconds = time.perf_counter() - start
-    emit(event="warm")
-    before, start = read_bytes(), time.perf_counter()
-    for n in range(request["tokens"]):
-        model.forward(1)
-        emit(event="token", n=n + 1)
-    seconds = time.perf_counter() - start
-    rate = request["tokens"] / seconds
-    emit(
-        event="result",
-        decode_tokens_per_second=rate,
-        decode_tokens_per_second_outside=rate,
-        prefill_tokens_per_second=request["prompt_tokens"] / prefill_seconds,
-        read_bytes_per_token=(read_bytes() - before) / request["tokens"],
-        tokens=[],
-        info="",
-    )
+def main(request: dict[str, Any]) -> None:
+    time_baseline(request, lambda: Model(request["model"], request["seed"]), "baseline")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception as error:
-        emit(event="error", message=f"{type(error).__name__}: {error}")
-        sys.exit(1)
+    run(main)

@@ -85,22 +85,7 @@ def test_the_core_runs_in_what_the_plan_gives_it(name: str, packs: dict[str, Pat
     answers = set()
     for part in range(9):
         chosen = plan(floor + part * max(0, full - floor) // 8)
-        engine = _edge.Engine(
-            {
-                "pack_path": str(plan.path),
-                "decoder": plan.decoder,
-                "placement": chosen.placements,
-                "stream_order": chosen.stream_order,
-                "ring_bytes": chosen.ring_bytes,
-                "demand_bytes": chosen.demand_bytes,
-                "io_engine": "auto",
-                "threads": 2,
-                "isa": "",
-                "context": chosen.context,
-                "max_rows": chosen.max_rows,
-                "budget_bytes": chosen.core_bytes,
-            }
-        )
+        engine = _edge.Engine(chosen.engine_options(plan.path, plan.decoder, threads=2))
         sequence = _edge.Sequence(engine)
         sequence.set_tokens([1 + i % 300 for i in range(40)])
         sampler = _edge.Sampler({"temperature": 0.0}, plan.decoder["vocab_size"])

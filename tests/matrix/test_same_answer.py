@@ -63,30 +63,13 @@ def plan_for(path: Path, budget: str, threads: int) -> tuple[dict[str, Any], Pla
     )
 
 
-def options(path: Path, decoder: dict[str, Any], plan: Plan, isa: str, max_rows: int) -> dict[str, Any]:
-    return {
-        "pack_path": str(path),
-        "decoder": decoder,
-        "placement": plan.placements,
-        "stream_order": plan.stream_order,
-        "ring_bytes": plan.ring_bytes,
-        "demand_bytes": plan.demand_bytes,
-        "neuron_slots": plan.neuron_slots,
-        "neuron_bytes": plan.neuron_bytes,
-        "neuron_staging_bytes": plan.neuron_staging_bytes,
-        "io_engine": "auto",
-        "threads": plan.threads,
-        "isa": isa,
-        "context": plan.context,
-        "max_rows": max_rows,
-        "budget_bytes": plan.core_bytes + (1 << 20),
-    }
-
-
 def greedy(
     path: Path, decoder: dict[str, Any], plan: Plan, isa: str, max_rows: int
 ) -> tuple[list[int], list[float]]:
-    engine = _edge.Engine(options(path, decoder, plan, isa, max_rows))
+    options = plan.engine_options(
+        path, decoder, isa=isa, max_rows=max_rows, budget_bytes=plan.core_bytes + (1 << 20)
+    )
+    engine = _edge.Engine(options)
     sequence = _edge.Sequence(engine)
     sequence.set_tokens(PROMPT)
     sampler = _edge.Sampler({"temperature": 0.0}, decoder["vocab_size"])
@@ -138,7 +121,15 @@ def test_scoring_reads_no_more_than_one_prompt_chunk(packs: dict[str, Path]) -> 
     tokens = list(range(1, plan.context + 1))
     read_bytes = []
     for scored in (False, True):
-        engine = _edge.Engine(options(packs["q8_0"], decoder, plan, "ref", plan.context))
+        engine = _edge.Engine(
+            plan.engine_options(
+                packs["q8_0"],
+                decoder,
+                isa="ref",
+                max_rows=plan.context,
+                budget_bytes=plan.core_bytes + (1 << 20),
+            )
+        )
         sequence = _edge.Sequence(engine)
         if scored:
             sequence.score(tokens)
