@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edge.config import GenerationConfig
     from edge.engine import Engine
     from edge.loading import builtin_models, load
+    from edge.sparsify import sparsify
     from edge.tokenizer import Tokenizer, load_tokenizer
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _LAZY = {
     "load_tokenizer": "edge.tokenizer",
     "pack": "edge.api",
     "plan": "edge.api",
+    "sparsify": "edge.sparsify",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "load_tokenizer",
     "pack",
     "plan",
+    "sparsify",
 ]
 
 

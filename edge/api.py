@@ -29,8 +29,9 @@ def pack(
 
     Args:
         weights: "keep" leaves block types with a native kernel bit-exact; "q8" and "q4" requantise.
-        neurons: "on" packs the feed-forward layers of a ReLU model as one record per neuron, "auto" does so when
-            predictors lie beside its weights, "off" never does.
+        neurons: "on" packs dense feed-forward layers as one record per neuron, which a model with ReLU (or with
+            thresholds, :func:`edge.sparsify`) gains from; "auto" does so when predictors lie beside the weights, "off"
+            never does.
         neuron_order: an .npz file with arrays ``layers.{i}.neuron_order``: the order of the records.
         progress: called with (bytes done, bytes).
 

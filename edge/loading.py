@@ -39,6 +39,7 @@ _SMALLEST_DEFAULT_CONTEXT = 512
 _JITTER_BYTES = 2 << 20
 _DEVICES = ("auto", "cpu")
 _PREDICTOR = ("auto", "off")
+_SPARSITY = ("off", "on")
 
 Progress = Callable[[int, int], None]
 
@@ -300,6 +301,7 @@ def load(
     io: str = "auto",
     kv: str = "auto",
     predictor: str = "auto",
+    sparsity: str = "off",
     exact: bool = False,
     draft: str | os.PathLike[str] | None = None,
     whole_process: bool = False,
@@ -325,7 +327,9 @@ def load(
             is too short to know (a small loss); "off" never does.
         draft: a smaller model of the same vocabulary whose guesses speculation verifies; held in memory inside the
             same budget, or left out with a note (``Engine.notes``) where it does not fit.
-        exact: nothing that changes the text, whatever it costs; the same as ``predictor="off"``.
+        sparsity: "on" leaves out the neurons that the thresholds of the pack say count little (``edge sparsify`` makes
+            them and says what they cost); "off" computes them all.
+        exact: nothing that changes the text, whatever it costs; the same as ``predictor="off", sparsity="off"``.
         whole_process: the ceiling bounds the whole process, as on the command line.
         on_pack: called with (bytes done, bytes) while a checkpoint is packed.
         on_load: called with (bytes done, bytes) while weights are read.
@@ -342,14 +346,28 @@ def load(
         raise ArgumentError(f"device: expected one of {', '.join(_DEVICES)}, found {device!r}")
     if predictor not in _PREDICTOR:
         raise ArgumentError(f"predictor: expected one of {', '.join(_PREDICTOR)}, found {predictor!r}")
+    if sparsity not in _SPARSITY:
+        raise ArgumentError(f"sparsity: expected one of {', '.join(_SPARSITY)}, found {sparsity!r}")
     guess = predictor == "auto" and not exact
+    sparse = sparsity == "on" and not exact
     start = time.perf_counter()
     host = prepare(model, weights=weights, whole_process=whole_process, on_pack=on_pack)
     try:
         drafts = None if draft is None else DraftRequest(draft, weights, on_pack)
-        return _load(host, start, memory, context, threads, isa, io, kv, guess, on_load, drafts)
+        return _load(host, start, memory, context, threads, isa, io, kv, guess, sparse, on_load, drafts)
     finally:
         host.pack.close()
+
+
+def _thresholds(pack: PackFile) -> Any:
+    from flashload.sparsity import read_thresholds
+
+    found = read_thresholds(pack)
+    if found is None:
+        raise ArgumentError(
+            f"sparsity: {pack.path}: expected a pack with thresholds (edge sparsify), found none"
+        )
+    return found
 
 
 def _load(
@@ -362,6 +380,7 @@ def _load(
     io: str,
     kv: str,
     predictor: bool,
+    sparsity: bool,
     on_load: Progress | None,
     drafts: DraftRequest | None,
 ) -> Engine:
@@ -371,6 +390,9 @@ def _load(
 
     pack = host.pack
     open_it = None
+    thresholds = _thresholds(pack) if sparsity else None
+    if sparsity:
+        host = replace(host, directory=host.directory.with_thresholds())
     if drafts is not None:
         open_it = functools.partial(
             open_draft, pack, drafts.model, weights=drafts.weights, io=io, isa=isa, on_pack=drafts.on_pack
@@ -388,6 +410,8 @@ def _load(
         budget_bytes=plan.core_bytes + reserved.core_bytes,
     )
     core = _open_core(options, on_load)
+    if thresholds is not None:
+        core.set_neuron_thresholds(thresholds)
     draft_core = None if reserved.draft is None else _open_core(reserved.draft.options, None, core)
     drafting = Drafting(draft_core, reserved.medusa, bool(plan.stream_order), tuple(reserved.notes))
     engine = Engine(core, plan, host.tokenizer, pack.metadata, 0.0, drafting)

@@ -303,16 +303,16 @@ def pack(
         destination: the pack to write; it appears complete or not at all.
         weights: "keep" leaves the weights as they are where tiles exist for them, "q8" and "q4" lower them.
         progress: called with (done_bytes, total_bytes) of payload.
-        neurons: whether the dense layers of a ReLU model are packed as neuron records: "on", "off", or "auto": on
-            when predictors lie beside the weights.
+        neurons: whether dense layers are packed as neuron records: "on", "off", or "auto": on when predictors lie
+            beside the weights.
         neuron_order: .npz file with an order of the neurons of some layers, ``layers.{i}.neuron_order``; it goes
             before one in the predictors' file.
 
     Raises:
         ModelFileError: the checkpoint is malformed, incomplete, or not one edge runs.
         DiskError: the drive fails or is full; the message says how much is needed.
-        ArgumentError: an unknown value of ``weights`` or ``neurons``, records of a model without ReLU, or an order
-            without records.
+        ArgumentError: an unknown value of ``weights`` or ``neurons``, records of a model without dense layers, or an
+            order without records.
     """
     source, destination = Path(source), Path(destination)
     if weights not in WEIGHTS:

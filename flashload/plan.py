@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,8 +163,11 @@ class Directory:
     """
 
     def __init__(self, weights: Sequence[Weight], decoder: dict[str, Any]) -> None:
-        self.entries, self.decoder = weights, decoder
+        self.entries = weights
         self.neurons = NeuronModel(weights)
+        self.decoder = decoder | {"by_neuron": bool(self.neurons.records)}
+        #: Of neurons' activations, where the core is given them (flashload.sparsity).
+        self.thresholds_bytes = 0
         self.unused = {w.id for w in weights if is_extra(w.name)} | {w.id for w in self.neurons.gates}
         weights = [w for w in weights if not (is_extra(w.name) or is_neurons(w.name))]
         self.weights = weights
@@ -189,6 +193,13 @@ class Directory:
         known = {w.id for w in self.fixed + self.experts + self.tables + self.head}
         self.layers = [w for w in matrices if w.id not in known]
         self.largest_bytes = max((w.stored_bytes for w in self.layers), default=0)
+
+    def with_thresholds(self) -> Directory:
+        """The same, for a core that is given thresholds of all neurons."""
+        other = copy(self)
+        n_neurons = int(self.decoder["n_layers"]) * int(self.decoder["intermediate_size"])
+        other.thresholds_bytes = _round_up(4 * n_neurons)
+        return other
 
     @property
     def ring_with_head_bytes(self) -> int:
@@ -312,9 +323,9 @@ def place(
         nonlocal on_flash
         if kv == "flash":
             on_flash = kv_on_flash(decoder, context, max_rows, threads, spare_bytes, left_over_bytes)
-            return on_flash.memory_bytes, on_flash.activation_bytes
+            return on_flash.memory_bytes, on_flash.activation_bytes + model.thresholds_bytes
         pages, activations, logits = _edge.fixed_bytes(decoder, context, max_rows, threads)
-        return _round_up(pages), _round_up(activations) + _round_up(logits)
+        return _round_up(pages), _round_up(activations) + _round_up(logits) + model.thresholds_bytes
 
     floor_bytes = host_bytes + sum(fixed(_MAX_ROWS[-1])) + least_weights
     floor_bytes = max(floor_bytes, host_peak_bytes)

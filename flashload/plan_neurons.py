@@ -42,8 +42,8 @@ class Weight(Protocol):
 
 
 def is_extra(name: str) -> bool:
-    """Whether plain runs have no need of an entry: predictors and draft heads."""
-    return ".predictor." in name or name.startswith("medusa.")
+    """Whether plain runs have no need of an entry: predictors, thresholds and draft heads."""
+    return ".predictor." in name or ".sparsity." in name or name.startswith("medusa.")
 
 
 def is_neurons(name: str) -> bool:

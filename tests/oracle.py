@@ -55,14 +55,20 @@ def rotate(x: Array, positions: Array, inv_freq: Array, magnitude: float) -> Arr
 class Oracle:
     """weights: canonical name -> float array; config: DecoderConfig as a dict.
 
-    With ``predict`` the low-rank predictors decide which neurons of a ReLU layer count; the others are zero.
+    With ``predict`` the low-rank predictors decide which neurons of a ReLU layer count; the others are zero. With
+    ``thresholds`` [layers, neurons] those count whose activation is larger, whatever its sign.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], weights: Mapping[str, Array], predict: bool = False
+        self,
+        config: Mapping[str, Any],
+        weights: Mapping[str, Array],
+        predict: bool = False,
+        thresholds: Array | None = None,
     ) -> None:
         self.c = config
         self.predict = predict
+        self.thresholds = thresholds
         self.w = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
 
     def norm(self, x: Array, name: str) -> Array:
@@ -103,7 +109,10 @@ class Oracle:
     def ffn(self, x: Array, prefix: str) -> Array:
         act = ACTIVATIONS[self.c["activation"]]
         up = self.linear(x, prefix + "up")
-        inner = act(self.linear(x, prefix + "gate")) * up if self.c["gated"] else act(up)
+        opened = act(self.linear(x, prefix + "gate") if self.c["gated"] else up)
+        if self.thresholds is not None:
+            opened = np.where(np.abs(opened) > self.thresholds[int(prefix.split(".")[1])], opened, 0.0)
+        inner = opened * up if self.c["gated"] else opened
         if self.predict and prefix + "predictor.up.weight" in self.w:
             low = x @ self.w[prefix + "predictor.down.weight"].T
             score = low @ self.w[prefix + "predictor.up.weight"].T + self.w[

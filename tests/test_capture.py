@@ -14,6 +14,7 @@ from edge.errors import ArgumentError
 from flashload.format import PackFile
 from flashload.pack import pack
 from tests.neuron_packs import by_neuron, decoded, tiny_relu
+from tests.oracle import Oracle
 from tests.test_neuron_engine import plan_of, windowed
 from tests.tiny import tiny_hf
 
@@ -82,6 +83,34 @@ def test_watching_changes_nothing(packs: dict[str, Path]) -> None:
     sequence = _edge.Sequence(engine)
     sequence.set_tokens(TOKENS)
     assert list(sequence.logits()) == watched
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-neurons", "opt"])
+def test_the_stream_grows_by_what_a_layer_adds(packs: dict[str, Path], name: str) -> None:
+    """The length of the residual stream before a layer's feed-forward: of all rows, in any chunks."""
+    found = []
+    for max_rows in (7, 128):
+        sequence = _edge.Sequence(engine_of(packs[name], max_rows=max_rows))
+        sequence.set_tokens(TOKENS)
+        norms = np.zeros((2, max_rows, 1), np.float32)
+        parts = []
+        while sequence.n_pending:
+            n = sequence.capture(norms=norms)
+            parts.append(norms[:, :n, 0].copy())
+        found.append(np.concatenate(parts, axis=1))
+    assert np.array_equal(*found)
+    oracle = Oracle(PackFile(packs[name]).config.to_json(), decoded(packs[name]))
+    seen: list[np.ndarray] = []
+    plain = oracle.norm
+
+    def watched(x: np.ndarray, weight: str) -> np.ndarray:
+        if weight.endswith("ffn_norm"):
+            seen.append(np.linalg.norm(x, axis=1))
+        return plain(x, weight)
+
+    oracle.norm = watched  # type: ignore[method-assign]
+    oracle.logits(TOKENS)
+    assert np.allclose(found[0], seen, rtol=2e-3)
 
 
 def test_what_is_not_asked_for_is_not_needed(packs: dict[str, Path]) -> None:

@@ -1,4 +1,6 @@
 // The engine's coarse calls. Each releases the GIL; signals are looked at once per layer.
+#include <optional>
+
 #include <pybind11/numpy.h>
 
 #include "bindings/binding.h"
@@ -103,6 +105,12 @@ std::span<T> room(const py::object& array, const char* name) {
   return {static_cast<T*>(info.ptr), static_cast<size_t>(info.size)};
 }
 
+void set_thresholds(Engine& engine, const std::optional<py::array_t<float, py::array::c_style>>& thresholds) {
+  std::span<const float> values;
+  if (thresholds) values = {thresholds->data(), static_cast<size_t>(thresholds->size())};
+  check(engine.decoder().set_neuron_thresholds(values, engine.budget()));
+}
+
 void bind(py::module_& module) {
   py::class_<Engine>(module, "Engine", "A loaded model inside its budget.")
       .def(py::init(&open), py::arg("options"), py::arg("progress").none(true) = nullptr,
@@ -110,7 +118,10 @@ void bind(py::module_& module) {
            "threads serve this one too.")
       .def("cancel", &Engine::cancel, py::call_guard<py::gil_scoped_release>())
       .def("resume", &Engine::resume, py::call_guard<py::gil_scoped_release>())
-      .def("stats", &stats);
+      .def("stats", &stats)
+      .def("set_neuron_thresholds", &set_thresholds, py::arg("thresholds").none(true),
+           "[n_layers, intermediate]: neurons with |act(gate)| at or below their threshold count as zero. None ends it. "
+           "Keys and values computed before stay as they are.");
 
   py::class_<Sequence>(module, "Sequence", "One text in the making.")
       .def(py::init([](Engine& engine) { return value(Sequence::create(engine)); }), py::keep_alive<1, 2>())
@@ -122,15 +133,18 @@ void bind(py::module_& module) {
       .def("advance", [](Sequence& self) { check(run([&] { return as_status(self.advance()); })); })
       .def(
           "capture",
-          [](Sequence& self, const py::object& inputs, const py::object& gates, const py::object& open) {
+          [](Sequence& self, const py::object& inputs, const py::object& gates, const py::object& open,
+             const py::object& norms) {
             const FfnCapture into{room<uint16_t>(inputs, "inputs"), room<uint16_t>(gates, "gates"),
-                                  room<uint8_t>(open, "open")};
+                                  room<float>(norms, "norms"), room<uint8_t>(open, "open")};
             return value(run([&] { return self.capture(into); }));
           },
           py::arg("inputs") = py::none(), py::arg("gates") = py::none(), py::arg("open") = py::none(),
+          py::arg("norms") = py::none(),
           "advance(), and what each feed-forward layer saw, into float16 inputs [layers, max_rows, hidden], float16 gates "
           "(before the activation) [layers, max_rows, neurons] and uint8 open (bits of gates above zero, lowest first) "
-          "[layers, max_rows, ceil(neurons / 8)]; returns the rows written.")
+          "[layers, max_rows, ceil(neurons / 8)] and the length of the residual stream, float32 norms [layers, max_rows, 1]; "
+          "returns the rows written.")
       .def("next",
            [](Sequence& self, Sampler& sampler) {
              const SampledToken token = value(run([&] { return self.next(sampler); }));

@@ -51,6 +51,7 @@ DecoderConfig decoder_config_from(const py::dict& dict) {
   config.tied_head = dict["tied_head"].cast<bool>();
   config.attention_scale = dict["attention_scale"].cast<float>();
   config.logit_scale = dict["logit_scale"].cast<float>();
+  if (dict.contains("by_neuron")) config.by_neuron = dict["by_neuron"].cast<bool>();
   return config;
 }
 

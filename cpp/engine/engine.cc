@@ -68,6 +68,7 @@ Result<std::unique_ptr<Engine>> Engine::open(EngineOptions options, Engine* part
   const EngineOptions& settings = engine->options_;
   EDGE_ASSIGN(engine->kernels_, settings.isa.empty() ? default_kernels() : kernels_for(settings.isa));
   EDGE_ASSIGN(engine->directory_, PackDirectory::open(settings.pack_path));
+  engine->options_.decoder.by_neuron = engine->directory_.has_neurons();
   // What every token needs comes first: a refusal for lack of memory must not follow minutes of loading.
   const KvShape shape = kv_shape(settings.decoder, settings.kv);
   EDGE_TRY(check(settings.kv, settings.score_rows, shape, settings.context, settings.max_rows));

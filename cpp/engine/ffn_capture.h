@@ -12,6 +12,7 @@ namespace edge {
 struct FfnCapture {
   std::span<uint16_t> inputs;  // f16 [n_layers][max_rows][hidden_size], infinite beyond its range
   std::span<uint16_t> gates;   // f16 [n_layers][max_rows][intermediate_size], before the activation
+  std::span<float> norms;      // [n_layers][max_rows], length of the residual stream that the layer adds to
   std::span<uint8_t> open;     // [n_layers][max_rows][ceil(intermediate_size / 8)]; bit i % 8 of byte i / 8: gate i > 0
 };
 

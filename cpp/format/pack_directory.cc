@@ -290,6 +290,10 @@ WeightId PackDirectory::find(std::string_view name) const {
   return found == by_name_.end() ? kNoWeight : found->second;
 }
 
+bool PackDirectory::has_neurons() const {
+  return std::any_of(entries_.begin(), entries_.end(), [](const PackEntry& e) { return is_neuron_format(e.format); });
+}
+
 uint64_t PackDirectory::memory_bytes() const {
   // Names are kept twice; a map node is about four words.
   return entries_.capacity() * (sizeof(PackEntry) + kNameBytes + sizeof(std::string) + 4 * sizeof(void*)) +

@@ -55,6 +55,7 @@ class PackDirectory {
 
   const std::vector<PackEntry>& entries() const { return entries_; }
   WeightId find(std::string_view name) const;  // kNoWeight when absent
+  bool has_neurons() const;  // some entries are of a neuron format
   const PackEntry& entry(WeightId id) const { return entries_[static_cast<size_t>(id)]; }
   uint64_t chunk_hash(uint64_t chunk) const { return hashes_[chunk]; }
 

@@ -45,6 +45,11 @@ Result<std::unique_ptr<Decoder>> Decoder::create(const DecoderConfig& config, co
   return decoder;
 }
 
+Status Decoder::set_neuron_thresholds(std::span<const float> thresholds, Budget& budget) {
+  if (sparse_ != nullptr) return sparse_->set_thresholds(thresholds, budget);
+  return error(Code::kBadArgument, "neuron thresholds: expected a pack by neuron, found none of its layers so");
+}
+
 Status Decoder::forward(const Batch& batch, KvCache& kv) {
   const BatchPart part{&kv, static_cast<int64_t>(batch.tokens.size())};
   return forward(batch, {&part, 1});

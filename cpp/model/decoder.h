@@ -10,6 +10,7 @@
 #include "core/thread_pool.h"
 #include "kernels/kernels.h"
 #include "kv/kv_cache.h"
+#include "model/activation.h"
 #include "model/decoder_config.h"
 #include "model/ffn_rows.h"
 #include "model/linear.h"
@@ -75,6 +76,10 @@ class Decoder {
   Status project(const float* states, int64_t n, const Visit& visit);
   WeightId head() const { return weights_.head; }
 
+  // How small an activation may be and still count, in layers that come by neuron (model/sparse_ffn.h). Keys and values
+  // computed before are those of the thresholds before. kBadArgument also for a model without such layers.
+  Status set_neuron_thresholds(std::span<const float> thresholds, Budget& budget);
+
   std::function<bool()> interrupted;
   // Told what every dense layer whose gates are computed saw; empty: nobody asks.
   WatchFfn watch_ffn;
@@ -110,7 +115,7 @@ class Decoder {
   Status norm(WeightId weight, WeightId bias, const float* x, int64_t x_stride, int64_t n_rows, float* out);
   Status rotate_and_store(int64_t layer);
   Status head_product(int64_t n, size_t first, const Visit& visit);  // of scratch_.normed
-  void activate(const float* gate, const float* up, int64_t n_rows, int64_t n, float* out);
+  void activate_rows(const float* gate, const float* up, int64_t n_rows, int64_t n, float* out);
 
   DecoderConfig config_;
   DecoderOptions options_;

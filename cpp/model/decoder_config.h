@@ -36,6 +36,7 @@ struct DecoderConfig {
   int64_t expert_intermediate_size = 0;
   bool norm_topk_prob = false;
   bool tied_head = false;
+  bool by_neuron = false;            // some feed-forward layers are records of neurons: room to work on them
   float attention_scale = 0.0f;
   float logit_scale = 1.0f;
 

@@ -5,19 +5,12 @@
 
 namespace edge {
 
-void Decoder::activate(const float* gate, const float* up, int64_t n_rows, int64_t n, float* out) {
+void Decoder::activate_rows(const float* gate, const float* up, int64_t n_rows, int64_t n, float* out) {
   const int64_t stride = pad16(n);
   pool_.parallel(n_rows, 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
-      const float* g = gate + row * stride;
-      const float* u = up == nullptr ? nullptr : up + row * stride;
-      float* o = out + row * stride;
-      switch (config_.activation) {
-        case Activation::kSilu: kernels_.silu_mul(g, u, n, o); break;
-        case Activation::kRelu: kernels_.relu_mul(g, u, n, o); break;
-        case Activation::kGelu: kernels_.gelu_mul(g, u, n, o); break;
-        case Activation::kGeluTanh: kernels_.gelu_tanh_mul(g, u, n, o); break;
-      }
+      activate(kernels_, config_.activation, gate + row * stride, up == nullptr ? nullptr : up + row * stride, n,
+               out + row * stride);
     }
   });
 }
@@ -32,8 +25,8 @@ Status Decoder::ffn(const LayerWeights& layer, const float* x, int64_t n_rows, f
                             {layer.up, scratch_.up, pad16(inner), layer.up_bias}};
   EDGE_TRY(linear_.run(*acts_, std::span(inputs).subspan(config_.gated ? 0 : 1)));
   const float* gate = config_.gated ? scratch_.gate : scratch_.up;
-  if (watch_ffn && layer.index >= 0) watch_ffn({layer.index, 0, n_rows, x, gate});
-  activate(gate, config_.gated ? scratch_.up : nullptr, n_rows, inner, scratch_.gate);
+  if (watch_ffn && layer.index >= 0) watch_ffn({layer.index, 0, n_rows, x, scratch_.hidden, gate});
+  activate_rows(gate, config_.gated ? scratch_.up : nullptr, n_rows, inner, scratch_.gate);
   acts_->set(scratch_.gate, pad16(inner), n_rows, inner);
   const Product down{layer.down, out, pad16(hidden), layer.down_bias};
   return linear_.run(*acts_, {&down, 1});

@@ -49,7 +49,7 @@ uint64_t carve(Scratch& scratch, std::byte* base, const DecoderConfig& config, i
     scratch.expert_in = carver.floats(max_rows * hidden);
     scratch.expert_out = carver.floats(max_rows * hidden);
   }
-  if (config.activation == Activation::kRelu && config.intermediate_size > 0) {
+  if (config.by_neuron && config.intermediate_size > 0) {
     const int64_t rows = std::min(max_rows, Scratch::kNeuronRows), neurons = config.intermediate_size;
     const int64_t act_bytes = std::max(neuron_act_bytes(WeightFormat::kNeuronF16, config.hidden_size),
                                        neuron_act_bytes(WeightFormat::kNeuronQ8, config.hidden_size));

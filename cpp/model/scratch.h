@@ -26,7 +26,7 @@ struct Scratch {
   float* router = nullptr;       // [n_experts]
   float* expert_in = nullptr;    // [hidden_size], rows gathered for one expert
   float* expert_out = nullptr;   // [hidden_size]
-  // Of feed-forward layers that may come by neuron (relu), [kNeuronRows][...] or one entry per neuron:
+  // Of feed-forward layers that come by neuron, [kNeuronRows][...] or one entry per neuron:
   std::byte* neuron_acts = nullptr;  // activations in the order of neuron rows, at most 4 bytes a value
   float* neuron_out = nullptr;       // [hidden_size padded to 32]
   uint64_t* neuron_rows = nullptr;   // [ffn_dim], which rows use a neuron

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -51,6 +52,25 @@ Status SparseFfn::check(const LayerWeights& layer) const {
                directory_.entry(layer.neuron_records).name.c_str());
 }
 
+Status SparseFfn::set_thresholds(std::span<const float> thresholds, Budget& budget) {
+  thresholds_ = {};
+  if (thresholds.empty()) return {};
+  const int64_t expected = config_.n_layers * config_.intermediate_size;
+  if (static_cast<int64_t>(thresholds.size()) != expected) {
+    return error(Code::kBadArgument, "neuron thresholds: expected %lld, found %zu", static_cast<long long>(expected),
+                 thresholds.size());
+  }
+  const auto bad = std::find_if(thresholds.begin(), thresholds.end(),
+                                [](float t) { return !std::isfinite(t) || t < 0.0f; });
+  if (bad != thresholds.end()) {
+    return error(Code::kBadArgument, "neuron thresholds: expected finite numbers of 0 or more, found %g",
+                 static_cast<double>(*bad));
+  }
+  EDGE_ASSIGN(thresholds_, budget.reserve(thresholds.size_bytes(), "neuron thresholds"));
+  std::memcpy(thresholds_.data(), thresholds.data(), thresholds.size_bytes());
+  return {};
+}
+
 Status SparseFfn::run(const LayerWeights& layer, const float* x, int64_t n_rows, float* out, const WatchFfn& watch) {
   const int64_t stride = pad16(config_.hidden_size);
   for (int64_t row = 0; row < n_rows; row += Scratch::kNeuronRows) {
@@ -72,7 +92,12 @@ Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t first
     turn.exact = false;
     EDGE_TRY(predict(turn));
   }
-  if (watch && turn.exact) watch({layer.index, first_row, n_rows, x, scratch_.gate});
+  if (turn.exact) {
+    if (watch) {
+      watch({layer.index, first_row, n_rows, x, scratch_.hidden + first_row * pad16(hidden), scratch_.gate});
+    }
+    activate_gates(turn);
+  }
   collect(turn);
   EDGE_TRY(window_.want(layer.neuron_records, {scratch_.neurons, turn.n_wanted},
                         {scratch_.neuron_rows, turn.n_wanted}, scratch_.records));
@@ -113,6 +138,7 @@ Result<SparseFfn::Turn> SparseFfn::begin(const LayerWeights& layer, const float*
   EDGE_ASSIGN(turn.up_bias, linear_.vector(layer.up_bias));
   // Without a gate the up rows decide.
   EDGE_ASSIGN(turn.gate_bias, linear_.vector(config_.gated ? layer.gate_bias : layer.up_bias));
+  if (thresholds_.data() != nullptr) turn.threshold = thresholds_.as<float>() + layer.index * config_.intermediate_size;
   const int64_t stride = pad16(config_.hidden_size);
   pool_.parallel(n_rows, 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
@@ -152,6 +178,19 @@ void SparseFfn::gates(const Turn& turn, const std::byte* first, uint64_t stride_
   }
 }
 
+void SparseFfn::activate_gates(const Turn& turn) {
+  // Pieces of rows, in whole registers: which elements go together changes no bit.
+  constexpr int64_t kPiece = 4096;
+  const int64_t n = config_.intermediate_size, per_row = (n + kPiece - 1) / kPiece;
+  pool_.parallel(turn.n_rows * per_row, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % per_row * kPiece;
+      float* gate = scratch_.gate + i / per_row * turn.gate_stride + first;
+      activate(kernels_, config_.activation, gate, nullptr, std::min(kPiece, n - first), gate);
+    }
+  });
+}
+
 Status SparseFfn::predict(const Turn& turn) {
   const LayerWeights& layer = *turn.layer;
   const int64_t rank = directory_.entry(layer.predictor_down).rows;
@@ -166,13 +205,23 @@ Status SparseFfn::predict(const Turn& turn) {
 void SparseFfn::collect(Turn& turn) {
   const int64_t n_neurons = config_.intermediate_size;
   uint64_t* used = scratch_.neuron_rows;
-  for (int64_t row = 0; row < turn.n_rows; ++row) {
-    const float* gate = scratch_.gate + row * turn.gate_stride;
-    if (row == 0) {
-      for (int64_t i = 0; i < n_neurons; ++i) used[i] = gate[i] > 0.0f;
-    } else {
-      for (int64_t i = 0; i < n_neurons; ++i) used[i] |= static_cast<uint64_t>(gate[i] > 0.0f) << row;
+  const auto mark = [&](auto is_active) {
+    for (int64_t row = 0; row < turn.n_rows; ++row) {
+      const float* gate = scratch_.gate + row * turn.gate_stride;
+      if (row == 0) {
+        for (int64_t i = 0; i < n_neurons; ++i) used[i] = is_active(gate[i], i);
+      } else {
+        for (int64_t i = 0; i < n_neurons; ++i) used[i] |= static_cast<uint64_t>(is_active(gate[i], i)) << row;
+      }
     }
+  };
+  if (!turn.exact) {
+    mark([](float gate, int64_t) { return gate > 0.0f; });
+  } else if (turn.threshold == nullptr) {
+    mark([](float gate, int64_t) { return gate != 0.0f; });
+  } else {
+    // What is not a number is active: it has to reach the sum.
+    mark([threshold = turn.threshold](float gate, int64_t i) { return !(std::fabs(gate) <= threshold[i]); });
   }
   size_t n = 0;
   for (int64_t i = 0; i < n_neurons; ++i) {
@@ -205,10 +254,14 @@ void SparseFfn::multiply(const Turn& turn, std::span<const int32_t> wanted, int6
     for (int64_t i = 0; i < n; ++i) {
       const int32_t index = wanted[static_cast<size_t>(i)], neuron = scratch_.neurons[index];
       const auto at = static_cast<size_t>(r * kDotNeurons + i);
-      float g = value[index], u = 1.0f;  // exact gates have their bias
-      if (!turn.exact) g = turn.gate_bias == nullptr ? gate[at] : gate[at] + turn.gate_bias[neuron];
+      float g = value[index], u = 1.0f;  // of an exact gate, its activation
+      if (!turn.exact) {
+        g = turn.gate_bias == nullptr ? gate[at] : gate[at] + turn.gate_bias[neuron];
+        // A predictor knows relu alone, and may hold likely what is not active.
+        if (!(g > (turn.threshold == nullptr ? 0.0f : turn.threshold[neuron]))) g = 0.0f;
+      }
       if (config_.gated) u = turn.up_bias == nullptr ? up[at] : up[at] + turn.up_bias[neuron];
-      value[index] = g > 0.0f ? g * u : 0.0f;
+      value[index] = g == 0.0f ? 0.0f : g * u;
     }
   }
 }

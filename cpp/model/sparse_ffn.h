@@ -1,12 +1,17 @@
-// A feed-forward layer by neuron ("LLM in a flash", arXiv 2312.11514, section 3): find the neurons that relu leaves
-// active, fetch their records alone, and add their down columns in neuron order. A neuron left out would have added
-// nothing, so the bits are those of the whole layer, wherever the records live.
+// A feed-forward layer by neuron ("LLM in a flash", arXiv 2312.11514, section 3): find the neurons that are active, fetch
+// their records alone, and add their down columns in neuron order. A neuron is active unless act(gate) is zero: what is
+// left out would have added nothing, so the bits are those of the whole layer, wherever the records live.
+//
+// Where thresholds are set, a neuron is active when |act(gate)| is above its own: a loss, which makes other functions than
+// relu sparse (CATS, arXiv 2404.08763; one for a layer there, one for each neuron here).
 #pragma once
 
 #include <span>
 
+#include "core/budget.h"
 #include "core/thread_pool.h"
 #include "kernels/kernels.h"
+#include "model/activation.h"
 #include "model/decoder_config.h"
 #include "model/ffn_rows.h"
 #include "model/linear.h"
@@ -27,7 +32,12 @@ class SparseFfn {
   // kBadArgument when the plan left the layer neither its gate rows nor a predictor.
   Status check(const LayerWeights& layer) const;
 
-  // out[n_rows][pad16(hidden)] = down(relu(gate(x)) * up(x)), or down(relu(up(x))); x is [n_rows][pad16(hidden)].
+  // [n_layers][intermediate_size], of layers that do not come by neuron anything; empty: none, which is zero for all.
+  // Replaces those before, which go even when memory for the new ones is lacking. kBadArgument: one is below zero or not
+  // finite, or their number is another; kOverBudget.
+  Status set_thresholds(std::span<const float> thresholds, Budget& budget);
+
+  // out[n_rows][pad16(hidden)] = down(act(gate(x)) * up(x)), or down(act(up(x))); x is [n_rows][pad16(hidden)].
   // `watch`, where not empty, is told the gates, unless a predictor decides.
   Status run(const LayerWeights& layer, const float* x, int64_t n_rows, float* out, const WatchFfn& watch);
 
@@ -45,6 +55,7 @@ class SparseFfn {
     bool exact;            // gates are known for all neurons; else a predictor says which records to read
     const float* gate_bias;  // null: none
     const float* up_bias;
+    const float* threshold;  // null: zero
     int64_t act_stride;
     int64_t gate_stride;   // floats between rows of scratch.gate
     size_t n_wanted;
@@ -53,12 +64,15 @@ class SparseFfn {
   Status block(const LayerWeights& layer, const float* x, int64_t first_row, int64_t n_rows, float* out,
                const WatchFfn& watch);
   Result<Turn> begin(const LayerWeights& layer, const float* x, int64_t n_rows);
-  // scratch.gate[row][neuron] of every neuron: above zero where it is active, or held likely to be.
+  // scratch.gate[row][neuron] of every neuron.
   void gates(const Turn& turn, const std::byte* first, uint64_t stride_bytes);
+  // scratch.gate = act(scratch.gate).
+  void activate_gates(const Turn& turn);
+  // scratch.gate[row][neuron] of every neuron: above zero where it is held likely to be active.
   Status predict(const Turn& turn);
   // The neurons that any row uses, their gates moved together.
   void collect(Turn& turn);
-  // scratch.gate[row][i] = relu(gate) * up of the wanted neurons [begin, end) whose records are here and not yet used;
+  // scratch.gate[row][i] = act(gate) * up of the wanted neurons [begin, end) whose records are here and not yet used;
   // of rows that do not use a neuron nothing is said.
   void values(const Turn& turn, size_t begin, size_t end);
   // The same for a few of them that all of rows [row, row + n_rows) use.
@@ -74,6 +88,7 @@ class SparseFfn {
   Linear& linear_;
   ActRows& acts_;
   const Scratch& scratch_;
+  Block thresholds_;
 };
 
 }  // namespace edge

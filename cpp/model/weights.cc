@@ -63,13 +63,13 @@ class Resolver {
 
 void resolve_neurons(Resolver& find, const DecoderConfig& config, const std::string& prefix, LayerWeights* layer) {
   const int64_t hidden = config.hidden_size, inner = config.intermediate_size;
-  if (config.activation != Activation::kRelu && find.status.ok()) {
-    find.status = error(Code::kBadFile, "pack: %sneurons.records: expected relu, which leaves neurons at zero, found "
-                        "another activation", prefix.c_str());
-  }
   layer->neuron_records = find.neurons(prefix + "neurons.records", inner, hidden, config.gated ? 3 : 2);
   layer->neuron_gates = find.neurons(prefix + "neurons.gates", inner, hidden, 1);
   if (!find.has(prefix + "predictor.up.weight")) return;
+  if (config.activation != Activation::kRelu && find.status.ok()) {
+    find.status = error(Code::kBadFile, "pack: %spredictor.up.weight: expected relu, which leaves neurons at zero, found "
+                        "another activation", prefix.c_str());
+  }
   const int64_t rank = find.rows_of(prefix + "predictor.down.weight");
   if (rank > inner && find.status.ok()) {
     find.status = error(Code::kBadFile, "pack: %spredictor.down.weight: expected a rank of at most %lld, found %lld",

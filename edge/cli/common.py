@@ -15,7 +15,7 @@ from flashload.plan_kv import KV
 if TYPE_CHECKING:
     from edge.engine import Engine
 
-_LOAD = ("memory", "context", "threads", "device", "weights", "io", "kv")
+_LOAD = ("memory", "context", "threads", "device", "weights", "io", "kv", "sparsity")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -49,6 +49,13 @@ def load_options(function: _F) -> _F:
             ),
             click.option("--io", default="auto", show_default=True, help="auto, io_uring or pread."),
             kv_option,
+            click.option(
+                "--sparsity",
+                default="off",
+                show_default=True,
+                type=click.Choice(["off", "on"]),
+                help="Leave out the neurons that count little, as edge sparsify found them.",
+            ),
         ]
     ):
         function = option(function)

@@ -19,7 +19,7 @@ from flashload.machine import format_bytes
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "on", "off"]),
-    help="Pack a ReLU model's feed-forward layers as one record per neuron; auto: when predictors lie beside it.",
+    help="Pack feed-forward layers as one record per neuron; auto: when predictors lie beside the model.",
 )
 @click.option(
     "--neuron-order",

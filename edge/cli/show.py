@@ -56,6 +56,12 @@ def command(model: str, list_weights: bool, show_template: bool, as_json: bool) 
         if extra in pack.metadata:
             said = ", ".join(f"{key} {value}" for key, value in pack.metadata[extra].items())
             click.echo(f"  {extra}: {said}")
+    if "sparsity" in pack.metadata:
+        found = pack.metadata["sparsity"]
+        click.echo(
+            f"  sparsity on: {found['skipped']:.0%} of the neurons left out, perplexity "
+            f"{found['dense_perplexity']:.3f} -> {found['perplexity']:.3f}"
+        )
     for conversion in pack.metadata.get("conversions", []):
         click.echo(f"  {conversion_line(conversion)}")
     if list_weights:
