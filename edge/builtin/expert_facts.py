@@ -5,20 +5,16 @@ python -m edge.builtin.expert_facts --family DIR --corpora DIR [--json FILE]
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from edge.builtin.activations import Trained, held_out_ids, load_trained
-from edge.builtin.data import load_held_out
-from edge.builtin.state import write_atomic
-from flashload.errors import ArgumentError, EdgeError
+from edge.builtin.activations import Trained, held_out_ids
+from edge.builtin.facts_command import run
+from flashload.errors import ArgumentError
 from flashload.expert_policy import POLICIES, Trace, simulate
 
 CACHED_SHARES = (0.125, 0.25, 0.5, 0.75)  # of all experts of all layers
@@ -100,24 +96,7 @@ def show(figures: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the facts; --json also writes them."""
-    parser = argparse.ArgumentParser(prog="python -m edge.builtin.expert_facts", description=main.__doc__)
-    parser.add_argument("--family", type=Path, required=True, help="folder of all runs")
-    parser.add_argument("--corpora", type=Path, required=True, help="folder of the corpora")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        figures = facts(load_trained(args.family / "moe" / "hf"), load_held_out(args.corpora))
-    except EdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(show(figures))
-    if args.json:
-        write_atomic(args.json, (json.dumps(figures, indent=1) + "\n").encode())
-    return 0
+    return run(argv, prog="edge.builtin.expert_facts", model="moe", facts=facts, show=show)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ The figures are those of LLM in a flash (arXiv 2312.11514): sparsity per layer, 
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edge.builtin.activations import Trained, ffn_inputs, held_out_ids, load_trained
-from edge.builtin.data import load_held_out
-from edge.builtin.state import write_atomic
-from flashload.errors import ArgumentError, EdgeError
+from edge.builtin.activations import Trained, ffn_inputs, held_out_ids
+from edge.builtin.facts_command import run
+from flashload.errors import ArgumentError
 
 WINDOWS = tuple(range(1, 11))  # tokens
 HOT_SHARE = 0.8  # of all activations, carried by the hot neurons
@@ -127,27 +124,7 @@ def show(figures: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the facts; --json and --figure also write them."""
-    parser = argparse.ArgumentParser(prog="python -m edge.builtin.neuron_facts", description=main.__doc__)
-    parser.add_argument("--family", type=Path, required=True, help="folder of all runs")
-    parser.add_argument("--corpora", type=Path, required=True, help="folder of the corpora")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
-    parser.add_argument("--figure", type=Path, help="file for the curves over windows")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        figures = facts(load_trained(args.family / "story" / "hf"), load_held_out(args.corpora))
-    except EdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(show(figures))
-    if args.json:
-        write_atomic(args.json, (json.dumps(figures, indent=1) + "\n").encode())
-    if args.figure:
-        draw(figures, args.figure)
-    return 0
+    return run(argv, prog="edge.builtin.neuron_facts", model="story", facts=facts, show=show, draw=draw)
 
 
 if __name__ == "__main__":
