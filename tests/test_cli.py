@@ -170,7 +170,7 @@ def test_ctrl_c_stops_cleanly(gguf_file: Path) -> None:
     child.stdout.read(40)
     time.sleep(0.2)
     child.send_signal(signal.SIGINT)
-    _, stderr = child.communicate(timeout=30)
+    _, stderr = child.communicate(timeout=100)
     assert child.returncode == 130
     assert "Traceback" not in stderr and "stopped" in stderr
 

@@ -367,17 +367,22 @@ _CHILD = """
     import sys, time
     sys.path[:0] = {paths!r}
     from flashload.pack import pack
+    n_steps = 0
     def progress(done, total):
+        global n_steps
+        n_steps += 1
         print(done, flush=True)
-        time.sleep(0.002)
+        time.sleep(600 if n_steps == int(sys.argv[3]) else 0.002)
     pack(sys.argv[1], sys.argv[2], progress=progress)
 """
 
 
-def child(source: Path, destination: Path) -> subprocess.Popen[str]:
+def child(source: Path, destination: Path, stop_after_steps: int = 0) -> subprocess.Popen[str]:
     code = textwrap.dedent(_CHILD).format(paths=[str(ROOT), *sys.path])
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(source), str(destination)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(source), str(destination), str(stop_after_steps)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -390,7 +395,7 @@ def test_a_killed_packer_leaves_no_half_pack(steps: int, old: bool, tmp_path: Pa
     if old:
         pack(source, out / "m.edge", "q8")
     before = (out / "m.edge").read_bytes() if old else None
-    with child(source, out / "m.edge") as process:
+    with child(source, out / "m.edge", steps) as process:
         assert process.stdout is not None
         for _ in range(steps):
             assert process.stdout.readline()
@@ -408,7 +413,7 @@ def test_an_interrupted_packer_removes_its_temporary(steps: int, tmp_path: Path)
     source = tiny_hf(tmp_path / "hf")
     out = tmp_path / "out"
     out.mkdir()
-    with child(source, out / "m.edge") as process:
+    with child(source, out / "m.edge", steps) as process:
         assert process.stdout is not None
         for _ in range(steps):
             assert process.stdout.readline()

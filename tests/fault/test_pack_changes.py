@@ -98,7 +98,7 @@ class Child:
         return self.read()
 
     def finish(self) -> None:
-        _, _ = self.process.communicate(timeout=30)
+        _, _ = self.process.communicate(timeout=100)
         assert self.process.returncode == 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -20,22 +19,30 @@ from flashload.format import PackFile
 from tests.tiny import tiny_llama_gguf
 
 PROGRAM = [sys.executable, "-c", "from edge.cli import main; main()"]
-#: As PROGRAM, with every piece of payload written slowly, so that a signal finds it packing.
-SLOW_PROGRAM = [
-    sys.executable,
-    "-c",
-    """
+
+
+def slow_program(stop_after: int = 0) -> list[str]:
+    """As PROGRAM, with every piece of payload written slowly; it stops for good, and says so, after that many."""
+    code = f"""
 import sys, time
 from flashload.pack_writer import PackWriter
 write = PackWriter._write
+n_written = 0
 def slow(self, data):
+    global n_written
     write(self, data)
+    n_written += 1
+    if n_written == {stop_after}:
+        print("stopped", flush=True)
+        time.sleep(600)
     time.sleep(0.02)
 PackWriter._write = slow
 from edge.cli import main
 main()
-""",
-]
+"""
+    return [sys.executable, "-c", code]
+
+
 ARGUMENTS = ("the cat", "-n", "4", "--temperature", "0", "--ignore-eos", "--context", "64", "--json")
 
 
@@ -62,7 +69,7 @@ def start(source: Path, cache: Path, program: list[str] = PROGRAM, **more: Any) 
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=100)
     return process.returncode, json.loads(out.splitlines()[-1]) if out else {}, err
 
 
@@ -82,10 +89,13 @@ def names(folder: Path, suffix: str) -> list[str]:
     return sorted(name for name in os.listdir(folder) if name.endswith(suffix)) if folder.exists() else []
 
 
-def wait_for_temporary(folder: Path, process: subprocess.Popen[str]) -> None:
-    while not names(folder, ".tmp"):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+def start_and_stop(source: Path, cache: Path, n_written: int) -> subprocess.Popen[str]:
+    """A process that packs, and stopped after so many pieces."""
+    process = start(source, cache, slow_program(n_written))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stopped\n"
+    assert len(names(cache, ".tmp")) == 1
+    return process
 
 
 def check_recovery(source: Path, cache: Path, expected: list[int]) -> None:
@@ -98,34 +108,29 @@ def check_recovery(source: Path, cache: Path, expected: list[int]) -> None:
         file.verify()
 
 
-def kill_while_packing(source: Path, cache: Path, after_seconds: float) -> None:
-    process = start(source, cache, SLOW_PROGRAM)
-    wait_for_temporary(cache, process)
-    time.sleep(after_seconds)
+def check_kill(source: Path, cache: Path, expected: list[int], n_written: int) -> None:
+    process = start_and_stop(source, cache, n_written)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=100)
+    assert len(names(cache, ".tmp")) == 1
+    check_recovery(source, cache, expected)
 
 
 def test_killed_while_packing(source: Path, expected: list[int], tmp_path: Path) -> None:
-    kill_while_packing(source, tmp_path, 0.3)
-    assert len(names(tmp_path, ".tmp")) == 1
-    check_recovery(source, tmp_path, expected)
+    check_kill(source, tmp_path, expected, 15)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
-def test_killed_at_any_moment(seed: int, source: Path, expected: list[int], tmp_path: Path) -> None:
-    kill_while_packing(source, tmp_path, random.Random(seed).uniform(0.0, 0.9))
-    check_recovery(source, tmp_path, expected)
+@pytest.mark.parametrize("n_written", [1, 2, 3, 7, 20, 40])
+def test_killed_at_any_moment(n_written: int, source: Path, expected: list[int], tmp_path: Path) -> None:
+    check_kill(source, tmp_path, expected, n_written)
 
 
 def test_ctrl_c_while_packing(source: Path, expected: list[int], tmp_path: Path) -> None:
-    process = start(source, tmp_path, SLOW_PROGRAM)
-    wait_for_temporary(tmp_path, process)
-    time.sleep(0.1)
+    process = start_and_stop(source, tmp_path, 5)
     process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
-    assert code == 130 and err.strip() == "stopped"
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130 and err.strip() == "stopped"
     assert names(tmp_path, ".tmp") == []
     check_recovery(source, tmp_path, expected)
 
@@ -188,8 +193,7 @@ def test_a_cached_pack_is_used_though_the_cache_became_read_only(
 
 
 def test_two_at_once_pack_once(source: Path, expected: list[int], tmp_path: Path) -> None:
-    both = [start(source, tmp_path, SLOW_PROGRAM) for _ in range(2)]
-    wait_for_temporary(tmp_path, both[0])
+    both = [start(source, tmp_path, slow_program()) for _ in range(2)]
     seen = set()
     while any(process.poll() is None for process in both):
         seen |= set(names(tmp_path, ".tmp"))
@@ -202,12 +206,11 @@ def test_two_at_once_pack_once(source: Path, expected: list[int], tmp_path: Path
 
 
 def test_the_second_packs_when_the_first_is_killed(source: Path, expected: list[int], tmp_path: Path) -> None:
-    first = start(source, tmp_path, SLOW_PROGRAM)
-    wait_for_temporary(tmp_path, first)
+    first = start_and_stop(source, tmp_path, 3)
     second = start(source, tmp_path)
     time.sleep(0.5)
     first.kill()
-    first.communicate(timeout=60)
+    first.communicate(timeout=100)
     code, result, err = finish(second)
     assert code == 0, err
     assert result["tokens"] == expected
