@@ -25,9 +25,12 @@ _PAGE_BYTES = 4096
 _MARGIN_BYTES = 8 << 20
 #: The kernel charges a page table of 4 KiB for every 2 MiB.
 _PAGE_TABLE_SHARE = 512
-#: Layer weights the ring holds at least: two leased together (gate and up), and a gap where the next does not fit
-#: before the end; and how many let the drive run ahead.
+#: Parts of layer weights (cpp/store/stream_part.cc) the ring holds at least: two leased together (gate and up, where
+#: they come whole), and a gap where the next does not fit before the end; and how many let the drive run ahead.
 _RING_LEAST, _RING_AHEAD = 3, 4
+#: What the drive brings while the head and a few held weights are computed with: 8 ms of a fast one.
+_RING_BYTES = 32 << 20
+_PART_BYTES = 2 << 20
 _SLACK_BYTES = 256 << 10
 _MAX_ROWS = (128, 64, 32, 16, 8)
 #: One that is computed with, one that arrives.
@@ -192,7 +195,12 @@ class Directory:
         self.experts_per_token = n_layers * int(decoder["experts_per_token"]) if n_layers else 0
         known = {w.id for w in self.fixed + self.experts + self.tables + self.head}
         self.layers = [w for w in matrices if w.id not in known]
-        self.largest_bytes = max((w.stored_bytes for w in self.layers), default=0)
+        self.largest_bytes = max((_part_bytes(w) for w in self.layers), default=0)
+        #: A ring that lets the drive run ahead.
+        self.ring_bytes = max(
+            _RING_AHEAD * self.largest_bytes,
+            min(_RING_BYTES, _RING_AHEAD * max((w.stored_bytes for w in self.layers), default=0)),
+        )
 
     def with_thresholds(self) -> Directory:
         """The same, for a core that is given thresholds of all neurons."""
@@ -223,6 +231,16 @@ class Directory:
 
 def _bytes(weights: Sequence[Weight]) -> int:
     return sum(w.stored_bytes for w in weights)
+
+
+def _part_bytes(weight: Weight) -> int:
+    """Ring that a weight of a layer needs at once: all of it, or its largest part."""
+    if weight.stored_bytes <= _PART_BYTES:
+        return weight.stored_bytes
+    tile_bytes = -(-16 * weight.stored_bytes // max(weight.rows, 16))
+    most = max(_PART_BYTES, 2 * tile_bytes)
+    part_bytes = min(weight.stored_bytes, -(-most // weight.chunk_bytes) * weight.chunk_bytes)
+    return part_bytes + _round_up(tile_bytes)
 
 
 def _row_bytes(tables: Sequence[Weight]) -> int:
@@ -466,7 +484,7 @@ def _stream(model: Directory, room_bytes: int) -> _Placed | None:
         return _Placed("experts", held + always, [], 0, demand_bytes, expert_slots=slots)
     # The head stays if it can: a prompt chunk that needs no logits would stream it for nothing.
     for streamable, ring_bytes, row_bytes in (
-        (model.layers, _RING_AHEAD * model.largest_bytes, 0),
+        (model.layers, model.ring_bytes, 0),
         (model.layers, _RING_LEAST * model.largest_bytes, 0),
         (model.layers + model.head, model.ring_with_head_bytes, _row_bytes(model.tied)),
     ):

@@ -440,7 +440,13 @@ def test_large_weights(placement: int, depth: int, large: tuple[str, Pack]) -> N
     path, pack = large
     n = len(pack.entries)
     store = _edge.WeightStoreTest(
-        path, [placement] * n, list(range(n)) if placement == STREAM else [], 5 << 20, 5 << 20, depth=depth
+        path,
+        [placement] * n,
+        list(range(n)) if placement == STREAM else [],
+        5 << 20,
+        5 << 20,
+        depth=depth,
+        part_bytes=5 << 20,
     )
     for _ in range(3):
         for weight, entry in enumerate(pack.entries):

@@ -112,6 +112,16 @@ class StoreTest {
     return std::make_unique<Lease>(value(without_gil([&] { return store_->acquire(weight, rows); })));
   }
 
+  // (end tile, the tiles' bytes); 16 rows a tile.
+  py::tuple acquire_tiles(WeightId weight, int64_t first) {
+    const TileLease tiles = value(without_gil([&] { return store_->acquire_tiles(weight, first); }));
+    const PackEntry& entry = tiles.lease.entry();
+    const int64_t end = std::min(tiles.end_tile, tile_count(entry.rows));
+    const auto bytes = static_cast<int64_t>(row_tile_bytes(entry));
+    const char* data = reinterpret_cast<const char*>(tiles.lease.data() + first * bytes);
+    return py::make_tuple(end, py::bytes(data, static_cast<size_t>((end - first) * bytes)));
+  }
+
   py::bytes acquire(WeightId weight, const std::vector<int32_t>& rows) {
     return bytes(*hold(weight, rows), rows.size());
   }
@@ -161,8 +171,9 @@ class StoreTest {
 };
 
 StoreOptions store_options(const std::string& engine, bool direct, int depth, const std::string& fault,
-                           LoadProgress* progress) {
+                           LoadProgress* progress, uint64_t part_bytes) {
   StoreOptions options;
+  options.stream_part_bytes = part_bytes;
   options.io_engine = engine;
   options.io_direct = direct;
   options.io_depth = depth;
@@ -228,14 +239,16 @@ void bind(py::module_& module) {
       .def(py::init([](const std::string& path, const std::vector<int>& placements,
                        const std::vector<WeightId>& stream_order, uint64_t ring_bytes, uint64_t demand_bytes,
                        uint64_t budget, const std::string& engine, bool direct, int depth, const std::string& fault,
-                       LoadProgress* progress) {
+                       LoadProgress* progress, uint64_t part_bytes) {
              return std::make_unique<StoreTest>(path, placements, stream_order, ring_bytes, demand_bytes, budget,
-                                                store_options(engine, direct, depth, fault, progress));
+                                                store_options(engine, direct, depth, fault, progress, part_bytes));
            }),
            py::arg("path"), py::arg("placements"), py::arg("stream_order") = std::vector<WeightId>(),
            py::arg("ring_bytes") = 0, py::arg("demand_bytes") = 0, py::arg("budget") = uint64_t{1} << 30,
            py::arg("engine") = "auto", py::arg("direct") = true, py::arg("depth") = 32, py::arg("fault") = "",
-           py::arg("progress") = nullptr)
+           py::arg("progress") = nullptr, py::arg("part_bytes") = kStreamPartBytes)
+      .def("acquire_tiles", &StoreTest::acquire_tiles, py::arg("weight"), py::arg("first"),
+           "(tile after the last, bytes) of what comes together from tile `first` on; the lease is dropped at once.")
       .def("acquire", &StoreTest::acquire, py::arg("weight"), py::arg("rows") = std::vector<int32_t>(),
            "Bytes of the weight, or of one tile per row; the lease is dropped at once.")
       .def("hold", &StoreTest::hold, py::arg("weight"), py::arg("rows") = std::vector<int32_t>(),

@@ -54,41 +54,61 @@ Result<const float*> Linear::vector(WeightId weight) {
   return reinterpret_cast<const float*>(lease.data());
 }
 
+void Linear::run_pieces(std::span<const Piece> pieces, const std::byte* acts, int64_t stride_bytes, int64_t n_rows) {
+  int64_t n_tiles = 0;
+  for (const Piece& piece : pieces) n_tiles += piece.end - piece.first;
+  const PackEntry& first = *pieces[0].entry;
+  const int64_t work_bytes = tile_stride_bytes(first.format, first.cols) * n_tiles * n_rows;
+  const int64_t n_shares = std::clamp<int64_t>(work_bytes / kPieceBytes, 1, pool_.size() * kPiecesPerThread);
+  const int64_t grain = (n_tiles + n_shares - 1) / n_shares;
+  pool_.parallel(n_tiles, grain, [&](int64_t begin, int64_t end, int) {
+    int64_t before = 0;
+    for (const Piece& piece : pieces) {
+      const int64_t low = std::max(begin - before, int64_t{0}) + piece.first;
+      const int64_t high = std::min(end - before + piece.first, piece.end);
+      before += piece.end - piece.first;
+      if (low >= high) continue;
+      const PackEntry& entry = *piece.entry;
+      kernels_.gemv[static_cast<uint32_t>(entry.format)](piece.lease.data(), entry.cols, acts, stride_bytes, n_rows,
+                                                          piece.product->y, piece.product->y_stride, low, high);
+    }
+  });
+}
+
 Status Linear::run(ActRows& x, std::span<const Product> products) {
-  std::array<Lease, kMaxProducts> leases;
-  std::array<int64_t, kMaxProducts + 1> first_tile{};
   if (products.size() > kMaxProducts) return error(Code::kBadArgument, "linear: at most %zu products", kMaxProducts);
   bool one_kind = true;
   const ActKind kind = act_kind(directory_.entry(products[0].weight).format);
-  for (size_t i = 0; i < products.size(); ++i) {
-    const PackEntry& entry = directory_.entry(products[i].weight);
-    one_kind = one_kind && act_kind(entry.format) == kind;
-    first_tile[i + 1] = first_tile[i] + tile_count(entry.rows);
+  for (const Product& product : products) {
+    one_kind = one_kind && act_kind(directory_.entry(product.weight).format) == kind;
   }
   // Weights of different activation kinds take turns: the buffer holds one quantised copy at a time.
   if (!one_kind) {
     for (const Product& product : products) EDGE_TRY(run(x, {&product, 1}));
     return {};
   }
-  for (size_t i = 0; i < products.size(); ++i) {
-    EDGE_ASSIGN(leases[i], store_.acquire(products[i].weight, {}));
-  }
   int64_t stride_bytes = 0;
   const std::byte* acts = x.rows(kind, &stride_bytes);
-  const int64_t n_tiles = first_tile[products.size()];
-  const int64_t work_bytes = tile_stride_bytes(directory_.entry(products[0].weight).format, x.k()) * n_tiles * x.n_rows();
-  const int64_t n_pieces = std::clamp<int64_t>(work_bytes / kPieceBytes, 1, pool_.size() * kPiecesPerThread);
-  const int64_t grain = (n_tiles + n_pieces - 1) / n_pieces;
-  pool_.parallel(n_tiles, grain, [&](int64_t begin, int64_t end, int) {
-    for (size_t i = 0; i < products.size(); ++i) {
-      const int64_t low = std::max(begin, first_tile[i]), high = std::min(end, first_tile[i + 1]);
-      if (low >= high) continue;
-      const PackEntry& entry = directory_.entry(products[i].weight);
-      kernels_.gemv[static_cast<uint32_t>(entry.format)](leases[i].data(), entry.cols, acts, stride_bytes, x.n_rows(),
-                                                          products[i].y, products[i].y_stride, low - first_tile[i],
-                                                          high - first_tile[i]);
+  const auto multiply = [&](std::span<const Piece> pieces) {
+    run_pieces(pieces, acts, stride_bytes, x.n_rows());
+  };
+  // Weights that come whole are multiplied together; one that comes in parts, part by part.
+  std::array<Piece, kMaxProducts> pieces;
+  for (size_t i = 0, n = 0; i < products.size(); ++i) {
+    const PackEntry& entry = directory_.entry(products[i].weight);
+    const int64_t n_tiles = tile_count(entry.rows);
+    for (int64_t first = 0; first < n_tiles;) {
+      EDGE_ASSIGN(TileLease tiles, store_.acquire_tiles(products[i].weight, first));
+      const int64_t end = std::min(tiles.end_tile, n_tiles);
+      pieces[n++] = {&products[i], &entry, std::move(tiles.lease), first, end};
+      const bool in_parts = first > 0 || end < n_tiles;
+      if (in_parts || i + 1 == products.size()) {
+        multiply({pieces.data(), n});
+        for (; n > 0; --n) pieces[n - 1].lease.reset();
+      }
+      first = end;
     }
-  });
+  }
   for (const Product& product : products) {
     EDGE_ASSIGN(const float* bias, vector(product.bias));
     if (bias == nullptr) continue;

@@ -49,12 +49,22 @@ class Linear {
   Linear(WeightStore& store, const PackDirectory& directory, const Kernels& kernels, ThreadPool& pool)
       : store_(store), directory_(directory), kernels_(kernels), pool_(pool) {}
 
-  // y = W x (+ bias) for every product; all read the same rows, and all weights are leased together.
+  // y = W x (+ bias) for every product; all read the same rows, and weights that come whole are leased together.
   Status run(ActRows& x, std::span<const Product> products);
   // A vector weight in f32, or null for kNoWeight. Vectors are always resident, so the pointer outlives the lease.
   Result<const float*> vector(WeightId weight);
 
  private:
+  // Tiles of one product's weight that are here.
+  struct Piece {
+    const Product* product = nullptr;
+    const PackEntry* entry = nullptr;
+    Lease lease;
+    int64_t first = 0, end = 0;
+  };
+  // One pass of the threads over all pieces.
+  void run_pieces(std::span<const Piece> pieces, const std::byte* acts, int64_t stride_bytes, int64_t n_rows);
+
   WeightStore& store_;
   const PackDirectory& directory_;
   const Kernels& kernels_;

@@ -2,37 +2,49 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 
 namespace edge {
 namespace {
 unsigned long long ull(uint64_t value) { return value; }
 }  // namespace
 
-Result<Block> LayerStream::reserve_ring(const PackDirectory& directory, const StorePlan& plan, Budget& budget) {
+Result<Block> LayerStream::reserve_ring(const PackDirectory& directory, const StorePlan& plan,
+                                        const StoreOptions& options, Budget& budget) {
   const uint64_t ring_bytes = plan.ring_bytes / kReadAlign * kReadAlign;
   for (const WeightId weight : plan.stream_order) {
-    const PackEntry& entry = directory.entry(weight);
-    if (entry.stored_bytes > ring_bytes) {
-      return error(Code::kBadArgument, "store plan: %s needs %llu bytes, the stream ring has %llu", entry.name.c_str(),
-                   ull(entry.stored_bytes), ull(ring_bytes));
+    for (const StreamPart& part : stream_parts(directory, weight, options.stream_part_bytes)) {
+      if (part.room_bytes() <= ring_bytes) continue;
+      return error(Code::kBadArgument, "store plan: %s needs %llu bytes, the stream ring has %llu",
+                   directory.entry(weight).name.c_str(), ull(part.room_bytes()), ull(ring_bytes));
     }
   }
   return budget.reserve(ring_bytes, "stream ring");
 }
 
-LayerStream::LayerStream(const PackDirectory& directory, std::vector<WeightId> order, Block ring)
+LayerStream::LayerStream(const PackDirectory& directory, std::vector<StreamPart> parts, Block ring)
     : directory_(directory),
-      order_(std::move(order)),
+      parts_(std::move(parts)),
       index_(directory.entries().size(), -1),
       ring_(std::move(ring)),
       ring_bytes_(ring_.bytes()) {
-  for (size_t i = 0; i < order_.size(); ++i) index_[static_cast<size_t>(order_[i])] = static_cast<int64_t>(i);
+  uint64_t longest = 0;
+  for (size_t i = 0; i < parts_.size(); ++i) {
+    if (parts_[i].begin == 0) index_[static_cast<size_t>(parts_[i].weight)] = static_cast<int64_t>(i);
+    longest = std::max(longest, parts_[i].fragment_bytes);
+  }
+  carry_.resize(longest);
 }
 
 Result<std::unique_ptr<LayerStream>> LayerStream::open(const std::string& path, const PackDirectory& directory,
                                                        std::vector<WeightId> order, Block ring,
                                                        const StoreOptions& options) {
-  std::unique_ptr<LayerStream> store(new LayerStream(directory, std::move(order), std::move(ring)));
+  std::vector<StreamPart> parts;
+  for (const WeightId weight : order) {
+    const std::vector<StreamPart> of_one = stream_parts(directory, weight, options.stream_part_bytes);
+    parts.insert(parts.end(), of_one.begin(), of_one.end());
+  }
+  std::unique_ptr<LayerStream> store(new LayerStream(directory, std::move(parts), std::move(ring)));
   EDGE_ASSIGN(store->reader_, open_reader(path, reader_options(options)));
   store->stats_.staging_bytes = store->ring_bytes_;
   store->stats_.io_engine = store->reader_->engine();
@@ -92,9 +104,10 @@ LayerStream::Slot* LayerStream::next_slot() {
   if (issuing_ != nullptr) return issuing_;
   auto slot = std::make_unique<Slot>();
   slot->position = issue_position_++;
-  slot->weight = order_[slot->position % order_.size()];
-  const uint64_t bytes = directory_.entry(slot->weight).stored_bytes;
-  // A weight lies in one piece: what would straddle the end begins again at the start.
+  slot->part = &parts_[slot->position % parts_.size()];
+  slot->issued = slot->part->begin;
+  const uint64_t bytes = slot->part->room_bytes();
+  // A part lies in one piece: what would straddle the end begins again at the start.
   if (head_ % ring_bytes_ + bytes > ring_bytes_) head_ = round_up(head_, ring_bytes_);
   slot->begin = head_;
   slot->end = head_ += bytes;
@@ -110,10 +123,11 @@ bool LayerStream::cut(Flight* flight) {
     Slot* const slot = next_slot();
     const uint64_t tail = slots_.front()->begin;
     const uint64_t limit = tail + ring_bytes_;
-    const uint64_t at = slot->begin + slot->issued_bytes;
+    const uint64_t at = slot->begin + slot->part->lead_bytes() + slot->issued - slot->part->begin;
     const size_t n_spans = flight->run.spans.size();
-    const bool whole = extend_run(&flight->run, directory_, slot->weight, address(slot->begin), &slot->issued_bytes,
-                                  at < limit ? limit - at : 0);
+    extend_run(&flight->run, directory_, slot->part->weight, weight_memory(*slot), &slot->issued,
+               std::min(slot->part->end - slot->issued, at < limit ? limit - at : 0));
+    const bool whole = slot->issued == slot->part->end;
     if (flight->run.spans.size() > n_spans) {
       flight->slots.push_back(slot);
       ++slot->n_flying;
@@ -185,7 +199,7 @@ void LayerStream::seek(uint64_t position) {
 
 Lease LayerStream::lease(Slot* slot) {
   ++slot->n_leases;
-  return Lease(address(slot->begin), &directory_.entry(slot->weight), [this, slot] { release(slot); });
+  return Lease(weight_memory(*slot), &directory_.entry(slot->part->weight), [this, slot] { release(slot); });
 }
 
 void LayerStream::release(Slot* slot) {
@@ -195,15 +209,45 @@ void LayerStream::release(Slot* slot) {
 }
 
 Result<Lease> LayerStream::acquire(WeightId weight, RowSet) {
-  const bool known = weight >= 0 && static_cast<size_t>(weight) < index_.size();
-  const int64_t index = known ? index_[static_cast<size_t>(weight)] : -1;
-  if (index < 0) return error(Code::kBadArgument, "weight %d is not streamed", weight);
-  std::unique_lock lock(mutex_);
-  for (const auto& slot : slots_) {
-    if (slot->weight == weight && slot->n_leases > 0) return lease(slot.get());
+  EDGE_ASSIGN(TileLease all, acquire_tiles(weight, 0));
+  const PackEntry& entry = directory_.entry(weight);
+  if (is_tile_format(entry.format) && all.end_tile < tile_count(entry.rows)) {
+    return error(Code::kBadArgument, "%s streams in parts: expected to be asked for its tiles", entry.name.c_str());
   }
-  const uint64_t n = order_.size();
-  uint64_t position = next_position_ / n * n + static_cast<uint64_t>(index);
+  return std::move(all.lease);
+}
+
+Result<TileLease> LayerStream::acquire_tiles(WeightId weight, int64_t first) {
+  const bool known = weight >= 0 && static_cast<size_t>(weight) < index_.size();
+  const int64_t begin = known ? index_[static_cast<size_t>(weight)] : -1;
+  if (begin < 0) return error(Code::kBadArgument, "weight %d is not streamed", weight);
+  auto index = static_cast<uint64_t>(begin);
+  while (index < parts_.size() && parts_[index].weight == weight && parts_[index].end_tile <= first) ++index;
+  std::unique_lock lock(mutex_);
+  const bool asked_in_order = index == static_cast<uint64_t>(begin) || index == carry_index_;
+  if (index == parts_.size() || parts_[index].weight != weight || parts_[index].first_tile != first || !asked_in_order) {
+    return error(Code::kBadArgument, "%s: expected the tile after those leased last, found %lld",
+                 directory_.entry(weight).name.c_str(), static_cast<long long>(first));
+  }
+  const StreamPart& part = parts_[index];
+  for (const auto& slot : slots_) {
+    if (slot->part == &part && slot->n_leases > 0) return TileLease{lease(slot.get()), part.end_tile};
+  }
+  EDGE_ASSIGN(Slot* const slot, wait_for(index, lock));
+  const uint64_t tile_bytes = row_tile_bytes(directory_.entry(weight));
+  std::byte* const memory = weight_memory(*slot);
+  if (part.fragment_bytes > 0) {
+    std::memcpy(memory + part.begin - part.fragment_bytes, carry_.data(), part.fragment_bytes);
+  }
+  const bool last = part.end == directory_.entry(weight).stored_bytes;
+  carry_index_ = last ? 0 : index + 1;
+  if (!last) std::memcpy(carry_.data(), memory + static_cast<uint64_t>(part.end_tile) * tile_bytes, parts_[index + 1].fragment_bytes);
+  return TileLease{lease(slot), part.end_tile};
+}
+
+Result<LayerStream::Slot*> LayerStream::wait_for(uint64_t index, std::unique_lock<std::mutex>& lock) {
+  const uint64_t n = parts_.size();
+  uint64_t position = next_position_ / n * n + index;
   if (position < next_position_) position += n;
   if (position != next_position_) seek(position);
 
@@ -228,17 +272,17 @@ Result<Lease> LayerStream::acquire(WeightId weight, RowSet) {
     }
     slot->passed = true;
     next_position_ = position + 1;
-    return lease(slot);
+    return slot;
   }
   if (!broken_.ok()) return broken_;
-  const PackEntry& entry = directory_.entry(weight);
+  const StreamPart& part = parts_[index];
   return error(Code::kOverBudget, "%s: needs %llu bytes in a row, the stream ring has %llu and leases hold the rest",
-               entry.name.c_str(), ull(entry.stored_bytes), ull(ring_bytes_));
+               directory_.entry(part.weight).name.c_str(), ull(part.room_bytes()), ull(ring_bytes_));
 }
 
 void LayerStream::rewind() {
   std::lock_guard lock(mutex_);
-  const uint64_t n = order_.size();
+  const uint64_t n = parts_.size();
   if (next_position_ % n != 0) seek(round_up(next_position_, n));
 }
 

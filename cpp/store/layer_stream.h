@@ -1,5 +1,6 @@
 // Weights in the order a pass needs them, through a ring: a thread reads ahead of the consumer, past the end of one
-// pass into the next, so that the drive never waits for the computation.
+// pass into the next, so that the drive never waits for the computation. Large ones come in parts, so the ring need not
+// hold any of them whole.
 #pragma once
 
 #include <condition_variable>
@@ -12,14 +13,15 @@
 #include <vector>
 
 #include "core/budget.h"
-#include "store/read_run.h"
+#include "store/stream_part.h"
 
 namespace edge {
 
 class LayerStream final : public WeightStore {
  public:
-  // The ring of a plan; kBadArgument when its largest weight does not fit.
-  static Result<Block> reserve_ring(const PackDirectory& directory, const StorePlan& plan, Budget& budget);
+  // The ring of a plan; kBadArgument when its largest weight, or part of one, does not fit.
+  static Result<Block> reserve_ring(const PackDirectory& directory, const StorePlan& plan, const StoreOptions& options,
+                                    Budget& budget);
   // Starts reading at once. `order`: every streamed weight, once. The directory must outlive the store.
   static Result<std::unique_ptr<LayerStream>> open(const std::string& path, const PackDirectory& directory,
                                                    std::vector<WeightId> order, Block ring,
@@ -30,25 +32,26 @@ class LayerStream final : public WeightStore {
   // In stream order. A weight further on skips what lies between; one that has passed means the next pass. A weight
   // still leased is shared. After an error the same weight can be asked for again and is read anew.
   Result<Lease> acquire(WeightId weight, RowSet rows) override;
+  Result<TileLease> acquire_tiles(WeightId weight, int64_t first) override;
   StoreStats stats() const override;
   void rewind() override;
 
  private:
-  // One weight on its way through the ring. Positions count weights over all passes: position % order = which weight.
+  // One part on its way through the ring. Positions count parts over all passes: position % parts = which part.
   // Ring offsets only grow; the address is offset % ring. So two live slots never overlap while they span less than the
   // ring.
   struct Slot {
     uint64_t position = 0;
-    WeightId weight = kNoWeight;
+    const StreamPart* part = nullptr;
     uint64_t begin = 0, end = 0;  // ring offsets
-    uint64_t issued_bytes = 0;
-    uint64_t landed_bytes = 0;  // read and checked
+    uint64_t issued = 0;          // stored bytes of the weight up to here
+    uint64_t landed_bytes = 0;    // read and checked
     int n_flying = 0;
     int n_leases = 0;
     bool passed = false;  // the consumer will not ask for it any more
     Status status;
 
-    bool ready() const { return !status.ok() || landed_bytes == end - begin; }
+    bool ready() const { return !status.ok() || landed_bytes == part->end - part->begin; }
   };
   struct Flight {
     ReadRun run;
@@ -56,7 +59,7 @@ class LayerStream final : public WeightStore {
     std::vector<Status> statuses;  // one per span, once landed
   };
 
-  LayerStream(const PackDirectory& directory, std::vector<WeightId> order, Block ring);
+  LayerStream(const PackDirectory& directory, std::vector<StreamPart> parts, Block ring);
 
   // The reading thread. cut() and land() with mutex_ held, check() without.
   void read();
@@ -69,13 +72,18 @@ class LayerStream final : public WeightStore {
   Slot* next_slot();
   void seek(uint64_t position);
   void free_passed();
+  // The slot of a part, checked; as acquire().
+  Result<Slot*> wait_for(uint64_t index, std::unique_lock<std::mutex>& lock);
   Lease lease(Slot* slot);
   void release(Slot* slot);
-  std::byte* address(uint64_t offset) const { return ring_.data() + offset % ring_bytes_; }
+  // Where the weight's first byte is, or would be if it were all there.
+  std::byte* weight_memory(const Slot& slot) const {
+    return ring_.data() + slot.begin % ring_bytes_ + slot.part->lead_bytes() - slot.part->begin;
+  }
 
   const PackDirectory& directory_;
-  const std::vector<WeightId> order_;
-  std::vector<int64_t> index_;  // per weight of the directory; -1 = not streamed
+  const std::vector<StreamPart> parts_;  // of a pass
+  std::vector<int64_t> index_;           // of its first part, per weight of the directory; -1 = not streamed
   Block ring_;
   uint64_t ring_bytes_ = 0;
   std::unique_ptr<BlockReader> reader_;  // the thread's
@@ -92,6 +100,9 @@ class LayerStream final : public WeightStore {
   bool starved_ = false;  // the thread sleeps: no space, nothing in flight
   bool stop_ = false;
   Status broken_;  // the reader itself failed; nothing will land any more
+  // The beginning of the tile that the part leased last breaks off, for the part that ends it.
+  std::vector<std::byte> carry_;
+  uint64_t carry_index_ = 0;  // of the part it is for; 0 is nobody's, as a pass begins with a whole tile
   StoreStats stats_;
   std::thread thread_;
 };

@@ -30,7 +30,7 @@ class PlacedStore final : public WeightStore {
     }
     Block ring;
     if (!plan.stream_order.empty()) {
-      EDGE_ASSIGN(ring, LayerStream::reserve_ring(directory_, plan, budget));
+      EDGE_ASSIGN(ring, LayerStream::reserve_ring(directory_, plan, options, budget));
     }
     if (any_neurons) {
       EDGE_ASSIGN(neurons_, NeuronWindow::open(path, directory_, plan, options, budget));
@@ -65,6 +65,11 @@ class PlacedStore final : public WeightStore {
 
   Result<Lease> acquire(WeightId weight, RowSet rows) override {
     if (WeightStore* store = route(weight, rows)) return store->acquire(weight, rows);
+    return error(Code::kBadArgument, "weight %d is not placed in any store", weight);
+  }
+
+  Result<TileLease> acquire_tiles(WeightId weight, int64_t first) override {
+    if (WeightStore* store = route(weight, {})) return store->acquire_tiles(weight, first);
     return error(Code::kBadArgument, "weight %d is not placed in any store", weight);
   }
 

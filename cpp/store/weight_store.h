@@ -53,6 +53,15 @@ class Lease {
   std::function<void()> unpin_;
 };
 
+// Tiles [first, end_tile) of a matrix, `first` being what was asked for.
+struct TileLease {
+  static constexpr int64_t kAll = INT64_MAX;  // to the last one
+
+  // data() is where tile 0 is or would be.
+  Lease lease;
+  int64_t end_tile = kAll;
+};
+
 struct StoreStats {
   uint64_t flash_bytes = 0;       // read from the drive since load (the initial load of resident weights excluded)
   uint64_t load_bytes = 0;        // read to make weights resident
@@ -89,6 +98,13 @@ class WeightStore {
   // One thread acquires and drops leases; at most 8 are held at once, and none outlives the store. kOverBudget when the
   // leases held leave no room for this one; kBadArgument for a weight or row that is not there.
   virtual Result<Lease> acquire(WeightId weight, RowSet rows) = 0;
+  // Tiles of a matrix from `first` on, as many as come together: all of them, or, of a weight that streams through a ring
+  // smaller than itself, the next part. Parts are acquired in order, each after the lease before it was dropped.
+  virtual Result<TileLease> acquire_tiles(WeightId weight, int64_t first) {
+    static_cast<void>(first);
+    EDGE_ASSIGN(Lease lease, acquire(weight, {}));
+    return TileLease{std::move(lease), TileLease::kAll};
+  }
   // The weights of one layer that are acquired next, in any order: what is missing is read as far as there is room, and
   // none of them makes way for another. `n_rows` is the whole batch's. A hint as prefetch is.
   virtual void expect(std::span<const ExpectedWeight> weights, int64_t n_rows) {
@@ -118,8 +134,8 @@ enum class Placement : uint8_t {
 struct StorePlan {
   std::vector<Placement> placement;  // per weight of the directory; blobs are ignored
   std::vector<WeightId> stream_order;  // the streamed weights in the order a pass acquires them
-  // Staging of the stream: room for the leases held at once plus the largest streamed weight (its wrap leaves a gap);
-  // what is above that is read-ahead.
+  // Staging of the stream: room for the leases held at once plus the largest streamed weight or part of one (its wrap
+  // leaves a gap); what is above that is read-ahead.
   uint64_t ring_bytes = 0;
   // Cache of demand reads: room for the leases held at once, twice that where they differ in size (each lies in one
   // piece between the others). A whole weight takes its stored bytes, a row lease DemandCache::row_lease_bytes. Row
@@ -141,10 +157,14 @@ struct LoadProgress {
   std::atomic<bool> cancel{false};  // the load ends with kCancelled
 };
 
+// Matrices of layers that stream come in parts of about this size: small against the ring, long against a read.
+inline constexpr uint64_t kStreamPartBytes = 2 << 20;
+
 struct StoreOptions {
   std::string io_engine = "auto";
   int io_depth = 32;
   bool io_direct = true;
+  uint64_t stream_part_bytes = kStreamPartBytes;
   std::string io_fault;              // FaultPlan of every reader; tests only
   float neuron_half_life_tokens = NeuronPolicy::kHalfLifeTokens;
   LoadProgress* progress = nullptr;  // must outlive open_store
