@@ -18,6 +18,8 @@ from bench.shapes import Tensor
 from flashload.expert_policy import Trace, read_trace
 
 F32 = npt.NDArray[np.float32]
+#: In the place of a trace's path.
+UNIFORM = "uniform"
 #: What one sublayer adds to the residual stream, of its scale.
 _SUBLAYER = 0.02
 #: Router output of a chosen expert; the others have about zero. In the order of choice each gets a little less.
@@ -45,17 +47,29 @@ def steps_of(trace: Trace) -> list[list[tuple[int, ...]]]:
     return [list(step) for step in zip(*padded, strict=True)]
 
 
+def uniform_trace(shape: shapes.Shape, seed: int = 0) -> Trace:
+    """A routing of no preference: every expert as likely as any other, whatever came before; up to 512 steps."""
+    n_steps = min(512, shape.hidden // 2, shape.vocab)
+    random = np.random.default_rng(seed)
+    visits = [
+        (layer, tuple(int(e) for e in random.permutation(shape.n_experts)[: shape.experts_per_token]))
+        for _ in range(n_steps)
+        for layer in range(shape.layers)
+    ]
+    return Trace(shape.layers, shape.n_experts, visits)
+
+
 class Replay:
     """The planted tensors of one model."""
 
     def __init__(self, path: Path, shape: shapes.Shape, seed: int = 0) -> None:
-        """Reads a trace for a shape.
+        """Reads a trace for a shape; the path ``uniform`` is :func:`uniform_trace`.
 
         Raises:
             ValueError: the shape has no experts, fewer than the trace, more layers, or too few dimensions.
             ModelFileError: the file is no trace.
         """
-        trace = read_trace(path)
+        trace = uniform_trace(shape, seed=seed) if str(path) == UNIFORM else read_trace(path)
         self.steps = steps_of(trace)
         self.shape = shape
         n = len(self.steps)

@@ -45,6 +45,15 @@ def made(tmp_path: Path, trace: Path, mix: str = "q4_0", shape: shapes.Shape = S
     return path, replay
 
 
+def test_a_uniform_routing_prefers_nobody(tmp_path: Path) -> None:
+    _, replay = made(tmp_path, Path("uniform"))
+    steps = np.array(replay.steps)
+    assert steps.shape == (SHAPE.hidden // 2, SHAPE.layers, 2) and (steps[..., 0] != steps[..., 1]).all()
+    shares = np.bincount(steps.ravel(), minlength=8) / steps.size
+    assert (abs(shares - 1 / 8) < 0.05).all()
+    assert (steps != np.array(Replay(Path("uniform"), SHAPE, seed=1).steps)).any()
+
+
 class Watching(Oracle):
     """Keeps the experts that each mixture chose."""
 
