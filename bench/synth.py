@@ -176,7 +176,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--active", type=float, default=0.5, help="share of OPT neurons that fire (0.03 is typical)"
     )
-    parser.add_argument("--routing", type=Path, help="a recorded trace that a mixture of experts replays, or uniform")
+    parser.add_argument(
+        "--routing", type=Path, help="a recorded trace that a mixture of experts replays, or uniform"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--format", choices=("q4", "f16"), default="q4", help="of a -sparse model's pack")
     parser.add_argument(
