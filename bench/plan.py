@@ -66,6 +66,7 @@ def run_child(
             "time_to_first_token_seconds": first_token_seconds,
             "peak_bytes": peak_bytes,
             "flash_bytes_per_token": (after["flash_bytes"] - before["flash_bytes"]) / tokens,
+            "neuron_requests_per_token": (after["neuron_requests"] - before["neuron_requests"]) / tokens,
             "hits": after["hits"] - before["hits"],
             "misses": after["misses"] - before["misses"],
             "wait_seconds": after["wait_seconds"] - before["wait_seconds"],

@@ -1,7 +1,7 @@
 """What feed-forward layers stored by neuron cost: who decides, the active neurons, and the reads of the missing.
 
-Which neurons a token needs is taken to be independent from token to token, the worst case of a window: real texts use
-some neurons more than others, and the same ones again ("LLM in a flash", arXiv 2312.11514, section 3.1).
+Texts use some neurons far more than others, which the window comes to hold; beyond that, which neurons a token needs is
+taken to be independent from token to token ("LLM in a flash", arXiv 2312.11514, section 3.1).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from flashload.pack_layout import PAGE_BYTES
 from flashload.plan import Plan, Weight
-from flashload.plan_neurons import ACTIVE_SHARE, is_neurons
+from flashload.plan_neurons import ACTIVE_SHARE, is_neurons, wanted_share
 from flashload.probe import READ_BYTES, Machine
 from quant.formats import WeightFormat
 
@@ -36,18 +36,21 @@ class NeuronWork:
     flash_seconds: float
 
 
-def reads_of(n_records: int, record_bytes: int, missing: float) -> tuple[float, float]:
+def reads_of(
+    n_records: int, record_bytes: int, missing: float, most_bytes: float = READ_BYTES
+) -> tuple[float, float]:
     """(bytes, requests) to read a random share ``missing`` of a layer's records: near ones come in one request.
 
     After a missing record, ``j`` present ones lie before the next with probability ``missing * (1 - missing)**j``;
-    up to a gap of 16 KiB they are read along.
+    up to a gap of 16 KiB they are read along, in requests of at most ``most_bytes``.
     """
     n_missing = missing * n_records
     # A request ends at a page, half a page behind its last record.
     longest = (_GAP_BYTES + PAGE_BYTES // 2) // record_bytes
     joined = 1 - (1 - missing) ** (longest + 1)
     skipped = sum(j * missing * (1 - missing) ** j for j in range(1, longest + 1))
-    requests = max(n_missing * (1 - joined), 1.0, n_missing * record_bytes / READ_BYTES)
+    most_records = max(1.0, (most_bytes - PAGE_BYTES) // record_bytes)
+    requests = max(n_missing * (1 - joined), 1.0, n_missing / most_records)
     # Of the pages at both ends of a request, half belong to neighbours.
     n_bytes = n_missing * (1 + skipped) * record_bytes + requests * PAGE_BYTES
     return min(n_bytes, float(n_records * record_bytes)), requests
@@ -97,7 +100,7 @@ class NeuronCost:
         gates = self._gates.get(records.layer)
         gate_share = gates.chunk_bytes / records.chunk_bytes if gates is not None else 1 / 3
         n_bytes = float(records.rows * records.chunk_bytes)
-        union = 1 - (1 - self._active_share) ** rows
+        union = wanted_share(self._active_share, rows)
         # Rows at work on one record, on average.
         each = rows * self._active_share / union
         decide = 0.0
@@ -110,11 +113,12 @@ class NeuronCost:
         compute = self._dot_seconds(records.format, multiplied * union * n_bytes, each)
         compute += self._axpy_seconds(records.format, gate_share * self._active_share * rows * n_bytes)
         slots = plan.neuron_slots[records.id] if plan.neuron_slots else records.rows
-        missing = (1 - min(1.0, slots / records.rows)) * union
+        missing = wanted_share(self._active_share, rows, min(1.0, slots / records.rows))
         if missing <= 0:
             return NeuronWork(decide + compute, 0.0, 0.0)
         drive = self._machine.drive
-        read, requests = reads_of(records.rows, records.chunk_bytes, missing)
+        most_bytes = min(READ_BYTES, plan.neuron_staging_bytes / 2)
+        read, requests = reads_of(records.rows, records.chunk_bytes, missing, most_bytes)
         reading = drive.first_byte_seconds + drive.seconds(read, read / requests)
         # What is in memory is multiplied while the rest arrives.
         here = compute * (1 - missing / union)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
@@ -463,9 +464,10 @@ def _window(model: Directory, room_bytes: int, predictor: bool) -> _Placed | Non
     if chosen is not None:
         held_bytes += neurons.resident_bytes(chosen)
         return _Placed("neurons", held_bytes, [], 0, model.demand_bytes, chosen)
-    for mode in modes:
-        least = neurons.window(mode, neurons.least_bytes(mode))
-        streaming = _stream(model, room_bytes - neurons.least_bytes(mode))
+    for mode, ahead_bytes in itertools.product(modes, (neurons.ahead_bytes(room_bytes), 0)):
+        least_bytes = neurons.least_bytes(mode) + ahead_bytes
+        least = neurons.window(mode, least_bytes)
+        streaming = _stream(model, room_bytes - least_bytes)
         if least is not None and streaming is not None:
             resident_bytes = streaming.resident_bytes + neurons.resident_bytes(least)
             return replace(streaming, name="neurons", resident_bytes=resident_bytes, neurons=least)

@@ -15,11 +15,13 @@ _STAGING_MOST_BYTES, _STAGING_SHARE = 4 << 20, 32
 #: once for all layers, the misses of one turn.
 _TABLE_PER_NEURON, _TABLE_PER_SLOT = 8 + 3 * 4, 4
 _TURN_PER_NEURON, _TURN_PER_SLOT = 16 + 4, 4
-#: Of the neurons a token wants, (1 - share held) ** 3 have no slot; and a predictor wants a third more of them than are
-#: active. Measured: ``python -m bench window`` on a model of which 6 % are active.
+#: Of the neurons a token wants, (1 - share held) ** 3 have no slot: some are used far more than others. And a predictor
+#: wants a third more of them than are active. Measured: ``python -m bench window`` on a model of which 6 % are active.
 _MISS_POWER, _PREDICTED_PER_ACTIVE = 3, 4 / 3
 #: Share of the neurons that a token needs: OPT 0.03 (arXiv 2312.11514), Llamas trained to ReLU 0.1 to 0.3 (2402.13516).
 ACTIVE_SHARE = 0.1
+#: Ranks at which the use of neurons is summed up.
+_RANKS = 64
 #: A predictor changes the text a little: it has to save a third of the reads.
 _WORTH_A_LOSS = 2 / 3
 
@@ -39,6 +41,18 @@ class Weight(Protocol):
     def rows(self) -> int: ...
     @property
     def chunk_bytes(self) -> int: ...
+
+
+def wanted_share(active_share: float, rows: int, held_share: float = 0.0) -> float:
+    """Share of a layer's neurons that some of ``rows`` rows want and that are not among the ``held_share`` most used.
+
+    A neuron of rank s (0 is the most used, 1 the least) is wanted by a row with probability 3 * active_share *
+    (1 - s)**2: for one row this leaves (1 - held_share)**3 of the active ones to be read, which is what was measured.
+    """
+    step = (1 - held_share) / _RANKS
+    ranks = (held_share + (i + 0.5) * step for i in range(_RANKS))
+    use = (min(1.0, _MISS_POWER * active_share * (1 - s) ** (_MISS_POWER - 1)) for s in ranks)
+    return sum(1 - (1 - p) ** rows for p in use) * step
 
 
 def is_extra(name: str) -> bool:
@@ -97,6 +111,10 @@ class NeuronModel:
         decides = sum(w.stored_bytes for w in (self.gates if mode == "exact" else self.predictors))
         return decides + _tables(self.records, [0] * len(self.records)) + self._staging_least_bytes
 
+    def ahead_bytes(self, room_bytes: int) -> int:
+        """Staging beyond the least that keeps the drive busy."""
+        return min(_STAGING_MOST_BYTES, room_bytes // _STAGING_SHARE) // _PAGE_BYTES * _PAGE_BYTES
+
     def window(
         self, mode: str, room_bytes: int, use: Sequence[float] | None = None
     ) -> NeuronPlacement | None:
@@ -108,8 +126,8 @@ class NeuronModel:
         spare = room_bytes - self.least_bytes(mode)
         if spare < 0:
             return None
-        staging = min(_STAGING_MOST_BYTES, room_bytes // _STAGING_SHARE) // _PAGE_BYTES * _PAGE_BYTES
-        staging = min(max(staging, self._staging_least_bytes), self._staging_least_bytes + spare)
+        staging = max(self.ahead_bytes(room_bytes), self._staging_least_bytes)
+        staging = min(staging, (self._staging_least_bytes + spare) // _PAGE_BYTES * _PAGE_BYTES)
         spare -= staging - self._staging_least_bytes + _PAGE_BYTES * (len(self.records) + 1)
         share = use if use is not None else [1.0] * len(self.records)
         slots = _share_out(self.records, share, spare)
@@ -130,7 +148,8 @@ class NeuronModel:
     def _missing(self, placement: NeuronPlacement) -> float:
         """Share of the wanted neurons that have no slot."""
         held = sum(placement.slots[w.id] for w in self.records)
-        return float((1 - held / sum(w.rows for w in self.records)) ** _MISS_POWER)
+        share = held / sum(w.rows for w in self.records)
+        return wanted_share(ACTIVE_SHARE, 1, share) / wanted_share(ACTIVE_SHARE, 1)
 
     def read_bytes(self, placement: NeuronPlacement) -> float:
         """Read from the drive for one token."""

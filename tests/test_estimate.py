@@ -25,6 +25,7 @@ from flashload.format import PackFile
 from flashload.pack import _plan, pack
 from flashload.pack_neurons import neuron_layers
 from flashload.plan import Plan, make_plan, weights_of
+from flashload.plan_neurons import wanted_share
 from flashload.probe import DriveRate, Machine
 from flashload.virtual_pack import ConfigCheckpoint, Outline, VirtualPack, _entries, outline
 from tests.tiny import FAMILIES, hf_config, hf_tensors, tiny_gguf, tiny_hf, tiny_llama_gguf, write_safetensors
@@ -343,6 +344,15 @@ def test_missing_records_are_read(by_neuron: VirtualPack) -> None:
     assert idler.tokens_per_second > found.tokens_per_second
 
 
+@given(active=st.floats(0.001, 0.33), held=st.floats(0, 1), rows=st.integers(1, 64))
+def test_what_rows_want_and_slots_do_not_hold(active: float, held: float, rows: int) -> None:
+    assert wanted_share(active, 1, held) == pytest.approx(active * (1 - held) ** 3, rel=1e-3)
+    missing, union = wanted_share(active, rows, held), wanted_share(active, rows)
+    assert missing <= union <= min(1.0, rows * active * 1.001) and missing <= 1 - held + 1e-9
+    assert union - missing <= held + 1e-9  # all that is held may be wanted
+    assert wanted_share(active, rows + 1, held) >= missing
+
+
 @given(st.integers(1000, 20000), st.integers(200, 40000), st.floats(1e-4, 1.0))
 def test_reads_of_records_are_what_is_missing_and_a_little_around(n: int, size: int, missing: float) -> None:
     n_bytes, requests = reads_of(n, size, missing)
@@ -362,6 +372,15 @@ def test_reads_of_records_as_the_window_joins_them() -> None:
         assert n_bytes == pytest.approx((end[lasts] - begin[firsts]).sum(), rel=0.15)
         longest = np.maximum(1, (end[lasts] - begin[firsts]) / (1 << 20)).sum()
         assert requests == pytest.approx(longest, rel=0.3)
+
+
+def test_what_streams_leaves_room_to_read_neurons(by_neuron: VirtualPack) -> None:
+    """Where even attention streams there is staging for many records at a time, except at the floor."""
+    one = Case(by_neuron)
+    floor = one.curve().floor_bytes
+    at_floor, above = one.plan(floor), one.plan(floor + (8 << 20))
+    assert at_floor.stream_order and above.stream_order
+    assert above.neuron_staging_bytes >= 4 * at_floor.neuron_staging_bytes > 0
 
 
 def test_a_prompt_reads_no_more_than_there_is(by_neuron: VirtualPack) -> None:
