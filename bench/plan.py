@@ -1,8 +1,10 @@
-"""What `edge plan` predicts against what happens: ``python -m bench plan MODEL ...``.
+"""What `edge plan` predicts against what happens: ``python -m bench plan --check [MODEL ...]``.
 
-For each model and budget the machine is probed anew, a fresh process loads the model, reads a prompt and then takes
-random tokens one at a time (so that a mixture's routing is as uniform as the prediction assumes it to be), and its
-speed, peak memory and reads stand beside the prediction for the same plan, prompt and length of text.
+For each model and budget a fresh process loads the model, reads a prompt and then takes random tokens one at a time (so
+that a mixture's routing is as uniform as the prediction assumes it to be), and its speed, peak memory and reads stand
+beside the prediction for the same plan, prompt and length of text. The machine is probed before and after, as it
+changes from minute to minute: the prediction is the mean of the two. Without models a dense one, a mixture of experts
+and a sparse one are made (4 GB, kept for the next run).
 """
 
 from __future__ import annotations
@@ -10,31 +12,43 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from bench import machine, report
+from bench import machine, report, synth
 
 if TYPE_CHECKING:
     from flashload.plan import Plan
+    from flashload.probe import Machine
 
 #: Bars of the prediction: tokens per second and peak memory, relative.
 SPEED_BAR, PEAK_BAR = 0.15, 0.03
+#: A machine that changes more than this between two probes, or on which others use more CPUs, checks nothing.
+MOVED_BAR, OTHERS_BAR = 0.15, 0.2
+#: Made when no model is named: kind of model, arguments of ``python -m bench synth``.
+MADE = {
+    "dense.gguf": ("llama-2-7b", "--type", "q4_0", "--layers", "10"),
+    "moe.gguf": ("moe-8x", "--type", "q4_0", "--layers", "5"),
+    "sparse.edge": ("opt-6.7b-sparse", "--format", "q4", "--layers", "8"),
+}
+_DONE = "done"
 
 
 def run_child(
     pack: str, memory_bytes: int, context: int, threads: int, prompt: int, tokens: int
 ) -> dict[str, Any]:
-    """Loads a pack and times it; in a process of its own. The probe's figures come as JSON on standard input."""
+    """Loads a pack and times it; in a process of its own.
+
+    Tells on standard output that it is done, and reads the machine's figures from before and after on standard input.
+    """
     from edge.loading import load
     from flashload.machine import peak_rss_bytes
-
-    figures = json.load(sys.stdin)
 
     with load(pack, memory=memory_bytes, context=context, threads=threads, whole_process=True) as engine:
         core, sequence = engine._core, engine._sequence
@@ -57,12 +71,13 @@ def run_child(
         after = core.stats()
         peak_bytes = peak_rss_bytes()
         wanted = (after["neurons_wanted"] - before["neurons_wanted"]) / tokens
-        return {
-            "predicted": _predict(Path(pack), engine.plan, figures, prompt + tokens / 2, prompt, wanted),
+        plan = engine.plan
+        measured = {
             "neurons_wanted_per_token": wanted,
-            "plan": engine.plan.to_dict(),
+            "plan": plan.to_dict(),
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
+            "process_seconds": time.process_time(),
             "time_to_first_token_seconds": first_token_seconds,
             "peak_bytes": peak_bytes,
             "flash_bytes_per_token": (after["flash_bytes"] - before["flash_bytes"]) / tokens,
@@ -71,6 +86,21 @@ def run_child(
             "misses": after["misses"] - before["misses"],
             "wait_seconds": after["wait_seconds"] - before["wait_seconds"],
         }
+    print(_DONE, flush=True)
+    told = [_predict(Path(pack), plan, f, prompt + tokens / 2, prompt, wanted) for f in json.load(sys.stdin)]
+    return measured | {"predicted": _mean(told), "predictions": told}
+
+
+def _mean(told: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the predictions' seconds and bytes; a rate is that of the mean time."""
+    out = dict(told[0])
+    for key, value in told[0].items():
+        if not isinstance(value, (int, float)):
+            continue
+        values = [one[key] for one in told]
+        rate = key.endswith("_per_second")
+        out[key] = len(values) / sum(1 / v for v in values) if rate else sum(values) / len(values)
+    return out
 
 
 def _predict(
@@ -91,60 +121,85 @@ def _predict(
     return found.to_dict() | {"peak_bytes": plan.predicted_peak_bytes}
 
 
-def measure_point(pack: Path, memory_bytes: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One budget: a probe, a prediction, a run."""
+def kind_of(pack: Path) -> str:
+    """ "dense", "MoE" or "sparse"."""
     from flashload.format import PackFile
     from flashload.plan_neurons import is_neurons
-    from flashload.probe import probe
 
     with PackFile(pack) as file:
-        neurons = any(is_neurons(name) for name in file.entries)
-    on = probe(pack.parent, args.threads, [pack], force=True, neurons=neurons)
-    busy, start = machine.busy_seconds() - _children_seconds(), time.perf_counter()
+        if any(is_neurons(name) for name in file.entries):
+            return "sparse"
+        return "MoE" if file.config.n_experts else "dense"
+
+
+def measure_point(
+    name: str, pack: Path, kind: str, memory_bytes: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One budget: a probe, a run, a probe, and what they predict."""
+    from flashload.probe import probe
+
+    def look() -> Machine:
+        return probe(pack.parent, args.threads, [pack], force=True, neurons=kind == "sparse")
+
+    point = {"model": name, "kind": kind, "memory_bytes": memory_bytes}
+    before = look()
+    busy, start = machine.busy_seconds(), time.perf_counter()
     command = [sys.executable, "-m", "bench.plan", "--child", str(pack), str(memory_bytes)]
     command += ["--context", str(args.context), "--threads", str(args.threads)]
     command += ["--prompt", str(args.prompt), "--tokens", str(args.tokens)]
-    done = subprocess.run(
-        command,
-        cwd=machine.ROOT,
-        input=json.dumps(on.to_dict()),
-        capture_output=True,
-        text=True,
-        timeout=args.timeout,
-    )
-    if done.returncode:
-        return {
-            "model": pack.name,
-            "memory_bytes": memory_bytes,
-            "failure": done.stderr.strip().splitlines()[-1:],
-        }
-    others = (machine.busy_seconds() - _children_seconds() - busy) / (time.perf_counter() - start)
-    found = json.loads(done.stdout.splitlines()[-1])
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command,
+            cwd=machine.ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as child,
+    ):
+        assert child.stdin is not None and child.stdout is not None
+        timer = threading.Timer(args.timeout, child.kill)
+        timer.start()
+        try:
+            ran = child.stdout.readline().strip() == _DONE
+            busy, passed = machine.busy_seconds() - busy, time.perf_counter() - start
+            out = ""
+            if ran:
+                after = look()
+                out, _ = child.communicate(json.dumps([before.to_dict(), after.to_dict()]))
+        finally:
+            timer.cancel()
+            child.kill()
+        if child.wait() or not ran or not out:
+            errors.seek(0)
+            why = errors.read().strip().splitlines()[-1:] or [f"nothing within {args.timeout:g} s"]
+            return point | {"failure": why[0]}
+    found = json.loads(out.splitlines()[-1])
     seconds = found["seconds"]
     if args.clock == "cpu":
         seconds = [s / args.threads for s in found["cpu_seconds"]]
     # The ring and the cache even out over tokens: a streamed token's time is the mean.
     token = median(seconds) if found["plan"]["placement"] == "resident" else sum(seconds) / len(seconds)
-    return {
-        "model": pack.name,
-        "memory_bytes": memory_bytes,
+    speeds = [told["tokens_per_second"] for told in found["predictions"]]
+    return point | {
         "placement": found["plan"]["placement"],
         "predicted": found.pop("predicted"),
+        "predictions": found.pop("predictions"),
         "measured": found | {"tokens_per_second": 1 / token},
-        "machine": {
-            "bus_bytes_per_second": on.bus_bytes_per_second,
-            "drive_bytes_per_second": on.drive.sequential_bytes_per_second,
-            "drive_request_seconds": on.drive.request_seconds,
-            "layer": vars(on.layer),
-            "busy": on.busy,
-        },
-        "others_cpus": max(0.0, others),
+        "machine": [
+            {
+                "bus_bytes_per_second": on.bus_bytes_per_second,
+                "drive_bytes_per_second": on.drive.sequential_bytes_per_second,
+                "drive_request_seconds": on.drive.request_seconds,
+                "layer": vars(on.layer),
+                "busy": on.busy,
+            }
+            for on in (before, after)
+        ],
+        "machine_moved": max(speeds) / min(speeds) - 1,
+        "others_cpus": max(0.0, (busy - found["process_seconds"]) / passed),
     }
-
-
-def _children_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def budgets(pack: Path, shares: list[float], args: argparse.Namespace) -> list[int]:
@@ -169,6 +224,29 @@ def budgets(pack: Path, shares: list[float], args: argparse.Namespace) -> list[i
     return [int(floor + share * (full - floor)) + slack for share in shares]
 
 
+def made_models(folder: Path) -> list[Path]:
+    """One model of each kind, written where it is not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, arguments in MADE.items():
+        if not (folder / name).exists():
+            made = folder / f"new-{name}"
+            synth.main([*arguments, "--out", str(made)])
+            made.rename(folder / name)
+    return [folder / name for name in MADE]
+
+
+def misses(point: dict[str, Any]) -> list[str]:
+    """The bars that a point misses; empty when it passes."""
+    if "failure" in point:
+        return ["failed"]
+    out = [] if abs(_off(point, "tokens_per_second")) <= SPEED_BAR else ["speed"]
+    return out if abs(_off(point, "peak_bytes")) <= PEAK_BAR else [*out, "peak"]
+
+
+def _quiet(point: dict[str, Any]) -> bool:
+    return bool(point["machine_moved"] <= MOVED_BAR and point["others_cpus"] <= OTHERS_BAR)
+
+
 def show(document: dict[str, Any]) -> None:
     rows, notes = [], []
     for p in document["points"]:
@@ -178,16 +256,16 @@ def show(document: dict[str, Any]) -> None:
         told, seen = p["predicted"], p["measured"]
         rows.append(
             (
-                p["model"],
+                f"{p['model']} ({p['kind']})",
                 f"{p['memory_bytes'] / 1e9:.2f}",
                 p["placement"],
                 *_pair(told["tokens_per_second"], seen["tokens_per_second"]),
                 *_pair(told["time_to_first_token_seconds"], seen["time_to_first_token_seconds"]),
                 *_pair(told["peak_bytes"] / 1e9, seen["peak_bytes"] / 1e9),
                 f"{told['flash_bytes_per_token'] / 1e9:.3f} / {seen['flash_bytes_per_token'] / 1e9:.3f}",
-                f"{p['machine']['bus_bytes_per_second'] / 1e9:.1f}",
-                f"{p['machine']['drive_bytes_per_second'] / 1e9:.2f}",
+                f"{100 * p['machine_moved']:.0f} %",
                 report.figure(p["others_cpus"]),
+                ", ".join(misses(p)) or "ok",
             )
         )
     columns = (
@@ -197,14 +275,24 @@ def show(document: dict[str, Any]) -> None:
         "tok/s told / seen",
         "off",
         f"prompt {document['prompt_tokens']} s",
-        "off",
     )
-    columns += ("peak GB", "off", "GB read/token", "bus GB/s", "drive GB/s", "others' cpus")
+    columns += ("off", "peak GB", "off", "GB read/token", "moved", "others' cpus", "bars")
     title = f"predicted / measured, {document['threads']} threads, context {document['context']}"
-    worst = max(
-        (abs(_off(p, "tokens_per_second")) for p in document["points"] if "measured" in p), default=0.0
-    )
-    notes.append(f"largest difference in tok/s: {100 * worst:.0f} % (bar: {100 * SPEED_BAR:.0f} %)")
+    for kind in dict.fromkeys(p["kind"] for p in document["points"]):
+        seen = [p for p in document["points"] if p["kind"] == kind and "failure" not in p]
+        passed = sum(not misses(p) for p in seen)
+        worst = max((abs(_off(p, "tokens_per_second")) for p in seen), default=0.0)
+        peak = max((abs(_off(p, "peak_bytes")) for p in seen), default=0.0)
+        notes.append(
+            f"{kind}: {passed} of {sum(p['kind'] == kind for p in document['points'])} budgets within the bars; "
+            f"largest difference {100 * worst:.0f} % in tok/s (bar: {100 * SPEED_BAR:.0f}), "
+            f"{100 * peak:.1f} % in peak memory (bar: {100 * PEAK_BAR:.0f})"
+        )
+    if restless := [p for p in document["points"] if "failure" not in p and not _quiet(p)]:
+        notes.append(
+            f"not quiet at {len(restless)} of {len(document['points'])} points: the prediction moved by more than "
+            f"{100 * MOVED_BAR:.0f} % between two probes, or others used more than {OTHERS_BAR:g} CPUs"
+        )
     notes.append(report.machine_line(document["machine"]))
     report.print_table(title, columns, rows, notes)
 
@@ -219,7 +307,10 @@ def _off(point: dict[str, Any], key: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench plan", description=__doc__)
-    parser.add_argument("models", nargs="*", type=Path, help="packs, GGUF files or folders")
+    parser.add_argument(
+        "models", nargs="*", type=Path, help="packs, GGUF files or folders; by default three are made"
+    )
+    parser.add_argument("--folder", type=Path, help="where they are made (default: edge's cache)")
     parser.add_argument("--child", nargs=2, metavar=("PACK", "BYTES"), help=argparse.SUPPRESS)
     parser.add_argument(
         "--shares", default="0.25,0.6,1", help="budgets between the floor (0) and everything (1)"
@@ -236,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--timeout", type=float, default=600)
     report.add_output(parser)
-    parser.add_argument("--check", action="store_true", help="exit 1 when a prediction misses its bar")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a prediction misses a bar")
     args = parser.parse_args(argv)
     if args.threads is None:
         from flashload.machine import cpu_count
@@ -249,13 +340,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(json.dumps(found))
         return 0
-    if not args.models:
-        parser.error("expected at least one model")
     try:
         shares = [float(x) for x in args.shares.split(",")]
     except ValueError:
         parser.error(f"--shares: expected numbers separated by commas, found {args.shares!r}")
-    from flashload.cache import ensure_packed
+    from flashload.cache import cache_folder, ensure_packed
 
     document: dict[str, Any] = {
         "benchmark": "plan",
@@ -266,24 +355,19 @@ def main(argv: list[str] | None = None) -> int:
         "tokens": args.tokens,
         "points": [],
     }
-    for model in args.models:
+    for model in args.models or made_models(args.folder or cache_folder() / "bench-plan"):
         pack = ensure_packed(model)
+        kind = kind_of(pack)
         for memory_bytes in budgets(pack, shares, args):
-            point = measure_point(pack, memory_bytes, args)
+            point = measure_point(model.stem, pack, kind, memory_bytes, args)
             document["points"].append(point)
-            if "measured" in point:
-                said = _pair(point["predicted"]["tokens_per_second"], point["measured"]["tokens_per_second"])
-                print(
-                    f"{pack.name}, {memory_bytes / 1e9:.2f} GB: {said[0]} tok/s, {said[1]}", file=sys.stderr
-                )
+            said = point.get("failure") or "{} tok/s, {}".format(
+                *_pair(point["predicted"]["tokens_per_second"], point["measured"]["tokens_per_second"])
+            )
+            print(f"{kind}, {model.stem}, {memory_bytes / 1e9:.2f} GB: {said}", file=sys.stderr)
     report.put_out("plan", document, show, args)
-    done = [p for p in document["points"] if "measured" in p]
-    missed = [
-        p
-        for p in done
-        if abs(_off(p, "tokens_per_second")) > SPEED_BAR or abs(_off(p, "peak_bytes")) > PEAK_BAR
-    ]
-    return 1 if not done or (args.check and missed) else 0
+    failed = [p for p in document["points"] if misses(p)]
+    return int(any("failure" in p for p in failed) or (args.check and bool(failed)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""Predicted beside measured: which points pass, and one of them end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+gguf = pytest.importorskip("gguf", reason="the benchmarks write GGUF files with the gguf package")
+
+from bench import plan  # noqa: E402
+from flashload.pack import pack  # noqa: E402
+from tests.neuron_packs import by_neuron, tiny_relu  # noqa: E402
+from tests.tiny import tiny_gguf, tiny_llama_gguf  # noqa: E402
+
+
+def point(speed: float = 1.0, peak: float = 1.0, **more: Any) -> dict[str, Any]:
+    """Predicted over measured."""
+    told = {
+        "tokens_per_second": 4.0 * speed,
+        "time_to_first_token_seconds": 1.0,
+        "flash_bytes_per_token": 0.0,
+    }
+    seen = told | {"tokens_per_second": 4.0, "peak_bytes": 1e9}
+    about = {"model": "m", "kind": "dense", "memory_bytes": 10**9, "placement": "stream"}
+    quiet = {"machine_moved": 0.01, "others_cpus": 0.0}
+    return about | quiet | {"predicted": told | {"peak_bytes": 1e9 * peak}, "measured": seen} | more
+
+
+@pytest.mark.parametrize(
+    ("one", "missed"),
+    [
+        (point(), []),
+        (point(1.14, 1.029), []),
+        (point(0.86, 0.98), []),
+        (point(1.16), ["speed"]),
+        (point(0.84), ["speed"]),
+        (point(1.0, 1.04), ["peak"]),
+        (point(2.0, 0.9), ["speed", "peak"]),
+        ({"failure": "edge: BudgetError"}, ["failed"]),
+    ],
+)
+def test_bars(one: dict[str, Any], missed: list[str]) -> None:
+    assert plan.misses(one) == missed
+
+
+def test_what_two_probes_predict_is_one_figure() -> None:
+    told = [{"tokens_per_second": 2.0, "memory_seconds": 0.2, "bound": "drive", "expert_hit_rate": None},
+            {"tokens_per_second": 6.0, "memory_seconds": 0.4, "bound": "drive", "expert_hit_rate": None}]  # fmt: skip
+    mean = plan._mean(told)
+    assert mean == pytest.approx(
+        {"tokens_per_second": 3.0, "memory_seconds": 0.3, "bound": "drive", "expert_hit_rate": None}
+    )
+
+
+def test_the_table_counts_and_says_what_was_not_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"cpu": "c", "cpus": 2, "isa": [], "memory_bytes": 2**30, "system": "s", "commit": "c", "date": "d",
+             "load_average": 0.0}  # fmt: skip
+    points = [point(), point(1.5, others_cpus=1.0), point(kind="MoE"),
+              {"model": "m", "kind": "MoE", "memory_bytes": 1, "failure": "edge: too small"}]  # fmt: skip
+    plan.show({"points": points, "threads": 2, "context": 64, "prompt_tokens": 32, "machine": facts})
+    text = capsys.readouterr().out
+    assert "dense: 1 of 2 budgets within the bars; largest difference 50 % in tok/s" in text
+    assert "MoE: 1 of 2 budgets within the bars" in text and "failed: edge: too small" in text
+    assert "not quiet at 1 of 4 points" in text
+
+
+def test_kinds(tmp_path: Path) -> None:
+    pack(tiny_llama_gguf(tmp_path / "dense.gguf"), tmp_path / "dense.edge")
+    pack(tiny_gguf(tmp_path / "moe.gguf", "mixtral", "q8_0"), tmp_path / "moe.edge")
+    by_neuron(tiny_relu(tmp_path), tmp_path / "sparse.edge")
+    found = {name: plan.kind_of(tmp_path / f"{name}.edge") for name in ("dense", "moe", "sparse")}
+    assert found == {"dense": "dense", "moe": "MoE", "sparse": "sparse"}
+
+
+@pytest.mark.slow
+def test_one_point(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_CACHE", str(tmp_path / "cache"))
+    model = tiny_gguf(tmp_path / "moe.gguf", "mixtral", "q8_0")
+    assert plan.main([str(model), "--shares", "0.5", "--tokens", "2", "--prompt", "4", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (one,) = document["points"]
+    assert one["kind"] == "MoE" and len(one["predictions"]) == len(one["machine"]) == 2
+    assert one["measured"]["peak_bytes"] > 0 and one["measured"]["tokens_per_second"] > 0
+    assert one["predicted"]["flash_bytes_per_token"] > 0
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(plan, "budgets", lambda *_: [1])
+    model = tiny_llama_gguf(tmp_path / "m.gguf")
+    assert plan.main([str(model), "--tokens", "2", "--prompt", "4", "--json"]) == 1
