@@ -14,10 +14,18 @@ import sys
 from typing import Any
 
 from bench import machine, report
+from quant.formats import TILE_FORMATS
 
-FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "q8_0": 3, "q4_0": 4, "q4_k": 5, "q6_k": 6}
+FORMATS = {traits.name: int(code) for code, traits in TILE_FORMATS.items()}
 #: Share of the read rate at M = 1 that AVX-512-VNNI is held to.
-TARGETS = {"f32": 0.9, "f16": 0.9, "bf16": 0.9, "q8_0": 0.9, "q4_0": 0.9, "q4_k": 0.8, "q6_k": 0.75}
+TARGETS = dict.fromkeys(FORMATS, 0.9) | {
+    "q4_k": 0.88,
+    "q5_k": 0.8,
+    "q6_k": 0.75,
+    "iq4_xs": 0.8,
+    "q2_k": 0.65,
+    "q3_k": 0.65,
+}
 
 
 def measure_one(

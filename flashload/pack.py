@@ -74,6 +74,11 @@ class PackReport:
     neurons: dict[str, Any] | None = None
 
 
+def _bits(code: WeightFormat) -> float:
+    traits = TILE_FORMATS[code]
+    return 8 * traits.block_bytes / traits.block_values
+
+
 def choose_format(name: str, ggml_type: int, cols: int, weights: str) -> WeightFormat:
     """The format of a matrix in the pack.
 
@@ -90,7 +95,9 @@ def choose_format(name: str, ggml_type: int, cols: int, weights: str) -> WeightF
     elif wide:
         chosen = WeightFormat.Q8_0 if native is None or native in _FLOATS else native
     else:
-        chosen = native if native in (WeightFormat.Q4_0, WeightFormat.Q4_K) else WeightFormat.Q4_0
+        chosen = (
+            native if native is not None and _bits(native) <= _bits(WeightFormat.Q4_0) else WeightFormat.Q4_0
+        )
     if cols % TILE_FORMATS[chosen].block_values:
         return native if native is WeightFormat.BF16 else WeightFormat.F16
     return chosen

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import edge
+from tests.tiny import tiny_llama_gguf
 
 pytestmark = pytest.mark.slow
 
@@ -118,3 +119,18 @@ def test_q8_0_file_same_tokens_but_for_ties(shared: Path) -> None:
             assert 0 <= gap <= 0.005 * np.abs(row).max()
     print(f"{n_equal} of {len(prompts)} texts of {N_TOKENS} tokens are equal")
     assert n_equal > len(prompts) // 2
+
+
+@pytest.mark.parametrize(
+    "kind", ["q8_0", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4"]
+)
+def test_every_tile_format_has_the_logits(kind: str, tmp_path: Path) -> None:
+    """Random blocks of the type: what is packed unchanged gives the peer's logits, activation roundings aside."""
+    path = tiny_llama_gguf(tmp_path / "m.gguf", type=kind, seed=3, num_hidden_layers=2)
+    prompt = [1, 17, 5, 99, 42, 7, 63, 120, 3, 8, 21]
+    (theirs,) = peer(path, [prompt], 8)
+    with edge.load(path, context=64) as engine:
+        for i in range(8):
+            expected = np.array(theirs["logits"][i])
+            found = engine.logits([*prompt, *theirs["tokens"][:i]])
+            assert np.abs(found - expected).max() <= 2e-2 * np.abs(expected).max()

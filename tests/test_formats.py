@@ -72,6 +72,27 @@ def test_sizes(code: WeightFormat, rows: int) -> None:
 
 
 @pytest.mark.parametrize("code", ALL, ids=lambda c: c.name)
+def test_tiles_are_as_small_as_the_file(code: WeightFormat) -> None:
+    traits = TILE_FORMATS[code]
+    block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind_of(code)]
+    assert (traits.block_values, traits.block_bytes) == (block_values, block_bytes)
+    assert traits.tile_block_bytes == 16 * block_bytes
+
+
+def test_q2_k_layout() -> None:
+    """Halves of 16 rows, then words of four bytes, 16 rows side by side: scales before quants."""
+    block = np.zeros((16, 84), np.uint8)
+    block[:, :16] = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    block[:, 16:80] = np.arange(16 * 64, dtype=np.int64).astype(np.uint8).reshape(16, 64)
+    block[:, 80:84] = np.arange(32, dtype=np.float16).reshape(16, 2).view(np.uint8)
+    tile = np.frombuffer(formats.from_blocks(WeightFormat.Q2_K, block.tobytes(), 16, 256), np.uint8)
+    assert np.array_equal(tile[:64].view(np.float16), [*range(0, 32, 2), *range(1, 32, 2)])
+    for s, r, b in [(0, 0, 0), (1, 5, 2), (3, 15, 3)]:
+        assert tile[64 + s * 64 + r * 4 + b] == block[r, 4 * s + b]
+        assert tile[320 + (4 * s) * 64 + r * 4 + b] == block[r, 16 + 16 * s + b]
+
+
+@pytest.mark.parametrize("code", ALL, ids=lambda c: c.name)
 def test_missing_rows_are_zero(code: WeightFormat) -> None:
     k = width(code)
     raw = random_blocks(kind_of(code), (5, k), np.random.default_rng(0))
@@ -127,8 +148,8 @@ def test_float_layout() -> None:
     assert np.array_equal(tile, values.T)
 
 
-@pytest.mark.parametrize("code", [WeightFormat.Q4_K, WeightFormat.Q6_K], ids=lambda c: c.name)
-def test_k_quants_have_no_nearest_rounding(code: WeightFormat) -> None:
+@pytest.mark.parametrize("code", [c for c in ALL if c not in ENCODED], ids=lambda c: c.name)
+def test_other_formats_have_no_nearest_rounding(code: WeightFormat) -> None:
     with pytest.raises(ValueError, match="no encoder"):
         formats.encode(code, np.zeros((16, 256), np.float32))
 

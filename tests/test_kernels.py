@@ -18,6 +18,7 @@ Array = npt.NDArray[Any]
 F32 = np.float32
 
 FORMATS = [WeightFormat(f) for f in formats.TILE_FORMATS]
+WITH_MINS = (WeightFormat.Q4_K, WeightFormat.Q5_K, WeightFormat.Q2_K)
 FAST_ISAS = [isa["name"] for isa in _edge.isas() if isa["available"] and isa["name"] != "ref"]
 all_formats = pytest.mark.parametrize("weight_format", FORMATS, ids=[f.name.lower() for f in FORMATS])
 fast_isas = pytest.mark.parametrize("isa", FAST_ISAS)
@@ -43,11 +44,25 @@ def random_tiles(weight_format: WeightFormat, rows: int, k: int, rng: np.random.
 
 
 def with_scales(weight_format: WeightFormat, blocks: Array, scales: Array) -> bytes:
-    """Puts f16 scales (and mins) at the start of every block of quants; scales [n, 32]."""
-    n = 32 if weight_format == WeightFormat.Q4_K else 16
+    """Puts scales (and mins) at the start of every block of quants; scales [n, 32].
+
+    MXFP4 takes the next power of two.
+    """
     out = blocks.copy()
+    if weight_format == WeightFormat.MXFP4:
+        _, exponent = np.frexp(np.abs(scales[:, :16]).astype(F32))
+        out[:, :16] = np.clip(exponent + 127, 0, 255).astype(np.uint8)
+        return out.tobytes()
+    n = 32 if weight_format in WITH_MINS else 16
     out[:, : 2 * n] = np.ascontiguousarray(scales[:, :n].astype("<f2")).view(np.uint8)
     return out.tobytes()
+
+
+def row_scales(weight_format: WeightFormat, raw: Array) -> Array:
+    """[blocks, 32] scales and, where there are any, mins of blocks [blocks, bytes]; the inverse of with_scales."""
+    if weight_format == WeightFormat.MXFP4:
+        return np.ldexp(F32(1), raw[:, :16].astype(np.int32) - 128)
+    return np.ascontiguousarray(raw[:, :64]).view("<f2").astype(F32)
 
 
 def filled_tiles(weight_format: WeightFormat, rows: int, k: int, fill: int, scale: float) -> bytes:
@@ -132,13 +147,13 @@ def defined_dot(
     mins = formats.decode(weight_format, unit_tiles(weight_format, tiles, 0.0, 1.0), rows, k)[row]
     n_blocks, block_bytes = k // block, formats.TILE_FORMATS[weight_format].tile_block_bytes
     raw = np.frombuffer(tiles, np.uint8).reshape(-1, n_blocks, block_bytes)[row // 16]
-    halves = np.ascontiguousarray(raw[:, :64]).view("<f2").astype(F32)
+    halves = row_scales(weight_format, raw)
     total = F32(0)
     for b in range(n_blocks):
         part = slice(b * block, (b + 1) * block)
         isum = int((scaled[part].astype(np.int64) * q_a[b]).sum())
         total = fma(F32(isum), halves[b, row % 16] * d_a[b], total)
-        if weight_format == WeightFormat.Q4_K:
+        if weight_format in WITH_MINS:
             msum = -int((mins[part].astype(np.int64) * q_a[b]).sum())
             total = fma(-F32(msum), halves[b, 16 + row % 16] * d_a[b], total)
     return total
@@ -238,13 +253,30 @@ def test_extreme_quants_and_scales_have_the_bits_of_ref(
 
 @pytest.mark.parametrize("isa", ["ref", *FAST_ISAS])
 def test_byte_products_do_not_saturate(isa: str) -> None:
-    """Q8_0 at -128 and 127, activations at +-127: pairs beyond int16 if weights were taken unsigned."""
+    """The largest weights, activations at +-127: pairs beyond int16 if weights were taken unsigned."""
     k = 64
-    for stored, weight in [(0x00, -128), (0xFF, 127)]:
-        tiles = filled_tiles(WeightFormat.Q8_0, 16, k, stored, 1.0)
+    for code, stored, weight in [
+        (WeightFormat.Q8_0, 0x00, -128),
+        (WeightFormat.Q8_0, 0xFF, 127),
+        (WeightFormat.IQ4_NL, 0x00, -127),
+        (WeightFormat.IQ4_NL, 0xFF, 113),
+    ]:
+        tiles = filled_tiles(code, 16, k, stored, 1.0)
         for sign in (1, -1):
             x = np.full((1, k), sign * 127.0, F32)
-            assert (_edge.gemv(isa, WeightFormat.Q8_0, tiles, 16, k, x) == sign * 127 * weight * k).all()
+            assert (_edge.gemv(isa, code, tiles, 16, k, x) == sign * 127 * weight * k).all()
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST_ISAS])
+def test_exponents_of_every_size(isa: str) -> None:
+    """MXFP4's scale 2^(e - 128), from the subnormal ones to the largest: weight 1 (twice 0.5) times 127."""
+    for exponent in range(256):
+        block = np.full(272, 0x11, np.uint8)
+        block[:16] = exponent
+        found = _edge.gemv(isa, WeightFormat.MXFP4, block.tobytes(), 16, 32, np.full((1, 32), 127.0, F32))
+        with np.errstate(over="ignore"):
+            expected = F32(32 * 127) * np.ldexp(F32(1), exponent - 128)
+        assert (found == expected).all(), exponent
 
 
 @pytest.mark.parametrize("isa", ["ref", *FAST_ISAS])

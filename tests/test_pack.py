@@ -39,7 +39,9 @@ from tests.tiny import (
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHT_TYPES = [kind.name for kind in BLOCK_TYPES.values() if kind.is_weight]
-KEPT = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"}
+KEPT = {
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "Q5_K", "Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "MXFP4",
+}  # fmt: skip
 
 
 def matrix(file: PackFile, name: str) -> np.ndarray:
@@ -175,7 +177,7 @@ def test_routers_and_positions_stay_float(weights: str, tmp_path: Path) -> None:
         assert opt.entries["embed.position"].format is WeightFormat.F16
 
 
-Q4_0, Q8_0, Q4_K, Q6_K = 2, 8, 12, 14
+Q4_0, Q5_0, Q8_0, Q4_K, Q6_K = 2, 6, 8, 12, 14
 
 
 @pytest.mark.parametrize(
@@ -184,9 +186,12 @@ Q4_0, Q8_0, Q4_K, Q6_K = 2, 8, 12, 14
         ("layers.0.q.weight", 0, 64, "keep", "F32"),
         ("layers.0.q.weight", 30, 33, "keep", "BF16"),
         ("layers.0.q.weight", Q4_K, 256, "keep", "Q4_K"),
-        ("layers.0.q.weight", 13, 256, "keep", "Q8_0"),
+        ("layers.0.q.weight", Q5_0, 256, "keep", "Q8_0"),
+        ("layers.0.q.weight", 13, 256, "keep", "Q5_K"),
         ("layers.0.q.weight", 13, 256, "q4", "Q4_0"),
-        ("layers.0.q.weight", 10, 256, "q8", "Q8_0"),
+        ("layers.0.q.weight", 10, 256, "q8", "Q2_K"),
+        ("layers.0.q.weight", 10, 256, "q4", "Q2_K"),
+        ("layers.0.q.weight", Q5_0, 256, "q8", "Q8_0"),
         ("layers.0.q.weight", Q4_0, 64, "q8", "Q4_0"),
         ("layers.0.q.weight", Q6_K, 256, "q8", "Q6_K"),
         ("layers.0.q.weight", Q6_K, 256, "q4", "Q4_0"),

@@ -21,13 +21,12 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 NATIVE = {
-    WeightFormat.F32: "F32", WeightFormat.F16: "F16", WeightFormat.BF16: "BF16", WeightFormat.Q8_0: "Q8_0",
-    WeightFormat.Q4_0: "Q4_0", WeightFormat.Q4_K: "Q4_K", WeightFormat.Q6_K: "Q6_K",
-}  # fmt: skip
-QUANTISED = [f for f in NATIVE if f not in (WeightFormat.Q4_K, WeightFormat.Q6_K)]
+    code: gguf.GGMLQuantizationType(traits.ggml_type).name for code, traits in formats.TILE_FORMATS.items()
+}
+QUANTISED = [code for code, traits in formats.TILE_FORMATS.items() if traits.encode is not None]
 SOURCES = [
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K",
-    "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ3_S", "IQ1_S", "TQ2_0",
+    "IQ4_NL", "IQ4_XS", "MXFP4", "IQ2_XXS", "IQ3_S", "IQ1_S", "TQ2_0",
 ]  # fmt: skip
 ROWS = [1, 15, 16, 17, 35]
 
@@ -43,6 +42,9 @@ def blocks_of(name: str, n_values: int, seed: int) -> Bytes:
     if name in ("F32", "F16", "BF16"):
         return quantize(name, rng.standard_normal(n_values).astype(np.float32).reshape(1, -1))
     blocks = rng.integers(0, 256, (n_values // block_values, block_bytes), dtype=np.uint8)
+    if name == "MXFP4":
+        blocks[:, 0] = rng.integers(112, 120, len(blocks))
+        return blocks.reshape(-1)
     offsets = {
         "Q4_K": (0, 2),
         "Q5_K": (0, 2),
@@ -138,7 +140,7 @@ def test_plain_floats_take_any_k(weight_format: WeightFormat, k: int) -> None:
 
 
 @pytest.mark.parametrize("k", [32, 64, 224, 256, 288, 4128])
-@pytest.mark.parametrize("weight_format", [WeightFormat.Q8_0, WeightFormat.Q4_0])
+@pytest.mark.parametrize("weight_format", [c for c in NATIVE if formats.TILE_FORMATS[c].block_values == 32])
 def test_blocks_of_32_take_any_multiple(weight_format: WeightFormat, k: int) -> None:
     name, rows = NATIVE[weight_format], 18
     data = blocks_of(name, rows * k, k)
@@ -277,8 +279,8 @@ def test_nan_stays_nan_and_infinity_stays_infinite(weight_format: WeightFormat) 
     assert np.isnan(found[0, :4]).all() and found[0, 4] == np.inf and found[0, 5] == -np.inf
 
 
-@pytest.mark.parametrize("weight_format", [WeightFormat.Q4_K, WeightFormat.Q6_K])
-def test_k_quant_tiles_come_from_their_own_type_only(weight_format: WeightFormat) -> None:
+@pytest.mark.parametrize("weight_format", [code for code in NATIVE if code not in QUANTISED])
+def test_tiles_without_rounding_come_from_their_own_type_only(weight_format: WeightFormat) -> None:
     with pytest.raises(UnsupportedModelError, match=rf"{NATIVE[weight_format].lower()}.*found F32"):
         tile("F32", weight_format, np.zeros(1024, dtype=np.uint8), 1, 256)
 
@@ -298,8 +300,8 @@ def test_tile_bytes(weight_format: WeightFormat) -> None:
     ("weight_format", "rows", "k"),
     [
         (3, 0, 32), (3, -1, 32), (3, 16, 0), (3, 16, -32), (3, 16, 33), (5, 16, 128), (7, 16, 32),
-        (100, 16, 32), (-1, 16, 32), (0, 2**62, 2**62), (0, 2**63 - 1, 2**63 - 1), (0, 2**64, 1),
-        (0, 1, 2**60), (6, 1, 2**62),
+        (13, 16, 256), (19, 16, 256), (100, 16, 32), (-1, 16, 32), (0, 2**62, 2**62),
+        (0, 2**63 - 1, 2**63 - 1), (0, 2**64, 1), (0, 1, 2**60), (6, 1, 2**62),
     ],
 )  # fmt: skip
 def test_impossible_shapes(weight_format: int, rows: int, k: int) -> None:
@@ -345,7 +347,7 @@ def test_threads_tile_without_disturbing_each_other() -> None:
 def test_random_shapes_agree_with_the_oracle() -> None:
     rng = np.random.default_rng(31)
     for seed in range(300):
-        weight_format = WeightFormat(int(rng.integers(0, 7)))
+        weight_format = WeightFormat(int(rng.integers(0, len(NATIVE))))
         name = NATIVE[weight_format]
         rows, k = int(rng.integers(1, 70)), int(rng.integers(1, 9)) * 256
         data = blocks_of(name, rows * k, seed)

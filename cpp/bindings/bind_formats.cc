@@ -154,7 +154,8 @@ void bind_formats(py::module_& module) {
              py::arg("k"),
              "Rows of blocks [n_rows, k] -> tile bytes, rows filled up with zeros to 16. The format's own type keeps "
              "every bit; others go through float32 and are rounded as gguf.quants.quantize does. ArgumentError when a "
-             "size does not fit; UnsupportedModelError for Q4_K or Q6_K tiles from another type.");
+             "size does not fit; UnsupportedModelError for tiles that are not rounded to (all but F32, F16, "
+             "BF16, Q8_0, Q4_0) from another type.");
   module.def("untile_rows", &py_untile_rows, py::arg("format"), py::arg("tiles"), py::arg("rows"), py::arg("k"),
              "Tile bytes -> float32 [rows, k]. ArgumentError when a size does not fit.");
 }

@@ -132,10 +132,13 @@ void fill_tiles(WeightFormat format, std::byte* tiles, int64_t n_bytes, uint64_t
     std::memcpy(tiles + i, &bits, 8);
   }
   if (format <= WeightFormat::kBF16) return;
-  const int64_t block = traits(format).tile_block_bytes;
-  const int64_t n_halves = format == WeightFormat::kQ4_K ? 32 : 16;
-  for (int64_t at = 0; at < n_bytes; at += block) {
-    for (int64_t i = 0; i < n_halves; ++i) {
+  const FormatTraits& of = traits(format);
+  for (int64_t at = 0; at < n_bytes; at += of.tile_block_bytes) {
+    if (of.scales == Scales::kExponent) {
+      for (int64_t r = 0; r < kTileRows; ++r) tiles[at + r] = static_cast<std::byte>(112 + next_random(state) % 8);
+      continue;
+    }
+    for (int64_t i = 0; i < (of.scales == Scales::kTwoHalves ? 2 : 1) * kTileRows; ++i) {
       const auto half = static_cast<uint16_t>(0x2000 + (next_random(state) & 0x3ff));
       std::memcpy(tiles + at + 2 * i, &half, 2);
     }

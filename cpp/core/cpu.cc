@@ -17,6 +17,7 @@ struct CpuidBits {
   uint32_t leaf1_ecx = 0;
   uint32_t leaf7_ebx = 0;
   uint32_t leaf7_ecx = 0;
+  uint32_t leaf7_1_eax = 0;
   uint64_t xcr0 = 0;  // register state the OS saves on a context switch
 };
 
@@ -27,6 +28,8 @@ CpuidBits read_cpuid() {
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0) {
     bits.leaf7_ebx = ebx;
     bits.leaf7_ecx = ecx;
+    // eax: the last subleaf there is.
+    if (eax >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0) bits.leaf7_1_eax = eax;
   }
   constexpr uint32_t kOsxsave = 1u << 27;  // XGETBV faults without it
   if ((bits.leaf1_ecx & kOsxsave) != 0) {
@@ -43,6 +46,12 @@ std::string missing_avx2(const CpuidBits& bits) {
   if ((bits.leaf1_ecx & (1u << 29)) == 0) return "CPU lacks f16c";
   if ((bits.xcr0 & 0x6) != 0x6) return "the OS does not save AVX registers";
   return "";
+}
+
+std::string missing_avx_vnni(const CpuidBits& bits) {
+  std::string missing = missing_avx2(bits);
+  if (!missing.empty()) return missing;
+  return (bits.leaf7_1_eax & (1u << 4)) == 0 ? "CPU lacks avx_vnni" : "";
 }
 
 std::string missing_avx512_vnni(const CpuidBits& bits) {
@@ -80,9 +89,11 @@ std::string cpu_missing(CpuLevel level) {
     case CpuLevel::kBaseline: return "";
 #if defined(EDGE_X86)
     case CpuLevel::kAvx2: return missing_avx2(read_cpuid());
+    case CpuLevel::kAvxVnni: return missing_avx_vnni(read_cpuid());
     case CpuLevel::kAvx512Vnni: return missing_avx512_vnni(read_cpuid());
 #else
     case CpuLevel::kAvx2:
+    case CpuLevel::kAvxVnni:
     case CpuLevel::kAvx512Vnni: return "not an x86 CPU";
 #endif
     case CpuLevel::kNeonDotprod: return missing_neon_dotprod();

@@ -8,6 +8,7 @@ namespace edge {
 enum class CpuLevel {
   kBaseline,      // what the compiler's target promises
   kAvx2,          // AVX2 + FMA + F16C, ymm state saved by the OS
+  kAvxVnni,       // AVX-VNNI on top of kAvx2
   kAvx512Vnni,    // AVX-512 F/BW/VL/DQ + VNNI on top of kAvx2, zmm state saved by the OS
   kNeonDotprod,   // ARMv8.2 dot product and half precision
 };

@@ -2,18 +2,36 @@
 // (layouts in kernels/neuron.h).
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace edge {
 
+// The tile formats by what they multiply with: X(arg, code, enumerator, name, scales, ggml_type, block_values,
+// block_bytes). All that depends on the format alone comes from these rows: the enum, the traits, the kernels' names.
+// Codes stand in packs: they are never given anew.
+#define EDGE_FLOAT_FORMATS(X, arg)                  \
+  X(arg, 0, kF32, f32, kNone, 0, 1, 4)              \
+  X(arg, 1, kF16, f16, kNone, 1, 1, 2)              \
+  X(arg, 2, kBF16, bf16, kNone, 30, 1, 2)
+#define EDGE_Q8X32_FORMATS(X, arg)                  \
+  X(arg, 3, kQ8_0, q8_0, kHalf, 8, 32, 34)          \
+  X(arg, 4, kQ4_0, q4_0, kHalf, 2, 32, 18)          \
+  X(arg, 11, kIQ4_NL, iq4_nl, kHalf, 20, 32, 18)    \
+  X(arg, 12, kMXFP4, mxfp4, kExponent, 39, 32, 17)
+#define EDGE_Q8X256_FORMATS(X, arg)                 \
+  X(arg, 5, kQ4_K, q4_k, kTwoHalves, 12, 256, 144)  \
+  X(arg, 6, kQ6_K, q6_k, kHalf, 14, 256, 210)       \
+  X(arg, 7, kQ5_K, q5_k, kTwoHalves, 13, 256, 176)  \
+  X(arg, 8, kQ2_K, q2_k, kTwoHalves, 10, 256, 84)   \
+  X(arg, 9, kQ3_K, q3_k, kHalf, 11, 256, 110)       \
+  X(arg, 10, kIQ4_XS, iq4_xs, kHalf, 23, 256, 136)
+#define EDGE_TILE_FORMATS(X, arg) \
+  EDGE_FLOAT_FORMATS(X, arg) EDGE_Q8X32_FORMATS(X, arg) EDGE_Q8X256_FORMATS(X, arg)
+
+#define EDGE_FORMAT_CODE(arg, code, enumerator, ...) enumerator = code,
 enum class WeightFormat : uint32_t {
-  kF32 = 0,
-  kF16 = 1,
-  kBF16 = 2,
-  kQ8_0 = 3,
-  kQ4_0 = 4,
-  kQ4_K = 5,
-  kQ6_K = 6,
+  EDGE_TILE_FORMATS(EDGE_FORMAT_CODE, )
   kNeuronF16 = 20,
   kNeuronQ8 = 21,
   kNeuronQ4 = 22,
@@ -21,19 +39,39 @@ enum class WeightFormat : uint32_t {
   kBytes = 101,      // blobs
 };
 
-inline constexpr int kTileFormats = 7;
+#undef EDGE_FORMAT_CODE
+
+#define EDGE_FORMAT_COUNT(...) +1
+inline constexpr int kTileFormats = EDGE_TILE_FORMATS(EDGE_FORMAT_COUNT, );
+#undef EDGE_FORMAT_COUNT
 inline constexpr int64_t kTileRows = 16;
+
+// What a format multiplies with: floats, or int8 blocks of 32 or 256 activations.
+enum class ActKind { kF32, kQ8x32, kQ8x256 };
+
+// What a block of 16 rows begins with: nothing, f16 d[16], f16 d[16] and dmin[16], or one exponent byte a row.
+enum class Scales { kNone, kHalf, kTwoHalves, kExponent };
 
 struct FormatTraits {
   const char* name;
-  int64_t block_values;    // values of one row in one block along K
-  int64_t tile_block_bytes;  // bytes of one block of 16 rows
+  ActKind act;
+  Scales scales;
+  uint32_t ggml_type;        // the block type whose bytes the tiles hold
+  int64_t block_values;      // values of one row in one block along K
+  int64_t block_bytes;       // of one row, in a checkpoint
+  int64_t tile_block_bytes;  // of 16 rows: a tile only moves bytes
 };
 
-inline constexpr FormatTraits kFormatTraits[kTileFormats] = {
-    {"f32", 1, 64},      {"f16", 1, 32},      {"bf16", 1, 32},    {"q8_0", 32, 544},
-    {"q4_0", 32, 288},   {"q4_k", 256, 2304}, {"q6_k", 256, 3360},
-};
+inline constexpr std::array<FormatTraits, kTileFormats> kFormatTraits = [] {
+  std::array<FormatTraits, kTileFormats> table{};
+#define EDGE_FORMAT_TRAITS(act, code, enumerator, name, scales, ggml_type, values, bytes) \
+  table[code] = {#name, ActKind::act, Scales::scales, ggml_type, values, bytes, (bytes) * kTileRows};
+  EDGE_FLOAT_FORMATS(EDGE_FORMAT_TRAITS, kF32)
+  EDGE_Q8X32_FORMATS(EDGE_FORMAT_TRAITS, kQ8x32)
+  EDGE_Q8X256_FORMATS(EDGE_FORMAT_TRAITS, kQ8x256)
+#undef EDGE_FORMAT_TRAITS
+  return table;
+}();
 
 inline bool is_tile_format(WeightFormat format) { return static_cast<uint32_t>(format) < kTileFormats; }
 inline const FormatTraits& traits(WeightFormat format) { return kFormatTraits[static_cast<uint32_t>(format)]; }

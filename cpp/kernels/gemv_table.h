@@ -21,17 +21,34 @@ using QuantizeQ8x256 = void(const float* x, int64_t k, ActQ8x256* out);
 using ReadBytes = uint64_t(const std::byte* data, int64_t n_bytes);
 
 // Every ISA names its functions gemv_<format>_<isa>, quantize_<kind>_<isa>, read_bytes_<isa>.
-#define EDGE_DECLARE_GEMV_TABLE(isa)                                                                              \
-  Gemv gemv_f32_##isa, gemv_f16_##isa, gemv_bf16_##isa, gemv_q8_0_##isa, gemv_q4_0_##isa, gemv_q4_k_##isa,        \
-      gemv_q6_k_##isa;                                                                                            \
-  QuantizeQ8x32 quantize_q8x32_##isa;                                                                             \
-  QuantizeQ8x256 quantize_q8x256_##isa;                                                                           \
-  ReadBytes read_bytes_##isa;                                                                                     \
-  inline constexpr GemvTable kGemvTable_##isa = {                                                                 \
-      {gemv_f32_##isa, gemv_f16_##isa, gemv_bf16_##isa, gemv_q8_0_##isa, gemv_q4_0_##isa, gemv_q4_k_##isa,        \
-       gemv_q6_k_##isa},                                                                                          \
-      quantize_q8x32_##isa,                                                                                       \
-      quantize_q8x256_##isa,                                                                                      \
-      read_bytes_##isa}
+#define EDGE_DECLARE_GEMV(isa, code, enumerator, name, ...) Gemv gemv_##name##_##isa;
+#define EDGE_SET_GEMV(isa, code, enumerator, name, ...) table.gemv[code] = gemv_##name##_##isa;
+#define EDGE_DECLARE_GEMV_TABLE(isa)                     \
+  EDGE_TILE_FORMATS(EDGE_DECLARE_GEMV, isa)              \
+  QuantizeQ8x32 quantize_q8x32_##isa;                    \
+  QuantizeQ8x256 quantize_q8x256_##isa;                  \
+  ReadBytes read_bytes_##isa;                            \
+  inline constexpr GemvTable kGemvTable_##isa = [] {     \
+    GemvTable table{};                                   \
+    EDGE_TILE_FORMATS(EDGE_SET_GEMV, isa)                \
+    table.quantize_q8x32 = quantize_q8x32_##isa;         \
+    table.quantize_q8x256 = quantize_q8x256_##isa;       \
+    table.read_bytes = read_bytes_##isa;                 \
+    return table;                                        \
+  }()
+
+// An ISA that has quantised products of its own and all else from another one.
+#define EDGE_DECLARE_QUANTISED_GEMV(isa)                 \
+  EDGE_Q8X32_FORMATS(EDGE_DECLARE_GEMV, isa)             \
+  EDGE_Q8X256_FORMATS(EDGE_DECLARE_GEMV, isa)            \
+  static_assert(true)
+#define EDGE_DECLARE_GEMV_TABLE_OVER(isa, base)          \
+  EDGE_DECLARE_QUANTISED_GEMV(isa);                      \
+  inline constexpr GemvTable kGemvTable_##isa = [] {     \
+    GemvTable table = kGemvTable_##base;                 \
+    EDGE_Q8X32_FORMATS(EDGE_SET_GEMV, isa)               \
+    EDGE_Q8X256_FORMATS(EDGE_SET_GEMV, isa)              \
+    return table;                                        \
+  }()
 
 }  // namespace edge

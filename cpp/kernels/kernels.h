@@ -13,17 +13,8 @@
 
 namespace edge {
 
-// What a weight format multiplies with.
-enum class ActKind { kF32, kQ8x32, kQ8x256 };
-
 inline ActKind act_kind(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kQ8_0:
-    case WeightFormat::kQ4_0: return ActKind::kQ8x32;
-    case WeightFormat::kQ4_K:
-    case WeightFormat::kQ6_K: return ActKind::kQ8x256;
-    default: return ActKind::kF32;
-  }
+  return is_tile_format(format) ? traits(format).act : ActKind::kF32;
 }
 
 // One activation block: values are q * d. sum(s) let unsigned weight nibbles be offset after the dot product.

@@ -13,6 +13,7 @@ EDGE_DECLARE_GEMV_TABLE(ref);
 EDGE_DECLARE_NEURON_TABLE(ref);
 #if defined(__x86_64__)
 EDGE_DECLARE_GEMV_TABLE(avx2);
+EDGE_DECLARE_GEMV_TABLE_OVER(avxvnni, avx2);
 EDGE_DECLARE_GEMV_TABLE(avx512vnni);
 EDGE_DECLARE_NEURON_TABLE(avx2);
 EDGE_DECLARE_NEURON_TABLE(avx512vnni);
@@ -57,23 +58,25 @@ Kernels join(const char* isa, const GemvTable& gemv, const NeuronKernels& neuron
   return kernels;
 }
 
-#define EDGE_ISA(level, isa)                                                                              \
-  Isa {                                                                                                   \
-    #isa, CpuLevel::level, &kGemvTable_##isa, []() -> const Kernels& {                                    \
-      static const Kernels kernels = join(#isa, kGemvTable_##isa, kNeuronTable_##isa, ops_table_##isa()); \
-      return kernels;                                                                                     \
-    }                                                                                                     \
+// `base` has what is neither a product nor an activation quantiser.
+#define EDGE_ISA(level, isa, base)                                                                          \
+  Isa {                                                                                                     \
+    #isa, CpuLevel::level, &kGemvTable_##isa, []() -> const Kernels& {                                      \
+      static const Kernels kernels = join(#isa, kGemvTable_##isa, kNeuronTable_##base, ops_table_##base()); \
+      return kernels;                                                                                       \
+    }                                                                                                       \
   }
 
 // Best first.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    EDGE_ISA(kAvx512Vnni, avx512vnni),
-    EDGE_ISA(kAvx2, avx2),
+    EDGE_ISA(kAvx512Vnni, avx512vnni, avx512vnni),
+    EDGE_ISA(kAvxVnni, avxvnni, avx2),
+    EDGE_ISA(kAvx2, avx2, avx2),
 #elif defined(__aarch64__)
-    EDGE_ISA(kNeonDotprod, neon),
+    EDGE_ISA(kNeonDotprod, neon, neon),
 #endif
-    EDGE_ISA(kBaseline, ref),
+    EDGE_ISA(kBaseline, ref, ref),
 };
 
 #undef EDGE_ISA

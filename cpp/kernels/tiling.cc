@@ -3,44 +3,22 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels/formats/decoders.h"
 #include "kernels/formats/float_bits.h"
 #include "kernels/formats/tile_block.h"
 
 namespace edge {
 namespace {
 
-struct NativeBlock {
-  uint32_t ggml_type;
-  int64_t block_bytes;
-};
-
-// By WeightFormat: the block type whose bytes the tiles hold.
-constexpr NativeBlock kNative[kTileFormats] = {{0, 4}, {1, 2}, {30, 2}, {8, 34}, {2, 18}, {12, 144}, {14, 210}};
-
-const NativeBlock& native(WeightFormat format) { return kNative[static_cast<uint32_t>(format)]; }
-
-bool has_quantizer(WeightFormat format) { return format != WeightFormat::kQ4_K && format != WeightFormat::kQ6_K; }
+bool has_quantizer(WeightFormat format) { return format <= WeightFormat::kQ4_0; }
 
 // Puts n values of row r, in the format's own blocks, at value `first` of the tile.
 void put_run(WeightFormat format, std::byte* tile, int64_t first, int64_t r, const std::byte* blocks, int64_t n) {
-  const FormatTraits& format_traits = traits(format);
-  std::byte* into = tile + first / format_traits.block_values * format_traits.tile_block_bytes;
-  const int64_t n_blocks = n / format_traits.block_values;
-  const int64_t step = format_traits.tile_block_bytes, block_bytes = native(format).block_bytes;
-  const auto each = [&](auto put) {
-    for (int64_t b = 0; b < n_blocks; ++b) put(into + b * step, r, blocks + b * block_bytes);
-  };
-  switch (format) {
-    case WeightFormat::kF32: put_values<uint32_t>(into, r, blocks, n); break;
-    case WeightFormat::kF16:
-    case WeightFormat::kBF16: put_values<uint16_t>(into, r, blocks, n); break;
-    case WeightFormat::kQ8_0: each(put_q8_0); break;
-    case WeightFormat::kQ4_0: each(put_q4_0); break;
-    case WeightFormat::kQ4_K: each(put_q4_k); break;
-    case WeightFormat::kQ6_K: each(put_q6_k); break;
-    default: break;
-  }
+  const FormatTraits& of = traits(format);
+  std::byte* into = tile + first / of.block_values * of.tile_block_bytes;
+  if (format == WeightFormat::kF32) return put_values<uint32_t>(into, r, blocks, n);
+  if (of.act == ActKind::kF32) return put_values<uint16_t>(into, r, blocks, n);
+  const MoveBlock put = block_moves(format).put;
+  for (int64_t b = 0; b < n / of.block_values; ++b) put(into + b * of.tile_block_bytes, r, blocks + b * of.block_bytes);
 }
 
 }  // namespace
@@ -86,7 +64,7 @@ Status check_tiles(WeightFormat format, std::span<const std::byte> tiles, int64_
 
 bool native_tile_format(const BlockTraits& block, WeightFormat* format) {
   for (uint32_t i = 0; i < kTileFormats; ++i) {
-    if (kNative[i].ggml_type != block.ggml_type) continue;
+    if (kFormatTraits[i].ggml_type != block.ggml_type) continue;
     *format = static_cast<WeightFormat>(i);
     return true;
   }
@@ -97,7 +75,7 @@ Status tile_rows(const BlockTraits& source, std::span<const std::byte> rows, int
                  WeightFormat format, std::span<std::byte> tiles) {
   EDGE_TRY(check_tiles(format, tiles, n_rows, k));
   EDGE_TRY(check_rows(source, rows, n_rows, k));
-  const bool same = native(format).ggml_type == source.ggml_type;
+  const bool same = traits(format).ggml_type == source.ggml_type;
   if (!same && !has_quantizer(format))
     return error(Code::kUnsupported, "%s tiles: expected blocks of type %s, found %s", traits(format).name,
                  traits(format).name, source.name);
@@ -134,30 +112,25 @@ Status tile_rows(const BlockTraits& source, std::span<const std::byte> rows, int
 }
 
 void decode_tile_row(WeightFormat format, const std::byte* tile, int64_t row_in_tile, int64_t k, float* out) {
-  const FormatTraits& format_traits = traits(format);
-  const auto each = [&](auto take, auto decode) {
-    std::byte block[256];
-    for (int64_t first = 0; first < k; first += format_traits.block_values, tile += format_traits.tile_block_bytes) {
-      take(tile, row_in_tile, block);
-      decode(block, 1, out + first);
-    }
-  };
   switch (format) {
     case WeightFormat::kF32:
       for (int64_t i = 0; i < k; ++i) out[i] = load<float>(tile + (i * kTileRows + row_in_tile) * 4);
-      break;
+      return;
     case WeightFormat::kF16:
       for (int64_t i = 0; i < k; ++i) out[i] = load_half(tile + (i * kTileRows + row_in_tile) * 2);
-      break;
+      return;
     case WeightFormat::kBF16:
       for (int64_t i = 0; i < k; ++i)
         out[i] = bfloat_to_float(load<uint16_t>(tile + (i * kTileRows + row_in_tile) * 2));
-      break;
-    case WeightFormat::kQ8_0: each(take_q8_0, decode_q8_0); break;
-    case WeightFormat::kQ4_0: each(take_q4_0, decode_q4_0); break;
-    case WeightFormat::kQ4_K: each(take_q4_k, decode_q4_k); break;
-    case WeightFormat::kQ6_K: each(take_q6_k, decode_q6_k); break;
+      return;
     default: break;
+  }
+  const FormatTraits& of = traits(format);
+  const BlockMoves& moves = block_moves(format);
+  std::byte block[kMaxBlockValues];
+  for (int64_t first = 0; first < k; first += of.block_values, tile += of.tile_block_bytes) {
+    moves.take(tile, row_in_tile, block);
+    moves.decode(block, 1, out + first);
   }
 }
 

@@ -1,4 +1,4 @@
-// Rows of checkpoint blocks -> tiles of 16 rows, and back. Layouts: DESIGN.md, "Tiles".
+// Rows of checkpoint blocks -> tiles of 16 rows, and back. Layouts: DESIGN.md, "Tiles"; formats/tile_block.cc.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +25,8 @@ bool native_tile_format(const BlockTraits& block, WeightFormat* format);
 // n_rows rows of k values, block after block -> tiles. The format's own block type is only re-arranged: every value
 // keeps its bits. Another type is decoded to f32 and quantised: Q8_0 and Q4_0 as gguf.quants.quantize does it, F16 and
 // BF16 to nearest even. Rows that fill up the last tile are zero blocks.
-// kBadArgument: sizes do not fit, found and expected; kUnsupported: Q4_K or Q6_K from another type, or no grid.
+// kBadArgument: sizes do not fit, found and expected; kUnsupported: another type into a format that has no rounding
+// (all but F32, F16, BF16, Q8_0, Q4_0), or no grid.
 Status tile_rows(const BlockTraits& source, std::span<const std::byte> rows, int64_t n_rows, int64_t k,
                  WeightFormat format, std::span<std::byte> tiles);
 

@@ -52,20 +52,25 @@ std::vector<std::byte> random_tiles(Random& random, WeightFormat format, int64_t
   const int64_t block = traits(format).tile_block_bytes;
   for (int64_t at = 0; at < static_cast<int64_t>(tiles.size()); at += block) {
     std::byte* p = tiles.data() + at;
-    switch (format) {
-      case WeightFormat::kF32:
-        for (int64_t r = 0; r < kTileRows; ++r) {
-          const float value = random.below(16) == 0 ? 0x1p-140f : random.symmetric();
-          std::memcpy(p + 4 * r, &value, 4);
-        }
+    if (format == WeightFormat::kF32) {
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const float value = random.below(16) == 0 ? 0x1p-140f : random.symmetric();
+        std::memcpy(p + 4 * r, &value, 4);
+      }
+      continue;
+    }
+    if (format == WeightFormat::kBF16) {
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const float value = random.symmetric();
+        std::memcpy(p + 2 * r, reinterpret_cast<const std::byte*>(&value) + 2, 2);
+      }
+      continue;
+    }
+    switch (traits(format).scales) {
+      case Scales::kExponent:
+        for (int64_t r = 0; r < kTileRows; ++r) p[r] = static_cast<std::byte>(random.next());
         break;
-      case WeightFormat::kBF16:
-        for (int64_t r = 0; r < kTileRows; ++r) {
-          const float value = random.symmetric();
-          std::memcpy(p + 2 * r, reinterpret_cast<const std::byte*>(&value) + 2, 2);
-        }
-        break;
-      case WeightFormat::kQ4_K: put_halves(random, p, 2 * kTileRows); break;
+      case Scales::kTwoHalves: put_halves(random, p, 2 * kTileRows); break;
       default: put_halves(random, p, kTileRows); break;
     }
   }

@@ -1,7 +1,8 @@
 """The weight formats of the pack, each with a numpy oracle: what every kernel and packer must agree with.
 
-A format adds one file here (its layout, ``from_blocks``, ``decode``, and ``encode`` where rounding to nearest
-is enough to make it) and one line in :data:`TILE_FORMATS`. Records of neurons are not tiles: ``neuron``.
+A format adds one file here (its fields and the values of its blocks, or ``from_blocks`` and ``decode`` where tiles
+are more than moved bytes, and ``encode`` where rounding to nearest is enough to make it) and one line in
+:data:`TILE_FORMATS`. Records of neurons are not tiles: ``neuron``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from enum import IntEnum
 
 import numpy as np
 
-from quant.formats import floats, q4_0, q4_k, q6_k, q8_0
+from quant.formats import floats, iq4, mxfp4, q2_k, q3_k, q4_0, q4_k, q5_k, q6_k, q8_0
+from quant.formats._fields import FieldFormat
 from quant.formats._tiles import F32, TILE_ROWS, tile_count
 
 __all__ = [
@@ -39,6 +41,12 @@ class WeightFormat(IntEnum):
     Q4_0 = 4
     Q4_K = 5
     Q6_K = 6
+    Q5_K = 7
+    Q2_K = 8
+    Q3_K = 9
+    IQ4_XS = 10
+    IQ4_NL = 11
+    MXFP4 = 12
     NEURON_F16 = 20
     NEURON_Q8 = 21
     NEURON_Q4 = 22
@@ -73,6 +81,20 @@ def _packed(name: str, ggml_type: int, module: object, encode: Callable[[F32], b
     return TileFormat(name, ggml_type, sizes[0], sizes[1], sizes[2], moves[0], moves[1], encode)
 
 
+def _moved(name: str, ggml_type: int, of: FieldFormat) -> TileFormat:
+    tile_block_bytes = of.block_bytes * TILE_ROWS
+    return TileFormat(
+        name,
+        ggml_type,
+        of.block_values,
+        of.block_bytes,
+        tile_block_bytes,
+        of.from_blocks,
+        of.decode,
+        None,
+    )
+
+
 TILE_FORMATS: dict[WeightFormat, TileFormat] = {
     WeightFormat.F32: TileFormat(
         "f32", 0, 1, 4, 64, floats.f32_from_blocks, floats.f32_decode, floats.f32_encode
@@ -87,6 +109,12 @@ TILE_FORMATS: dict[WeightFormat, TileFormat] = {
     WeightFormat.Q4_0: _packed("q4_0", 2, q4_0, q4_0.encode),
     WeightFormat.Q4_K: _packed("q4_k", 12, q4_k, None),
     WeightFormat.Q6_K: _packed("q6_k", 14, q6_k, None),
+    WeightFormat.Q5_K: _moved("q5_k", 13, q5_k.FORMAT),
+    WeightFormat.Q2_K: _moved("q2_k", 10, q2_k.FORMAT),
+    WeightFormat.Q3_K: _moved("q3_k", 11, q3_k.FORMAT),
+    WeightFormat.IQ4_XS: _moved("iq4_xs", 23, iq4.XS),
+    WeightFormat.IQ4_NL: _moved("iq4_nl", 20, iq4.NL),
+    WeightFormat.MXFP4: _moved("mxfp4", 39, mxfp4.FORMAT),
 }
 
 
@@ -120,7 +148,7 @@ def encode(weight_format: WeightFormat | int, values: F32) -> bytes:
     """[rows, k] f32 -> tiles, rounded to nearest.
 
     Raises:
-        ValueError: the format has no nearest rounding (Q4_K, Q6_K), or k does not fill its blocks.
+        ValueError: the format has no nearest rounding here, or k does not fill its blocks.
     """
     traits = _traits(weight_format, values.shape[1])
     if traits.encode is None:

@@ -1,6 +1,7 @@
 // The decoders behind the table in block.cc, by family.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -46,6 +47,14 @@ EDGE_DECODER(iq3_s);
 
 // The 16 steps of IQ4_NL and IQ4_XS (ggml-common.h, kvalues_iq4nl).
 inline constexpr int8_t kIq4Steps[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+// E2M1 doubled, so that all are whole; the scales carry the factor 0.5 (OCP Microscaling Formats v1.0, 5.3.3).
+inline constexpr int8_t kE2m1Doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+// 2^(x - 128): E8M0 (bias 127) halved. The two smallest are subnormal floats.
+static inline float e8m0_half(uint8_t x) {
+  return std::bit_cast<float>(x < 2 ? 0x00200000u << x : static_cast<uint32_t>(x - 1) << 23);
+}
 
 // The six-bit scales and mins of Q4_K and Q5_K: bytes 0-3 hold scales 0-3, bytes 4-7 mins 0-3, bytes 8-11 the low
 // nibbles of scales and mins 4-7, whose top two bits lie above those of 0-3.

@@ -8,14 +8,6 @@
 namespace edge {
 namespace {
 
-// E2M1 doubled, so that all are whole; the scales carry the factor 0.5 (OCP Microscaling Formats v1.0, 5.3.3).
-constexpr int8_t kE2m1Doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-
-// 2^(x - 128): E8M0 (bias 127) halved. The two smallest are subnormal floats.
-float e8m0_half(uint8_t x) {
-  return std::bit_cast<float>(x < 2 ? 0x00200000u << x : static_cast<uint32_t>(x - 1) << 23);
-}
-
 // Unsigned E4M3 (bias 7) halved. 0x7f is no number and counts as zero; the sign bit is not looked at otherwise.
 float ue4m3_half(uint8_t x) {
   if (x == 0x7f) return 0.0f;

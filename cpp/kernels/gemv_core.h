@@ -1,0 +1,182 @@
+// The products of one tile with up to V::kMaxRows activation rows, over the unpacking of gemv_formats.h. Float steps
+// come in the order of gemv_ref.cc; the integer steps are exact, so each ISA takes them as it does best:
+//   V::dots<F, kRows>(w, part, q, act_stride, isum)                   isum[m] += dot of 32 values
+//   V::run<F, i, kRows>(w, u, part, q, act_stride, scale, isum)       isum[m] += scale * dot of run u * kPeriod + i
+//   V::kSigned<F>   whether these take F::kOffset away themselves
+// q points at the 32 activations of row 0. Internal linkage: each includer compiles its own copy under its own flags.
+#pragma once
+
+#include <bit>
+
+#include "kernels/gemv_driver.h"
+#include "kernels/gemv_formats.h"
+#include "kernels/gemv_table.h"
+
+namespace edge {
+namespace {
+
+// What holds its sums in registers through a reference must be inlined, whatever the compiler's measure says.
+#define EDGE_INLINE inline __attribute__((always_inline))
+#define EDGE_INLINE_BODY __attribute__((always_inline))
+
+template <int n, typename F, int... i>
+EDGE_INLINE void unroll(const F& body, std::integer_sequence<int, i...>) {
+  (body(std::integral_constant<int, i>()), ...);
+}
+// body(integral_constant 0), ..., body(integral_constant n - 1).
+template <int n, typename F>
+EDGE_INLINE void unroll(const F& body) {
+  unroll<n>(body, std::make_integer_sequence<int, n>());
+}
+
+template <typename V, int kRows>
+struct Sums {
+  typename V::Floats acc[kRows][V::kParts];
+
+  inline Sums() {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+      for (int part = 0; part < V::kParts; ++part) acc[m][part] = V::zero_floats();
+  }
+  inline void store(float* y, int64_t y_stride) const {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+      for (int part = 0; part < V::kParts; ++part) V::store(y + m * y_stride + V::kLanes * part, acc[m][part]);
+  }
+};
+
+// Between the parts of a tile: GCC would keep every activation of the part before for the next one, and spill them all,
+// where reading it again costs no more than one load.
+inline void forget_loads() { __asm__ volatile("" ::: "memory"); }
+
+// Lines [first, last) of the 64-byte lines after p, as far ahead as the ISA reads.
+template <typename V, int first, int last>
+inline void prefetch(const uint8_t* p) {
+#pragma GCC unroll 64
+  for (int line = first; line < last; ++line) V::prefetch(p + 64 * line);
+}
+
+// Formats under one scale for 32 values.
+template <typename V, WeightFormat kFormat>
+struct Block32 {
+  using F = Unpack<V, kFormat>;
+  static constexpr const FormatTraits& kTraits = kFormatTraits[static_cast<size_t>(kFormat)];
+  static constexpr int64_t kBlockValues = kTraits.block_values;
+  static constexpr int64_t kBlockBytes = kTraits.tile_block_bytes;
+
+  template <int kRows>
+  static inline void tile(const uint8_t* w, int64_t n_blocks, const uint8_t* acts, int64_t act_stride, float* y,
+                          int64_t y_stride) {
+    Sums<V, kRows> sums;
+    for (int64_t b = 0; b < n_blocks; ++b, w += kBlockBytes, acts += sizeof(ActQ8x32)) {
+      prefetch<V, 0, (kBlockBytes + 63) / 64>(w);
+      unroll<V::kParts>([&](auto part) EDGE_INLINE_BODY {
+        typename V::Words isum[kRows];
+#pragma GCC unroll 16
+        for (int m = 0; m < kRows; ++m) isum[m] = V::zero();
+        V::template dots<F, kRows>(w, part, acts + offsetof(ActQ8x32, q), act_stride, isum);
+        const typename V::Floats d = V::template row_scales<kTraits.scales>(w, part);
+#pragma GCC unroll 16
+        for (int m = 0; m < kRows; ++m) {
+          const auto* a = reinterpret_cast<const ActQ8x32*>(acts + m * act_stride);
+          if constexpr (F::kOffset != 0 && !V::template kSigned<F>) {
+            const auto sum = V::broadcast4(&a->sum);
+            isum[m] = V::subtract(isum[m], V::template times_power<std::countr_zero(unsigned{F::kOffset})>(sum));
+          }
+          sums.acc[m][part] = V::accumulate(isum[m], d, a->d, sums.acc[m][part]);
+        }
+        if constexpr (V::kParts > 1) forget_loads();
+      });
+    }
+    sums.store(y, y_stride);
+  }
+};
+
+// Formats under scales of their own for every 32 or 16 of 256 values.
+template <typename V, WeightFormat kFormat>
+struct Block256 {
+  using F = Unpack<V, kFormat>;
+  static constexpr const FormatTraits& kTraits = kFormatTraits[static_cast<size_t>(kFormat)];
+  static constexpr int64_t kBlockValues = kTraits.block_values;
+  static constexpr int64_t kBlockBytes = kTraits.tile_block_bytes;
+  static constexpr int kRuns = 8;
+  static constexpr int kSteps = kRuns / F::kPeriod;
+  static constexpr int64_t kStepBytes = kBlockBytes / (V::kParts * kSteps);
+  static constexpr int kStepLines = static_cast<int>((kStepBytes + 63) / 64);
+
+  static inline const ActQ8x256* block(const uint8_t* acts, int64_t act_stride, int m) {
+    return reinterpret_cast<const ActQ8x256*>(acts + m * act_stride);
+  }
+
+  template <int kRows>
+  static inline void tile(const uint8_t* w, int64_t n_blocks, const uint8_t* acts, int64_t act_stride, float* y,
+                          int64_t y_stride) {
+    Sums<V, kRows> sums;
+    for (int64_t b = 0; b < n_blocks; ++b, w += kBlockBytes, acts += sizeof(ActQ8x256)) {
+      for (int part = 0; part < V::kParts; ++part) {
+        typename V::Words scale[kRuns], isum[kRows];
+        unroll<kRuns>([&](auto j) EDGE_INLINE_BODY { scale[j] = F::template scale<j>(w, part); });
+#pragma GCC unroll 16
+        for (int m = 0; m < kRows; ++m) {
+          isum[m] = V::zero();
+          if constexpr (F::kOffset != 0 && !V::template kSigned<F>) {
+            unroll<kRuns>([&](auto j) EDGE_INLINE_BODY {
+              isum[m] = V::dot_pairs(isum[m], scale[j], V::broadcast4(block(acts, act_stride, m)->sums + 2 * j));
+            });
+            isum[m] = V::subtract(V::zero(), V::template times_power<std::countr_zero(unsigned{F::kOffset})>(isum[m]));
+          }
+        }
+        for (int u = 0; u < kSteps; ++u) {
+          unroll<F::kPeriod>([&](auto i) EDGE_INLINE_BODY {
+            prefetch<V, kStepLines * i / F::kPeriod, kStepLines*(i + 1) / F::kPeriod>(
+                w + kStepBytes * (part * kSteps + u));
+            const int j = u * F::kPeriod + i;
+            const uint8_t* run = acts + offsetof(ActQ8x256, q) + 32 * j;
+            V::template run<F, i, kRows>(w, u, part, run, act_stride, scale[j], isum);
+          });
+        }
+        const typename V::Floats d = V::template row_scales<kTraits.scales>(w, part);
+#pragma GCC unroll 16
+        for (int m = 0; m < kRows; ++m) {
+          sums.acc[m][part] = V::accumulate(isum[m], d, block(acts, act_stride, m)->d, sums.acc[m][part]);
+        }
+        if constexpr (kTraits.scales == Scales::kTwoHalves) {
+          subtract_mins(w, part, acts, act_stride, sums);
+        }
+        if constexpr (V::kParts > 1) forget_loads();
+      }
+    }
+    sums.store(y, y_stride);
+  }
+
+  // dmin * min * sum of activations, of every run.
+  template <int kRows>
+  static inline void subtract_mins(const uint8_t* w, int part, const uint8_t* acts, int64_t act_stride,
+                                   Sums<V, kRows>& sums) {
+    typename V::Words msum[kRows];
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) msum[m] = V::zero();
+    unroll<kRuns>([&](auto j) EDGE_INLINE_BODY {
+      const auto min = F::template min<j>(w, part);
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+        msum[m] = V::dot_pairs(msum[m], min, V::broadcast4(block(acts, act_stride, m)->sums + 2 * j));
+      }
+    });
+    const typename V::Floats dmin = V::float_halves(w + 2 * kTileRows, part);
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      sums.acc[m][part] = V::reduce(msum[m], dmin, block(acts, act_stride, m)->d, sums.acc[m][part]);
+    }
+  }
+};
+
+}  // namespace
+
+// Defines gemv_<format>_<isa> of every quantised format of a kind; the file names its vectors `Lanes`.
+#define EDGE_GEMV_BLOCK32(isa, code, enumerator, name, ...) \
+  EDGE_GEMV(gemv_##name##_##isa, run_tiles<Block32<Lanes, WeightFormat::enumerator>, Lanes::kMaxRows>)
+#define EDGE_GEMV_BLOCK256(isa, code, enumerator, name, ...) \
+  EDGE_GEMV(gemv_##name##_##isa, run_tiles<Block256<Lanes, WeightFormat::enumerator>, Lanes::kMaxRows>)
+
+}  // namespace edge
