@@ -112,9 +112,9 @@ class _Layer:
         self.law = sparsity.fit(sparsity.active_share(i, shape.layers))
         self.adds = _LAST_SUBLAYER if i == shape.layers - 1 else _SUBLAYER
         self.rank = sparsity.rank(i, shape.layers, shape.hidden)
-        self.thresholds = (
-            self.law.mean + self.law.spread * generator.standard_normal(shape.ffn, np.float32)
-        ).astype(np.float32)
+        # Often used neurons first, the order a pack gets from measured use: neighbours are then missing together.
+        spread = np.sort(generator.standard_normal(shape.ffn, np.float32))
+        self.thresholds: F32 = (self.law.mean + self.law.spread * spread).astype(np.float32)
         #: [hidden, rank], columns of about unit length: a normalised input projects to unit normals.
         self.basis = generator.standard_normal((shape.hidden, self.rank), np.float32) / np.float32(
             math.sqrt(shape.hidden)
@@ -122,9 +122,11 @@ class _Layer:
         weights = generator.standard_normal((shape.ffn, self.rank), np.float32)
         weights *= math.sqrt(1 - self.law.noise**2) / np.linalg.norm(weights, axis=1, keepdims=True)
         self.weights: F32 = weights
-        # Rounding adds noise of its own that the predictor does not see either.
-        rounding = _Q4_NOISE if synth.quantised else 0.0
-        self.noise = math.sqrt((self.law.noise**2 - rounding**2) / shape.hidden)
+        # Rounding adds noise of its own that the predictor does not see either: of the gates and, where those are
+        # rounded as much, of its two matrices.
+        seen = 1 - self.law.noise**2
+        rounding = _Q4_NOISE**2 * (1 + 2 * seen) if synth.quantised else 0.0
+        self.noise = math.sqrt((self.law.noise**2 - rounding) / shape.hidden)
 
     def gates(self) -> np.ndarray:
         """uint8 [ffn, row bytes]."""
@@ -164,7 +166,7 @@ def write_sparse(path: Path, shape: shapes.Shape, form: str, seed: int = 0) -> i
     Args:
         path: the pack, replaced when it exists.
         shape: an OPT shape with a hidden size of a multiple of 512.
-        form: "q4" (embedding and predictors in eight bits) or "f16".
+        form: "q4" (embedding in eight bits) or "f16" (predictors in eight bits).
         seed: of all random values.
 
     Raises:
@@ -202,8 +204,9 @@ def write_sparse(path: Path, shape: shapes.Shape, form: str, seed: int = 0) -> i
 
         def small(name: str, values: F32, layer: int) -> None:
             rows, cols = values.shape
-            tiles = tile_rows(_F32, WeightFormat.Q8_0, np.ascontiguousarray(values).tobytes(), rows, cols)
-            writer.add(name, WeightFormat.Q8_0, rows, cols, [tiles], layer)
+            kind = WeightFormat.Q4_0 if synth.quantised else WeightFormat.Q8_0
+            tiles = tile_rows(_F32, kind, np.ascontiguousarray(values).tobytes(), rows, cols)
+            writer.add(name, kind, rows, cols, [tiles], layer)
 
         for name, blob in blobs.items():
             writer.add(name, WeightFormat.BYTES, 1, len(blob), [blob])

@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flashload.pack_layout import PAGE_BYTES
 from flashload.plan import Plan, Weight
 from flashload.plan_neurons import ACTIVE_SHARE, is_neurons, wanted_share
-from flashload.probe import READ_BYTES, Machine
+from flashload.probe import Machine
 from quant.formats import WeightFormat
 
 #: Rows that share one reading of a layer's neurons (flashload.plan).
 _BLOCK_ROWS = 64
 #: Records nearer than this come in one request (cpp/store/neuron_turn.cc).
 _GAP_BYTES = 16 << 10
+#: The longest request (cpp/store/neuron_turn.cc).
+_RUN_BYTES = 256 << 10
+#: Direct reads are this fine where the drive takes them so (cpp/io/read_file.cc).
+_BLOCK_BYTES = 512
+#: A predictor lets so many rows at once look a layer ahead (cpp/model/sparse_ffn.cc).
+_AHEAD_ROWS = 4
 #: Formats of records, the tile format with the same bits, and bytes per value with scales (quant.formats.neuron).
 _LIKE = {
     WeightFormat.NEURON_F16: (WeightFormat.F16, 2.0),
@@ -37,7 +42,7 @@ class NeuronWork:
 
 
 def reads_of(
-    n_records: int, record_bytes: int, missing: float, most_bytes: float = READ_BYTES
+    n_records: int, record_bytes: int, missing: float, most_bytes: float = _RUN_BYTES
 ) -> tuple[float, float]:
     """(bytes, requests) to read a random share ``missing`` of a layer's records: near ones come in one request.
 
@@ -45,15 +50,15 @@ def reads_of(
     up to a gap of 16 KiB they are read along, in requests of at most ``most_bytes``.
     """
     n_missing = missing * n_records
-    # A request ends at a page, half a page behind its last record.
-    longest = (_GAP_BYTES + PAGE_BYTES // 2) // record_bytes
+    # A request begins and ends at a block of the drive: half of each belongs to neighbours, unless records fill blocks.
+    edges = _BLOCK_BYTES if record_bytes % _BLOCK_BYTES else 0
+    longest = (_GAP_BYTES + edges // 2) // record_bytes
     joined = 1 - (1 - missing) ** (longest + 1)
     skipped = sum(j * missing * (1 - missing) ** j for j in range(1, longest + 1))
-    most_records = max(1.0, (most_bytes - PAGE_BYTES) // record_bytes)
-    requests = max(n_missing * (1 - joined), 1.0, n_missing / most_records)
-    # Of the pages at both ends of a request, half belong to neighbours.
-    n_bytes = n_missing * (1 + skipped) * record_bytes + requests * PAGE_BYTES
-    return min(n_bytes, float(n_records * record_bytes)), requests
+    useful = n_missing * (1 + skipped) * record_bytes
+    most_records = max(1.0, (most_bytes - edges) // record_bytes)
+    requests = max(n_missing * (1 - joined), 1.0, useful / (most_records * record_bytes))
+    return min(useful + requests * edges, float(n_records * record_bytes)), requests
 
 
 class NeuronCost:
@@ -117,9 +122,12 @@ class NeuronCost:
         if missing <= 0:
             return NeuronWork(decide + compute, 0.0, 0.0)
         drive = self._machine.drive
-        most_bytes = min(READ_BYTES, plan.neuron_staging_bytes / 2)
+        most_bytes = min(_RUN_BYTES, plan.neuron_staging_bytes / 4)
         read, requests = reads_of(records.rows, records.chunk_bytes, missing, most_bytes)
         reading = drive.first_byte_seconds + drive.seconds(read, read / requests)
+        if plan.neuron_mode == "predictor" and rows <= _AHEAD_ROWS:
+            # The drive reads a layer ahead, behind everything else that a pass does.
+            return NeuronWork(decide + compute, read, reading)
         # What is in memory is multiplied while the rest arrives.
         here = compute * (1 - missing / union)
         return NeuronWork(decide + max(here, reading) + (compute - here) / 2, read, reading)

@@ -12,9 +12,9 @@ _PAGE_BYTES = 4096
 #: Records on their way in: as many reads as keep a drive busy, less in a small budget.
 _STAGING_MOST_BYTES, _STAGING_SHARE = 4 << 20, 32
 #: The core's tables: per neuron who holds it, its worth, which rows use it, who was touched; per slot its neuron; and,
-#: once for all layers, the misses of one turn.
+#: once for all layers, the misses of one turn and the guesses of the next.
 _TABLE_PER_NEURON, _TABLE_PER_SLOT = 8 + 3 * 4, 4
-_TURN_PER_NEURON, _TURN_PER_SLOT = 16 + 4, 4
+_TURN_PER_NEURON, _TURN_PER_SLOT = 24 + 16 + 4, 4
 #: Of the neurons a token wants, (1 - share held) ** 3 have no slot: some are used far more than others. And a predictor
 #: wants a third more of them than are active. Measured: ``python -m bench window`` on a model of which 6 % are active.
 _MISS_POWER, _PREDICTED_PER_ACTIVE = 3, 4 / 3

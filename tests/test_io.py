@@ -139,11 +139,23 @@ def test_a_file_that_ends_inside_a_block(engine: str, direct: bool, size: int, t
 
 
 @pytest.mark.parametrize(
-    ("offset", "size"), [(1, PAGE), (512, PAGE), (0, 100), (0, PAGE + 512), (1 << 63, PAGE)]
+    ("offset", "size"), [(1, PAGE), (513, PAGE), (0, 100), (0, PAGE + 256), (1 << 63, PAGE)]
 )
 def test_unaligned_requests(engine: str, offset: int, size: int, path: str) -> None:
     with pytest.raises(ArgumentError):
         _edge.read_file(path, engine, offset=offset, bytes=size)
+
+
+def test_direct_reads_as_fine_as_the_drive_takes_them(engine: str, path: str, content: bytes) -> None:
+    align = _edge.bench_read(path, engine, True, PAGE, 1, 0.001)["align"]
+    assert align in (512, PAGE)
+    for offset, size in ((align, PAGE), (PAGE - align, 2 * align), (3 * PAGE + align, 9 * align)):
+        assert _edge.read_file(path, engine, True, offset, size) == content[offset : offset + size]
+
+
+def test_buffered_reads_are_of_whole_pages(engine: str, path: str) -> None:
+    with pytest.raises(ArgumentError, match="multiples of 4096"):
+        _edge.read_file(path, engine, False, 512, 512)
 
 
 @pytest.mark.parametrize("depth", [0, -1, 1025])

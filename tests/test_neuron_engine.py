@@ -272,6 +272,15 @@ def test_predicted_answers_depend_on_nothing_else(packs: dict[tuple[str, str], P
         assert answer(settings) == first
 
 
+def test_predicted_records_are_read_a_layer_ahead(packs: dict[tuple[str, str], Path]) -> None:
+    for mode, rows, ahead in (("predictor", 8, True), ("predictor", 1, False), ("exact", 8, False)):
+        engine = _edge.Engine(windowed(packs["opt", "q4"], 16, mode) | {"max_rows": rows})
+        generate(engine, PROMPT, 8)
+        stats = engine.stats()
+        assert (stats["neurons_expected"] > 0) == (stats["neuron_expected_hits"] > 0) == ahead
+        assert stats["neuron_expected_hits"] <= stats["neuron_misses"]
+
+
 def test_a_predictor_reads_less(packs: dict[tuple[str, str], Path]) -> None:
     path = packs["llama", "q8"]
     wanted = {}

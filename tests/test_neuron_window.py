@@ -48,8 +48,16 @@ def open_window(path: str, n_slots: int, **options: Any) -> Any:
     return _edge.NeuronWindowTest(path, [n_slots, -1, n_slots, -1], **options)
 
 
-def check(window: Any, layer: int, neurons: list[int], rows: list[int] | None = None) -> list[int]:
-    records, ends = window.read(WEIGHTS[layer], neurons, rows or [])
+def check(
+    window: Any,
+    layer: int,
+    neurons: list[int],
+    rows: list[int] | None = None,
+    expected: list[int] | None = None,
+) -> list[int]:
+    """Reads neurons of a layer, with a guess of what the next one will be asked for."""
+    guess = {} if expected is None else {"next": WEIGHTS[layer + 1], "expected": expected}
+    records, ends = window.read(WEIGHTS[layer], neurons, rows or [], **guess)
     assert records == [RECORDS[layer][neuron] for neuron in neurons]
     assert ends == sorted(set(ends)) and (not neurons or ends[-1] == len(neurons))
     return list(ends)
@@ -120,6 +128,82 @@ def test_only_what_is_missing_is_read(path: str) -> None:
     assert window.stats()["bytes"] == 0
     check(window, 0, [*range(100), 250])
     assert window.stats()["requests"] == 1
+
+
+# What is expected
+
+
+@pytest.mark.parametrize("n_slots", [0, 7, 100])
+@pytest.mark.parametrize("staging", [LEAST_STAGING, 48 << 10, 1 << 20])
+@pytest.mark.parametrize("depth", [1, 4, 32])
+def test_guesses_change_no_record(path: str, n_slots: int, staging: int, depth: int) -> None:
+    window = open_window(path, n_slots, staging_bytes=staging, depth=depth)
+    choose = random.Random(n_slots)
+    for token in range(12):
+        wanted = [some(choose, [0.0, 0.1, 0.5, 1.0][token % 4]) for _ in range(LAYERS)]
+        # Right, half right, wrong, and more than there is room for.
+        guess = [wanted[1], sorted({*wanted[1][::2], *some(choose, 0.1)}), some(choose, 0.2), list(range(N))]
+        check(window, 0, wanted[0], expected=guess[token // 3])
+        check(window, 1, wanted[1])
+        window.commit([0])
+    stats = window.stats()
+    assert 0 < stats["expected_hits"] < stats["expected"]
+
+
+def test_what_was_expected_is_not_read_again(path: str) -> None:
+    window = open_window(path, 20)
+    neurons = [50, 100, 150]
+    check(window, 0, [5], expected=[5, *neurons, 200])  # 5 has a slot
+    before = window.stats()
+    assert before["requests"] == 4
+    check(window, 1, [*neurons, 250])
+    after = window.stats()
+    assert after["requests"] == before["requests"] + 1
+    assert (after["expected"], after["expected_hits"]) == (4, 3)
+    window.commit([0])
+    assert all(window.held(WEIGHTS[1], [*neurons, 250])) and not any(window.held(WEIGHTS[1], [200]))
+
+
+def test_bad_guesses_end_by_themselves_and_good_ones_come_back(path: str) -> None:
+    window = open_window(path, 0)
+
+    def guesses(right: bool, n: int) -> int:
+        before = window.stats()["expected"]
+        for _ in range(n):
+            check(window, 0, [10], expected=[200] if right else [100])
+            check(window, 1, [200])
+        return int(window.stats()["expected"] - before)
+
+    assert guesses(False, 200) < 30
+    assert guesses(False, 640) == 10  # one in 64, to see
+    assert guesses(True, 640) > 100
+    assert guesses(True, 100) == 100
+
+
+@pytest.mark.parametrize("fault", ["eio@{}", "flip@{}:1600"])
+def test_a_guess_that_fails_matters_only_when_it_was_right(path: str, fault: str) -> None:
+    # Record 19 begins a few bytes behind a page, whatever the drive's block.
+    for wanted, fails in (([150], False), ([19], True)):
+        window = open_window(path, 10, fault=fault.format(2))  # the first two fill the slots
+        check(window, 0, [5], expected=[19])
+        if fails:
+            with pytest.raises((DiskError, CorruptError)):
+                check(window, 1, wanted)
+        check(window, 1, wanted)
+
+
+def test_a_guess_of_another_layer_is_let_go(path: str) -> None:
+    window = open_window(path, 0, staging_bytes=LEAST_STAGING)
+    for _ in range(10):
+        check(window, 0, [1], expected=[7])
+        check(window, 0, [7, 100, 200])
+        window.commit([0])
+        check(window, 0, [1], expected=[7])
+        window.rollback()
+    with pytest.raises(ArgumentError, match="after the one"):
+        window.read(WEIGHTS[0], [1], next=WEIGHTS[0], expected=[2])
+    with pytest.raises(ArgumentError, match="ascending"):
+        window.read(WEIGHTS[0], [1], next=WEIGHTS[1], expected=[2, 2])
 
 
 # Who stays
@@ -373,8 +457,9 @@ def test_random_turns_and_faults(path: str, seed: int) -> None:
         for _ in range(20):
             for layer in range(LAYERS):
                 neurons = some(choose, choose.random() ** 3)
+                guess = some(choose, choose.random() ** 3) if layer == 0 else None
                 try:
-                    check(window, layer, neurons, [choose.randrange(1, 16) for _ in neurons])
+                    check(window, layer, neurons, [choose.randrange(1, 16) for _ in neurons], guess)
                 except (DiskError, CorruptError):
                     window.rollback()
             rows = np.array([0, 1, 3])

@@ -74,6 +74,8 @@ py::dict stats(Engine& engine) {
   dict["neuron_misses"] = store.neurons_wanted - store.neuron_hits;
   dict["neuron_bytes"] = store.neuron_bytes;
   dict["neuron_requests"] = store.neuron_requests;
+  dict["neurons_expected"] = store.neurons_expected;
+  dict["neuron_expected_hits"] = store.neuron_expected_hits;
   dict["neuron_wait_seconds"] = store.neuron_wait_seconds;
   dict["budget_bytes"] = engine.budget().limit_bytes();
   dict["used_bytes"] = engine.budget().used_bytes();

@@ -30,10 +30,12 @@ class NeuronWindowTest {
   }
 
   // One turn: the records in order, and where each group ended.
-  py::tuple read(WeightId weight, const std::vector<int32_t>& neurons, std::vector<uint64_t> rows, int64_t most_groups) {
+  py::tuple read(WeightId weight, const std::vector<int32_t>& neurons, std::vector<uint64_t> rows, int64_t most_groups,
+                 WeightId next, const std::vector<int32_t>& expected) {
     if (rows.empty()) rows.assign(neurons.size(), 1);
     std::vector<const std::byte*> found(neurons.size());
     check(window_->want(weight, neurons, rows, found.data()));
+    if (next != kNoWeight && window_->expects(next)) check(window_->expect(next, expected));
     const uint64_t record_bytes = directory_.entry(weight).chunk_bytes;
     py::list records, ends;
     for (size_t done = 0; done < neurons.size() && most_groups != 0; --most_groups) {
@@ -64,6 +66,8 @@ class NeuronWindowTest {
     dict["hits"] = stats.neuron_hits;
     dict["bytes"] = stats.neuron_bytes;
     dict["requests"] = stats.neuron_requests;
+    dict["expected"] = stats.neurons_expected;
+    dict["expected_hits"] = stats.neuron_expected_hits;
     dict["wait_seconds"] = stats.neuron_wait_seconds;
     dict["resident_bytes"] = stats.resident_bytes;
     dict["staging_bytes"] = stats.staging_bytes;
@@ -92,12 +96,13 @@ void bind(py::module_& module) {
            }),
            py::arg("path"), py::arg("slots"), py::arg("staging_bytes") = 1 << 20,
            py::arg("budget") = uint64_t{1} << 30, py::arg("engine") = "auto", py::arg("direct") = true,
-           py::arg("depth") = 32, py::arg("fault") = "",
+           py::arg("depth") = 0, py::arg("fault") = "",
            py::arg("half_life_tokens") = NeuronPolicy::kHalfLifeTokens,
            "slots: per weight of the directory, -1 where it is not one of the window's.")
       .def("read", &NeuronWindowTest::read, py::arg("weight"), py::arg("neurons"),
-           py::arg("rows") = std::vector<uint64_t>(), py::arg("most_groups") = -1,
-           "(records, ends of the groups they came in) of ascending neurons.")
+           py::arg("rows") = std::vector<uint64_t>(), py::arg("most_groups") = -1, py::arg("next") = kNoWeight,
+           py::arg("expected") = std::vector<int32_t>(),
+           "(records, ends of the groups they came in) of ascending neurons; `expected` are of the weight read next.")
       .def("held", &NeuronWindowTest::held, py::arg("weight"), py::arg("neurons"), "Which have a slot; changes nothing.")
       .def("commit", &NeuronWindowTest::commit, py::arg("path"))
       .def("rollback", &NeuronWindowTest::rollback)

@@ -84,6 +84,7 @@ py::dict bench(const std::string& path, const std::string& engine, bool direct, 
   py::dict dict;
   dict["engine"] = result.engine;
   dict["direct"] = result.direct;
+  dict["align"] = result.align;
   dict["requests"] = result.n_requests;
   dict["bytes"] = result.bytes;
   dict["seconds"] = result.seconds;

@@ -18,7 +18,7 @@ inline constexpr uint64_t round_up(uint64_t value, uint64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// offset, bytes and into are multiples of 4096. bytes is at most 1 GiB.
+// offset, bytes and into are multiples of the reader's align(), which divides 4096. bytes is at most 1 GiB.
 struct ReadRequest {
   uint64_t offset = 0;
   uint64_t bytes = 0;
@@ -38,12 +38,16 @@ class BlockReader {
 
   // Queues one read; blocks only while `depth()` reads are in flight. One thread uses a reader at a time.
   virtual Status submit(const ReadRequest& request) = 0;
+  // Queues several, in one system call where the engine can; no more than depth() lacks.
+  virtual Status submit_all(std::span<const ReadRequest> requests);
   // Waits for one queued read; completions come in any order. kBadArgument when none is in flight.
   virtual Result<ReadCompletion> wait() = 0;
 
   virtual const char* engine() const = 0;  // "io_uring" or "pread"
   virtual bool direct() const = 0;         // O_DIRECT
   virtual int depth() const = 0;
+  // 512 or 4096: what places, sizes and buffers of reads are multiples of.
+  virtual uint64_t align() const = 0;
   virtual uint64_t file_bytes() const = 0;
 
   uint64_t bytes_read() const { return bytes_read_; }

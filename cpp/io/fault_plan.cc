@@ -10,7 +10,7 @@
 
 namespace edge {
 namespace {
-constexpr int64_t kPage = 4096;
+constexpr int64_t kPage = 4096, kInsideBlock = 100;
 constexpr uint64_t kMaxDelayMs = 10'000;
 
 // Parses a number off the front of `text`.
@@ -68,7 +68,8 @@ int64_t FaultPlan::apply(uint64_t read_index, int64_t result, std::byte* data) c
       case Kind::kNoSpace: result = -ENOSPC; break;
       case Kind::kAgain: result = -EAGAIN; break;
       case Kind::kShort:
-        if (result > 0) result = result >= 2 * kPage ? result / 2 / kPage * kPage : result / 2;
+        // What ends inside its first block cannot be read on.
+        if (result > 0) result = result >= 2 * kPage ? result / 2 / kPage * kPage : std::min(result / 2, kInsideBlock);
         break;
       case Kind::kZero: result = 0; break;
       case Kind::kFlip:

@@ -14,7 +14,7 @@ namespace edge {
 //   eio       the read fails with EIO
 //   enospc    it fails with ENOSPC: for writes, which take the same plans (flips aside)
 //   again     the read answers EAGAIN
-//   short     half of the bytes arrive
+//   short     half of the bytes arrive, of less than two pages a few
 //   zero      no bytes arrive, as past the end of a file that shrank
 //   flip:bit  one bit of what was read is turned over (bit modulo the bits read, 0 when absent)
 //   delay:ms  the answer comes later

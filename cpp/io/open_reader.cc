@@ -12,6 +12,11 @@ std::string environment(const char* name) {
 }
 }  // namespace
 
+Status BlockReader::submit_all(std::span<const ReadRequest> requests) {
+  for (const ReadRequest& request : requests) EDGE_TRY(submit(request));
+  return {};
+}
+
 Status BlockReader::read_all(std::span<const ReadRequest> requests) {
   Status first;
   size_t n_flying = 0;

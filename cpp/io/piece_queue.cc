@@ -12,12 +12,13 @@ constexpr uint32_t kMaxRetries = 100;  // in a row, of EINTR or EAGAIN
 unsigned long long ull(uint64_t value) { return value; }
 }  // namespace
 
-Status PieceQueue::check(const ReadRequest& request) {
-  if (request.offset % kReadAlign != 0 || request.bytes % kReadAlign != 0 ||
-      reinterpret_cast<uintptr_t>(request.into) % kReadAlign != 0 || request.into == nullptr) {
+Status PieceQueue::check(const ReadRequest& request) const {
+  const uint64_t align = file_->align();
+  if (request.offset % align != 0 || request.bytes % align != 0 ||
+      reinterpret_cast<uintptr_t>(request.into) % align != 0 || request.into == nullptr) {
     return error(Code::kBadArgument,
                  "read of %llu bytes at offset %llu: offset, size and buffer must be multiples of %llu",
-                 ull(request.bytes), ull(request.offset), ull(kReadAlign));
+                 ull(request.bytes), ull(request.offset), ull(align));
   }
   if (request.bytes == 0 || request.bytes > kMaxRequestBytes || request.offset > uint64_t{1} << 62) {
     return error(Code::kBadArgument, "read of %llu bytes at offset %llu: expected 1 to %llu bytes", ull(request.bytes),
@@ -79,7 +80,7 @@ void PieceQueue::landed(const Piece& piece, int64_t result) {
   if (open.status.ok() && result != static_cast<int64_t>(piece.bytes)) {
     const bool transient = result == -EINTR || result == -EAGAIN;
     // A direct read that ends inside a block cannot go on there: only the end of the file does that.
-    const auto align = static_cast<int64_t>(kReadAlign);
+    const auto align = static_cast<int64_t>(file_->align());
     const int64_t progress = result > 0 && file_->direct() ? result / align * align : result;
     if (transient && piece.retries < kMaxRetries) {
       again_.push_back(piece);

@@ -27,7 +27,7 @@ class PieceQueue {
  public:
   explicit PieceQueue(const ReadFile* file) : file_(file) {}
 
-  static Status check(const ReadRequest& request);
+  Status check(const ReadRequest& request) const;
   void add(const ReadRequest& request);
   // The next piece to issue; false when none waits.
   bool next(Piece* piece);

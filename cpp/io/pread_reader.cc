@@ -36,7 +36,7 @@ class PreadReader final : public BlockReader {
   }
 
   Status submit(const ReadRequest& request) override {
-    EDGE_TRY(PieceQueue::check(request));
+    EDGE_TRY(queue_.check(request));
     {
       std::unique_lock lock(mutex_);
       done_.wait(lock, [&] { return queue_.n_open() < static_cast<size_t>(depth_); });
@@ -60,6 +60,7 @@ class PreadReader final : public BlockReader {
   const char* engine() const override { return "pread"; }
   bool direct() const override { return file_.direct(); }
   int depth() const override { return depth_; }
+  uint64_t align() const override { return file_.align(); }
   uint64_t file_bytes() const override { return file_.bytes(); }
 
  private:

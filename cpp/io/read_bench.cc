@@ -50,6 +50,7 @@ Result<ReadBenchResult> bench_read(const std::string& path, const ReadBenchOptio
   ReadBenchResult result;
   result.engine = reader->engine();
   result.direct = reader->direct();
+  result.align = reader->align();
   std::vector<Clock::time_point> sent(depth);
   std::vector<float> latencies_us;
   uint64_t random = 1, place = 0, n_sent = 0;

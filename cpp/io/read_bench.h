@@ -18,6 +18,7 @@ struct ReadBenchOptions {
 struct ReadBenchResult {
   const char* engine = "";
   bool direct = false;
+  uint64_t align = 0;  // the finest read
   uint64_t n_requests = 0;
   uint64_t bytes = 0;
   double seconds = 0;

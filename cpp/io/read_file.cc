@@ -15,17 +15,25 @@
 namespace edge {
 namespace {
 
-// Some file systems accept the flag and refuse the read.
-bool direct_read_works(int fd, uint64_t file_bytes) {
-  if (file_bytes < kReadAlign) return true;
+constexpr uint64_t kFineAlign = 512;
+
+// Whether [at, at + bytes) of the first page can be read by itself.
+bool reads(int fd, uint64_t at, uint64_t bytes) {
   void* page = mmap(nullptr, kReadAlign, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (page == MAP_FAILED) return false;
   ssize_t got;
   do {
-    got = pread(fd, page, kReadAlign, 0);
+    got = pread(fd, static_cast<std::byte*>(page) + at, bytes, static_cast<off_t>(at));
   } while (got < 0 && errno == EINTR);
   munmap(page, kReadAlign);
-  return got == static_cast<ssize_t>(kReadAlign);
+  return got == static_cast<ssize_t>(bytes);
+}
+
+// The finest direct reads that work; 0 for none: some file systems accept the flag and refuse the read.
+uint64_t direct_align(int fd, uint64_t file_bytes) {
+  if (file_bytes < kReadAlign) return kReadAlign;
+  if (!reads(fd, 0, kReadAlign)) return 0;
+  return reads(fd, kFineAlign, kFineAlign) ? kFineAlign : kReadAlign;
 }
 
 }  // namespace
@@ -37,6 +45,7 @@ ReadFile& ReadFile::operator=(ReadFile&& other) noexcept {
     fd_ = std::exchange(other.fd_, -1);
     direct_ = other.direct_;
     keep_cache_ = other.keep_cache_;
+    align_ = other.align_;
     bytes_ = other.bytes_;
   }
   return *this;
@@ -70,7 +79,10 @@ Result<ReadFile> ReadFile::open(const std::string& path, bool direct, bool keep_
   }
   if (!S_ISREG(info.st_mode)) return error(Code::kBadFile, "%s: expected a regular file", path.c_str());
   file.bytes_ = static_cast<uint64_t>(info.st_size);
-  if (file.direct_ && !direct_read_works(file.fd_, file.bytes_)) {
+  // Buffered reads leave whole pages behind, and only whole ones can be dropped again.
+  file.align_ = file.direct_ ? direct_align(file.fd_, file.bytes_) : kReadAlign;
+  if (file.align_ == 0) {
+    file.align_ = kReadAlign;
     close(file.fd_);
     file.direct_ = false;
     file.fd_ = ::open(path.c_str(), flags);

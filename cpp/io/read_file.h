@@ -22,6 +22,9 @@ class ReadFile {
 
   int fd() const { return fd_; }
   bool direct() const { return direct_; }
+  // What a read's place, size and buffer are multiples of: the drive's block where direct reads of one work, else a
+  // page.
+  uint64_t align() const { return align_; }
   bool keep_cache() const { return keep_cache_; }
   uint64_t bytes() const { return bytes_; }
   const std::string& path() const { return path_; }
@@ -36,6 +39,7 @@ class ReadFile {
   int fd_ = -1;
   bool direct_ = false;
   bool keep_cache_ = false;
+  uint64_t align_ = 0;
   uint64_t bytes_ = 0;
 };
 

@@ -26,9 +26,18 @@ class UringReader final : public BlockReader {
   }
 
   Status submit(const ReadRequest& request) override {
-    EDGE_TRY(PieceQueue::check(request));
+    EDGE_TRY(queue_.check(request));
     while (queue_.n_open() >= pieces_.size()) EDGE_TRY(turn(1));
     queue_.add(request);
+    return turn(0);
+  }
+
+  Status submit_all(std::span<const ReadRequest> requests) override {
+    for (const ReadRequest& request : requests) EDGE_TRY(queue_.check(request));
+    for (const ReadRequest& request : requests) {
+      while (queue_.n_open() >= pieces_.size()) EDGE_TRY(turn(1));
+      queue_.add(request);
+    }
     return turn(0);
   }
 
@@ -44,6 +53,7 @@ class UringReader final : public BlockReader {
   const char* engine() const override { return "io_uring"; }
   bool direct() const override { return file_.direct(); }
   int depth() const override { return static_cast<int>(pieces_.size()); }
+  uint64_t align() const override { return file_.align(); }
   uint64_t file_bytes() const override { return file_.bytes(); }
 
  private:

@@ -73,7 +73,7 @@ Status Decoder::forward(const Batch& batch, std::span<const BatchPart> parts) {
                   scratch_.normed);
     if (!status.ok()) break;
     if (weights.neuron_records != kNoWeight) {
-      status = sparse_->run(weights, scratch_.normed, n_rows_, scratch_.projected, watch_ffn);
+      status = by_neuron(layer);
     } else {
       status = weights.experts.empty() ? ffn(weights, scratch_.normed, n_rows_, scratch_.projected)
                                        : mixture(weights, scratch_.normed);
@@ -96,6 +96,21 @@ Status Decoder::stage(std::span<const BatchPart> parts) {
     return status;
   }
   return {};
+}
+
+Status Decoder::by_neuron(int64_t layer) {
+  const int64_t stride = pad16(config_.hidden_size);
+  const LayerWeights& weights = weights_.layers[static_cast<size_t>(layer)];
+  SparseFfn::Ahead ahead;
+  if (layer + 1 < config_.n_layers && 2 * n_rows_ <= max_rows()) {
+    const LayerWeights& next = weights_.layers[static_cast<size_t>(layer + 1)];
+    if (sparse_->looks_ahead(next, n_rows_)) {
+      ahead = {&next, scratch_.normed + n_rows_ * stride};
+      EDGE_TRY(norm(next.ffn_norm, next.ffn_norm_bias, scratch_.hidden, stride, n_rows_,
+                    scratch_.normed + n_rows_ * stride));
+    }
+  }
+  return sparse_->run(weights, scratch_.normed, n_rows_, scratch_.projected, watch_ffn, ahead);
 }
 
 void Decoder::commit(std::span<const int32_t> path, KvCache& kv) {

@@ -112,6 +112,7 @@ class Decoder {
   int64_t n_staged_visible(int64_t layer, int64_t row) const;      // rows of the batch that it sees, itself included
   Status ffn(const LayerWeights& layer, const float* x, int64_t n_rows, float* out);
   Status mixture(const LayerWeights& layer, const float* x);
+  Status by_neuron(int64_t layer);
   Status norm(WeightId weight, WeightId bias, const float* x, int64_t x_stride, int64_t n_rows, float* out);
   Status rotate_and_store(int64_t layer);
   Status head_product(int64_t n, size_t first, const Visit& visit);  // of scratch_.normed

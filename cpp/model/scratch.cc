@@ -59,6 +59,7 @@ uint64_t carve(Scratch& scratch, std::byte* base, const DecoderConfig& config, i
     scratch.neuron_rows = reinterpret_cast<uint64_t*>(each(sizeof(uint64_t)));
     scratch.records = reinterpret_cast<const std::byte**>(each(sizeof(std::byte*)));
     scratch.neurons = reinterpret_cast<int32_t*>(each(sizeof(int32_t)));
+    scratch.expected = reinterpret_cast<int32_t*>(each(sizeof(int32_t)));
     scratch.computed = reinterpret_cast<bool*>(each(sizeof(bool)));
   }
   const int64_t visible = context, group = config.n_heads / config.n_kv_heads;

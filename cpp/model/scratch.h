@@ -32,6 +32,7 @@ struct Scratch {
   uint64_t* neuron_rows = nullptr;   // [ffn_dim], which rows use a neuron
   const std::byte** records = nullptr;  // [ffn_dim]
   int32_t* neurons = nullptr;           // [ffn_dim], those that some row uses
+  int32_t* expected = nullptr;          // [ffn_dim], those that the next layer will probably use
   bool* computed = nullptr;             // [ffn_dim]
   float* cos = nullptr;          // [n_rotary / 2]
   float* sin = nullptr;

@@ -14,6 +14,8 @@ namespace {
 constexpr int64_t kDotNeurons = 32;
 // Activation rows that go with them at a time, so that these stay in that cache too.
 constexpr int64_t kDotRows = 16;
+// More rows want nearly every neuron between them.
+constexpr int64_t kAheadRows = 4;
 // Neurons added in one go: for many rows their columns stay in the second cache.
 constexpr int64_t kColumnNeurons = 256;
 // Less than this is done before another core has noticed.
@@ -71,17 +73,27 @@ Status SparseFfn::set_thresholds(std::span<const float> thresholds, Budget& budg
   return {};
 }
 
-Status SparseFfn::run(const LayerWeights& layer, const float* x, int64_t n_rows, float* out, const WatchFfn& watch) {
+bool SparseFfn::guesses(const LayerWeights& layer) const {
+  return layer.neuron_records != kNoWeight && window_.whole(layer.neuron_records) == nullptr &&
+         window_.whole(layer.neuron_gates) == nullptr;
+}
+
+bool SparseFfn::looks_ahead(const LayerWeights& layer, int64_t n_rows) const {
+  return n_rows <= kAheadRows && guesses(layer) && window_.expects(layer.neuron_records);
+}
+
+Status SparseFfn::run(const LayerWeights& layer, const float* x, int64_t n_rows, float* out, const WatchFfn& watch,
+                      const Ahead& ahead) {
   const int64_t stride = pad16(config_.hidden_size);
   for (int64_t row = 0; row < n_rows; row += Scratch::kNeuronRows) {
     const int64_t n = std::min(Scratch::kNeuronRows, n_rows - row);
-    EDGE_TRY(block(layer, x + row * stride, row, n, out + row * stride, watch));
+    EDGE_TRY(block(layer, x + row * stride, row, n, out + row * stride, watch, ahead));
   }
   return {};
 }
 
 Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t first_row, int64_t n_rows, float* out,
-                        const WatchFfn& watch) {
+                        const WatchFfn& watch, const Ahead& ahead) {
   EDGE_ASSIGN(Turn turn, begin(layer, x, n_rows));
   const int64_t hidden = config_.hidden_size, out_stride = pad32(hidden);
   if (const std::byte* rows = window_.whole(layer.neuron_records)) {
@@ -90,7 +102,7 @@ Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t first
     gates(turn, alone, directory_.entry(layer.neuron_gates).chunk_bytes);
   } else {
     turn.exact = false;
-    EDGE_TRY(predict(turn));
+    EDGE_TRY(predict(layer, x, n_rows, scratch_.gate));
   }
   if (turn.exact) {
     if (watch) {
@@ -101,6 +113,7 @@ Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t first
   collect(turn);
   EDGE_TRY(window_.want(layer.neuron_records, {scratch_.neurons, turn.n_wanted},
                         {scratch_.neuron_rows, turn.n_wanted}, scratch_.records));
+  if (ahead.layer != nullptr) EDGE_TRY(expect(ahead, n_rows));
   std::fill_n(scratch_.computed, turn.n_wanted, false);
   std::fill_n(scratch_.neuron_out, n_rows * out_stride, 0.0f);
   // What is in memory is multiplied while the rest arrives; columns are added in order as they become known.
@@ -191,15 +204,29 @@ void SparseFfn::activate_gates(const Turn& turn) {
   });
 }
 
-Status SparseFfn::predict(const Turn& turn) {
-  const LayerWeights& layer = *turn.layer;
+Status SparseFfn::predict(const LayerWeights& layer, const float* x, int64_t n_rows, float* scores) {
   const int64_t rank = directory_.entry(layer.predictor_down).rows;
-  acts_.set(turn.x, pad16(config_.hidden_size), turn.n_rows, config_.hidden_size);
+  acts_.set(x, pad16(config_.hidden_size), n_rows, config_.hidden_size);
   const Product down{layer.predictor_down, scratch_.up, pad16(rank)};
   EDGE_TRY(linear_.run(acts_, {&down, 1}));
-  acts_.set(scratch_.up, pad16(rank), turn.n_rows, rank);
-  const Product up{layer.predictor_up, scratch_.gate, turn.gate_stride, layer.predictor_bias};
+  acts_.set(scratch_.up, pad16(rank), n_rows, rank);
+  const Product up{layer.predictor_up, scores, pad16(config_.intermediate_size), layer.predictor_bias};
   return linear_.run(acts_, {&up, 1});
+}
+
+Status SparseFfn::expect(const Ahead& ahead, int64_t n_rows) {
+  // The gates of this turn lie before; decoding leaves most rows of a block unused.
+  const int64_t n_neurons = config_.intermediate_size, stride = pad16(n_neurons);
+  float* const scores = scratch_.gate + n_rows * stride;
+  EDGE_TRY(predict(*ahead.layer, ahead.x, n_rows, scores));
+  size_t n = 0;
+  for (int32_t i = 0; i < n_neurons; ++i) {
+    bool likely = false;
+    for (int64_t row = 0; row < n_rows; ++row) likely |= scores[row * stride + i] > 0.0f;
+    scratch_.expected[n] = i;
+    n += likely;
+  }
+  return window_.expect(ahead.layer->neuron_records, {scratch_.expected, n});
 }
 
 void SparseFfn::collect(Turn& turn) {

@@ -37,9 +37,20 @@ class SparseFfn {
   // finite, or their number is another; kOverBudget.
   Status set_thresholds(std::span<const float> thresholds, Budget& budget);
 
+  // The layer after, and what it would get if this one and its attention added nothing: [n_rows][pad16(hidden)]. What
+  // its predictor makes of that is read ahead (the residual stream changes slowly: "Deja Vu", arXiv 2310.17157,
+  // section 4.3); what that layer wants is decided when it has its own input.
+  struct Ahead {
+    const LayerWeights* layer = nullptr;  // null: no guess is worth making
+    const float* x = nullptr;
+  };
+  // Whether to give run() an Ahead of this layer.
+  bool looks_ahead(const LayerWeights& layer, int64_t n_rows) const;
+
   // out[n_rows][pad16(hidden)] = down(act(gate(x)) * up(x)), or down(act(up(x))); x is [n_rows][pad16(hidden)].
   // `watch`, where not empty, is told the gates, unless a predictor decides.
-  Status run(const LayerWeights& layer, const float* x, int64_t n_rows, float* out, const WatchFfn& watch);
+  Status run(const LayerWeights& layer, const float* x, int64_t n_rows, float* out, const WatchFfn& watch,
+             const Ahead& ahead);
 
  private:
   // One layer for at most Scratch::kNeuronRows rows.
@@ -62,14 +73,17 @@ class SparseFfn {
   };
 
   Status block(const LayerWeights& layer, const float* x, int64_t first_row, int64_t n_rows, float* out,
-               const WatchFfn& watch);
+               const WatchFfn& watch, const Ahead& ahead);
   Result<Turn> begin(const LayerWeights& layer, const float* x, int64_t n_rows);
   // scratch.gate[row][neuron] of every neuron.
   void gates(const Turn& turn, const std::byte* first, uint64_t stride_bytes);
   // scratch.gate = act(scratch.gate).
   void activate_gates(const Turn& turn);
-  // scratch.gate[row][neuron] of every neuron: above zero where it is held likely to be active.
-  Status predict(const Turn& turn);
+  // scores[row][neuron], above zero where a neuron is held likely to be active; rows are pad16(neurons) apart.
+  Status predict(const LayerWeights& layer, const float* x, int64_t n_rows, float* scores);
+  Status expect(const Ahead& ahead, int64_t n_rows);
+  // Whether a predictor decides in a layer.
+  bool guesses(const LayerWeights& layer) const;
   // The neurons that any row uses, their gates moved together.
   void collect(Turn& turn);
   // scratch.gate[row][i] = act(gate) * up of the wanted neurons [begin, end) whose records are here and not yet used;

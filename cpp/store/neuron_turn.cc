@@ -17,28 +17,44 @@ constexpr uint64_t kGapBytes = 16 << 10;
 constexpr uint64_t kLongestRunBytes = 256 << 10;
 // Records handed out at once: enough to share between threads, few enough that the next reads go on meanwhile.
 constexpr uint64_t kGroupBytes = 128 << 10;
+// Requests handed to the system at once: enough to save calls, few enough that the drive starts early.
+constexpr size_t kBatch = 16;
+// Guesses are made while so many of them are wanted afterwards; below that now and then, to see whether they still fail.
+constexpr float kGoodGuesses = 0.5f, kGuessFade = 1.0f / 16;
+constexpr uint64_t kTryAgain = 64;
 
 }  // namespace
 
-Status NeuronWindow::want(WeightId weight, std::span<const int32_t> neurons, std::span<const uint64_t> rows,
-                          const std::byte** found) {
-  settle();
-  if (layer_ != nullptr) abandon();
+NeuronWindow::Layer* NeuronWindow::find(WeightId weight) {
   const bool known = weight >= 0 && static_cast<size_t>(weight) < layer_of_.size() &&
                      layer_of_[static_cast<size_t>(weight)] >= 0;
-  if (!known || rows.size() != neurons.size()) {
-    return error(Code::kBadArgument, "weight %d holds no neurons here, or the rows of some are missing", weight);
-  }
-  Layer& layer = layers_[static_cast<size_t>(layer_of_[static_cast<size_t>(weight)])];
+  return known ? &layers_[static_cast<size_t>(layer_of_[static_cast<size_t>(weight)])] : nullptr;
+}
+
+Status NeuronWindow::check_order(const Layer& layer, std::span<const int32_t> neurons) {
   for (size_t i = 0; i < neurons.size(); ++i) {
     if (neurons[i] < 0 || neurons[i] >= layer.n_neurons || (i > 0 && neurons[i] <= neurons[i - 1])) {
       return error(Code::kBadArgument, "%s: expected neurons from 0 to %lld in ascending order, found %d",
                    layer.entry->name.c_str(), static_cast<long long>(layer.n_neurons) - 1, neurons[i]);
     }
   }
+  return {};
+}
+
+Status NeuronWindow::want(WeightId weight, std::span<const int32_t> neurons, std::span<const uint64_t> rows,
+                          const std::byte** found) {
+  settle();
+  if (layer_ != nullptr) abandon();
+  Layer* const known = find(weight);
+  if (known == nullptr || rows.size() != neurons.size()) {
+    return error(Code::kBadArgument, "weight %d holds no neurons here, or the rows of some are missing", weight);
+  }
+  Layer& layer = *known;
+  EDGE_TRY(check_order(layer, neurons));
   if (reader_ == nullptr) EDGE_TRY(open_reader_again());
   layer_ = &layer;
-  handed_out_ = false;
+  handed_out_ = neurons.empty();
+  ring_ = 1 - ring_;
   wanted_ = neurons;
   found_ = found;
   n_wanted_ += neurons.size();
@@ -52,11 +68,58 @@ Status NeuronWindow::want(WeightId weight, std::span<const int32_t> neurons, std
     }
     found[i] = slot < 0 ? nullptr : layer.slots + static_cast<uint64_t>(slot) * layer.record_bytes;
     if (slot < 0) {
-      misses_[n_misses_++] = {static_cast<int32_t>(i), neuron, -1, policy_.used(layer.key[neuron], n_committed_)};
+      const float worth = policy_.used(layer.key[neuron], n_committed_);
+      misses_[n_misses_++] = {kNoRun, neuron, static_cast<int32_t>(i), -1, worth};
     }
   }
   n_hits_ += neurons.size() - n_misses_;
+  match_guesses();
   give_slots(layer);
+  return pump();
+}
+
+void NeuronWindow::match_guesses() {
+  if (guess_layer_ == layer_ && next_guess_ > 0) {
+    size_t n_right = 0;
+    for (size_t miss = 0, guess = 0; miss < n_misses_ && guess < next_guess_;) {
+      const int32_t wanted = misses_[miss].neuron, guessed = guesses_[guess].neuron;
+      if (wanted == guessed) {
+        misses_[miss].run = guesses_[guess].run;
+        ++run_of(misses_[miss].run).n_users;
+        ++n_right;
+      }
+      miss += wanted <= guessed;
+      guess += guessed <= wanted;
+    }
+    n_expected_ += next_guess_;
+    n_expected_hits_ += n_right;
+    guess_worth_ += kGuessFade * (static_cast<float>(n_right) / static_cast<float>(next_guess_) - guess_worth_);
+  }
+  for (Ring& ring : rings_) {
+    for (Run& run : ring.runs) run.expected = false;
+    free_front(ring);
+  }
+  guess_layer_ = nullptr;
+  n_guesses_ = next_guess_ = 0;
+}
+
+bool NeuronWindow::expects(WeightId weight) {
+  const Layer* const layer = find(weight);
+  if (layer == nullptr || layer->is_whole()) return false;
+  return guess_worth_ >= kGoodGuesses || n_asked_++ % kTryAgain == 0;
+}
+
+Status NeuronWindow::expect(WeightId weight, std::span<const int32_t> neurons) {
+  Layer* const layer = find(weight);
+  if (layer == nullptr || layer_ == nullptr || layer == layer_ || guess_layer_ != nullptr) {
+    return error(Code::kBadArgument, "weight %d: expected a layer of neurons after the one that is wanted", weight);
+  }
+  EDGE_TRY(check_order(*layer, neurons));
+  if (layer->is_whole()) return {};
+  guess_layer_ = layer;
+  for (const int32_t neuron : neurons) {
+    if (layer->slot_of[neuron] < 0) guesses_[n_guesses_++] = {kNoRun, neuron};
+  }
   return pump();
 }
 
@@ -85,74 +148,112 @@ void NeuronWindow::give_slots(Layer& layer) {
   }
 }
 
-const std::byte* NeuronWindow::staged(const Run& run, const Miss& miss) const {
+const std::byte* NeuronWindow::staged(const Miss& miss) {
+  const Run& run = run_of(miss.run);
   const uint64_t record = layer_->entry->offset + static_cast<uint64_t>(miss.neuron) * layer_->record_bytes;
-  return staging_.data() + run.at + (record - run.file_offset);
+  return rings_[miss.run & 1].data + run.at + (record - run.file_offset);
 }
 
 void NeuronWindow::settle() {
-  for (; n_taken_ > 0; --n_taken_, ++first_run_) {
-    const Run& run = runs_.front();
-    for (size_t i = run.first; i < run.end; ++i) {
-      const Miss& miss = misses_[i];
-      if (miss.slot < 0) continue;
+  for (; n_settled_ < n_taken_; ++n_settled_) {
+    const Miss& miss = misses_[n_settled_];
+    if (miss.slot >= 0) {
       Layer& layer = *layer_;
-      std::memcpy(layer.slots + static_cast<uint64_t>(miss.slot) * layer.record_bytes, staged(run, miss),
+      std::memcpy(layer.slots + static_cast<uint64_t>(miss.slot) * layer.record_bytes, staged(miss),
                   layer.record_bytes);
       layer.slot_of[layer.held[miss.slot]] = -1;
       layer.slot_of[miss.neuron] = miss.slot;
       layer.held[miss.slot] = miss.neuron;
     }
-    runs_.pop_front();
+    --run_of(miss.run).n_users;
   }
-  if (runs_.empty() && next_miss_ == n_misses_) {
-    n_misses_ = next_miss_ = 0;
-    if (handed_out_) layer_ = nullptr;
+  for (Ring& ring : rings_) free_front(ring);
+  if (handed_out_) {
+    n_misses_ = next_miss_ = n_taken_ = n_settled_ = 0;
+    layer_ = nullptr;
   }
 }
 
-NeuronWindow::Run NeuronWindow::next_run() const {
-  const uint64_t longest = std::min(kLongestRunBytes, staging_.bytes() / 2);
-  const auto begin_of = [&](size_t i) {
-    return layer_->entry->offset + static_cast<uint64_t>(misses_[i].neuron) * layer_->record_bytes;
+void NeuronWindow::free_front(Ring& ring) {
+  while (!ring.runs.empty()) {
+    const Run& run = ring.runs.front();
+    if (!run.landed || run.expected || run.n_users > 0) return;
+    ring.runs.pop_front();
+    ++ring.first;
+  }
+}
+
+template <typename Record>
+NeuronWindow::Run NeuronWindow::next_run(const Layer& layer, const Record* records, size_t n, uint64_t longest,
+                                         uint64_t align, size_t* end) {
+  const auto begin_of = [&](const Record& record) {
+    return layer.entry->offset + static_cast<uint64_t>(record.neuron) * layer.record_bytes;
   };
   Run run;
-  run.first = next_miss_;
-  run.file_offset = begin_of(next_miss_) / kReadAlign * kReadAlign;
-  for (run.end = next_miss_; run.end < n_misses_; ++run.end) {
-    const uint64_t begin = begin_of(run.end), end = round_up(begin + layer_->record_bytes, kReadAlign);
-    const bool first = run.end == run.first;
-    if (!first && (begin > run.file_offset + run.bytes + kGapBytes || end - run.file_offset > longest)) break;
-    run.bytes = end - run.file_offset;
+  run.file_offset = begin_of(records[0]) / align * align;
+  for (*end = 0; *end < n; ++*end) {
+    if (records[*end].run != kNoRun) continue;  // expected, and right
+    const uint64_t first = begin_of(records[*end]), last = round_up(first + layer.record_bytes, align);
+    if (*end > 0 && (first > run.file_offset + run.bytes + kGapBytes || last - run.file_offset > longest)) break;
+    run.bytes = last - run.file_offset;
   }
   return run;
 }
 
-std::optional<uint64_t> NeuronWindow::room(uint64_t bytes) const {
-  const uint64_t size = staging_.bytes();
-  if (runs_.empty()) return bytes <= size ? std::optional<uint64_t>(0) : std::nullopt;
-  const uint64_t head = runs_.front().at, tail = runs_.back().at + runs_.back().bytes;
-  if (runs_.back().at < head) return head - tail >= bytes ? std::optional(tail) : std::nullopt;
-  if (size - tail >= bytes) return tail;
+std::optional<uint64_t> NeuronWindow::room(const Ring& ring, uint64_t bytes) {
+  if (ring.runs.empty()) return bytes <= ring.bytes ? std::optional<uint64_t>(0) : std::nullopt;
+  const uint64_t head = ring.runs.front().at, tail = ring.runs.back().at + ring.runs.back().bytes;
+  if (ring.runs.back().at < head) return head - tail >= bytes ? std::optional(tail) : std::nullopt;
+  if (ring.bytes - tail >= bytes) return tail;
   return head >= bytes ? std::optional<uint64_t>(0) : std::nullopt;
 }
 
-Status NeuronWindow::pump() {
-  while (next_miss_ < n_misses_ && n_flying_ < static_cast<size_t>(reader_->depth())) {
-    Run run = next_run();
-    const std::optional<uint64_t> at = room(run.bytes);
-    if (!at) return {};
+template <typename Record>
+bool NeuronWindow::start(const Layer& layer, Record* records, size_t n, size_t* next, bool expected) {
+  Ring& ring = rings_[ring_];
+  const uint64_t longest = std::min(kLongestRunBytes, ring.bytes / 2);
+  while (*next < n && batch_.size() < kBatch) {
+    if (records[*next].run != kNoRun) {
+      ++*next;
+      continue;
+    }
+    if (n_flying_ >= static_cast<size_t>(reader_->depth())) return false;
+    size_t n_records = 0;
+    Run run = next_run(layer, records + *next, n - *next, longest, reader_->align(), &n_records);
+    const std::optional<uint64_t> at = room(ring, run.bytes);
+    if (!at) return false;
     run.at = *at;
-    const Status status = reader_->submit({run.file_offset, run.bytes, staging_.data() + run.at,
-                                           first_run_ + runs_.size()});
+    run.expected = expected;
+    const auto tag = static_cast<int64_t>(2 * (ring.first + ring.runs.size()) + ring_);
+    for (Record* record = records + *next; record < records + *next + n_records; ++record) {
+      if (record->run != kNoRun) continue;
+      record->run = tag;
+      run.n_users += expected ? 0 : 1;
+    }
+    batch_.push_back({run.file_offset, run.bytes, ring.data + run.at, static_cast<uint64_t>(tag)});
+    ring.runs.push_back(std::move(run));
+    ++n_flying_;
+    *next += n_records;
+  }
+  return *next == n;
+}
+
+Status NeuronWindow::pump() {
+  for (bool full = true; full;) {
+    batch_.clear();
+    const bool all = start(*layer_, misses_, n_misses_, &next_miss_, false);
+    if (all && guess_layer_ != nullptr) start(*guess_layer_, guesses_, n_guesses_, &next_guess_, true);
+    if (batch_.empty()) return {};
+    full = batch_.size() == kBatch;
+    n_requests_ += batch_.size();
+    const Status status = reader_->submit_all(batch_);
     if (!status.ok()) {
+      // Some may have been taken: destroying the reader waits for them, the next turn opens another.
+      reader_.reset();
+      n_flying_ = 0;
       abandon();
       return status;
     }
-    ++n_flying_;
-    ++n_requests_;
-    next_miss_ = run.end;
-    runs_.push_back(run);
   }
   return {};
 }
@@ -160,26 +261,38 @@ Status NeuronWindow::pump() {
 Result<size_t> NeuronWindow::take() {
   settle();
   if (layer_ == nullptr) return error(Code::kBadArgument, "no neurons are wanted");
-  EDGE_TRY(pump());
-  const uint64_t enough = std::min(kGroupBytes, staging_.bytes() / 4);
-  uint64_t bytes = 0;
-  while (n_taken_ < runs_.size() && bytes <= enough) {
-    Status status;
-    if (!runs_[n_taken_].landed) {
-      const Clock::time_point start = Clock::now();
-      while (status.ok() && !runs_[n_taken_].landed) status = wait_one();
-      wait_ns_ += static_cast<uint64_t>(std::chrono::nanoseconds(Clock::now() - start).count());
-    }
-    if (status.ok()) status = land(runs_[n_taken_]);
-    if (!status.ok()) {
-      abandon();
-      return status;
-    }
-    bytes += runs_[n_taken_++].bytes;
+  const uint64_t enough = std::min(kGroupBytes, rings_[ring_].bytes / 4);
+  Status status = pump();
+  for (uint64_t bytes = 0; status.ok() && n_taken_ < n_misses_ && bytes <= enough;) {
+    const Miss& miss = misses_[n_taken_];
+    if (miss.run == kNoRun && bytes > 0) break;  // it gets its place when these have been used
+    status = land(miss);
+    bytes += layer_->record_bytes;
+    n_taken_ += status.ok();
   }
-  const size_t next = n_taken_ > 0 ? runs_[n_taken_ - 1].end : next_miss_;
-  handed_out_ = next == n_misses_;
-  return handed_out_ ? wanted_.size() : static_cast<size_t>(misses_[next].index);
+  if (!status.ok()) {
+    abandon();
+    return status;
+  }
+  handed_out_ = n_taken_ == n_misses_;
+  return handed_out_ ? wanted_.size() : static_cast<size_t>(misses_[n_taken_].index);
+}
+
+Status NeuronWindow::land(const Miss& miss) {
+  if (miss.run == kNoRun || !run_of(miss.run).landed) {
+    const Clock::time_point start = Clock::now();
+    while (miss.run == kNoRun || !run_of(miss.run).landed) {
+      EDGE_TRY(wait_one());
+      if (2 * n_flying_ <= static_cast<size_t>(reader_->depth())) EDGE_TRY(pump());
+    }
+    wait_ns_ += static_cast<uint64_t>(std::chrono::nanoseconds(Clock::now() - start).count());
+  }
+  const Run& run = run_of(miss.run);
+  if (!run.status.ok()) return run.status;
+  const std::byte* record = staged(miss);
+  EDGE_TRY(check_record(*layer_->entry, miss.neuron, record));
+  found_[miss.index] = record;
+  return {};
 }
 
 Status NeuronWindow::wait_one() {
@@ -191,26 +304,24 @@ Status NeuronWindow::wait_one() {
     return completion.status();
   }
   --n_flying_;
-  Run& run = runs_[completion->tag - first_run_];
+  const auto tag = static_cast<int64_t>(completion->tag);
+  Run& run = run_of(tag);
   run.landed = true;
+  run.status = std::move(completion->status);
   flash_bytes_ += run.bytes;
-  return completion->status;
-}
-
-Status NeuronWindow::land(const Run& run) {
-  for (size_t i = run.first; i < run.end; ++i) {
-    const std::byte* record = staged(run, misses_[i]);
-    EDGE_TRY(check_record(*layer_->entry, misses_[i].neuron, record));
-    found_[misses_[i].index] = record;
-  }
+  free_front(rings_[tag & 1]);
   return {};
 }
 
 void NeuronWindow::abandon() {
   while (n_flying_ > 0) (void)wait_one();
-  first_run_ += runs_.size();
-  runs_.clear();
-  n_taken_ = n_misses_ = next_miss_ = 0;
+  for (Ring& ring : rings_) {
+    ring.first += ring.runs.size();
+    ring.runs.clear();
+  }
+  n_misses_ = next_miss_ = n_taken_ = n_settled_ = 0;
+  guess_layer_ = nullptr;
+  n_guesses_ = next_guess_ = 0;
   handed_out_ = false;
   layer_ = nullptr;
 }

@@ -10,6 +10,8 @@ namespace edge {
 namespace {
 
 constexpr size_t kRowBits = 64;
+// Requests of a few KiB: a drive takes many more of them at once than of long ones.
+constexpr int kRecordDepth = 128;
 
 // Elements of every table a plan needs, so that their sum is known before anything is reserved.
 struct Tables {
@@ -19,8 +21,8 @@ struct Tables {
   uint64_t most_neurons = 0;  // of an entry that is not whole
   uint64_t most_slots = 0;
 
-  uint64_t bytes(uint64_t miss_bytes) const {
-    return 8 * n_wide + 4 * n_narrow + (miss_bytes + 4) * most_neurons + 4 * most_slots;
+  uint64_t bytes(uint64_t turn_bytes) const {
+    return 8 * n_wide + 4 * n_narrow + (turn_bytes + 4) * most_neurons + 4 * most_slots;
   }
 };
 
@@ -51,7 +53,7 @@ Tables tables_of(const PackDirectory& directory, const StorePlan& plan) {
 
 uint64_t NeuronWindow::plan_bytes(const PackDirectory& directory, const StorePlan& plan) {
   const Tables tables = tables_of(directory, plan);
-  return tables.slot_bytes + round_up(tables.bytes(sizeof(Miss)), kReadAlign);
+  return tables.slot_bytes + round_up(tables.bytes(sizeof(Miss) + sizeof(Guess)), kReadAlign);
 }
 
 uint64_t NeuronWindow::staging_least_bytes(const PackEntry& entry) {
@@ -73,7 +75,7 @@ Result<std::unique_ptr<NeuronWindow>> NeuronWindow::open(const std::string& path
 }
 
 Status NeuronWindow::open_reader_again() {
-  EDGE_ASSIGN(reader_, open_reader(path_, reader_options(options_)));
+  EDGE_ASSIGN(reader_, open_reader(path_, reader_options(options_, kRecordDepth)));
   return {};
 }
 
@@ -102,11 +104,19 @@ Status NeuronWindow::reserve(const StorePlan& plan, Budget& budget) {
   }
   const bool windowed = tables.most_neurons > 0;
   if (windowed) {
-    EDGE_ASSIGN(tables_, budget.reserve(tables.bytes(sizeof(Miss)), "neurons"));
+    EDGE_ASSIGN(tables_, budget.reserve(tables.bytes(sizeof(Miss) + sizeof(Guess)), "neurons"));
     EDGE_ASSIGN(staging_, budget.reserve(plan.neuron_staging_bytes / kReadAlign * kReadAlign, "neuron staging"));
+    const uint64_t half = staging_.bytes() / 2 / kReadAlign * kReadAlign;
+    for (size_t i = 0; i < rings_.size(); ++i) {
+      rings_[i].data = staging_.data() + i * half;
+      rings_[i].bytes = half;
+    }
   }
   uint64_t* wide = tables_.as<uint64_t>();
-  auto* narrow = reinterpret_cast<int32_t*>(wide + tables.n_wide);
+  // Wide members first, so that every table is aligned.
+  misses_ = reinterpret_cast<Miss*>(wide + tables.n_wide);
+  guesses_ = reinterpret_cast<Guess*>(misses_ + tables.most_neurons);
+  auto* narrow = reinterpret_cast<int32_t*>(guesses_ + tables.most_neurons);
   std::byte* slots = slots_.data();
   layer_of_.assign(directory_.entries().size(), -1);
   each_entry(directory_, plan, [&](WeightId weight, const PackEntry& entry, int64_t n_slots) {
@@ -133,11 +143,8 @@ Status NeuronWindow::reserve(const StorePlan& plan, Budget& budget) {
     layers_.push_back(layer);
     load_bytes_ += round_up(static_cast<uint64_t>(n_slots) * entry.chunk_bytes, kReadAlign);
   });
-  if (windowed) {
-    misses_ = reinterpret_cast<Miss*>(narrow);
-    by_worth_ = reinterpret_cast<int32_t*>(misses_ + tables.most_neurons);
-    leaving_ = by_worth_ + tables.most_neurons;
-  }
+  by_worth_ = narrow;
+  leaving_ = by_worth_ + tables.most_neurons;
   return {};
 }
 
@@ -237,6 +244,8 @@ void NeuronWindow::add_stats(StoreStats* stats) const {
   stats->neurons_wanted += n_wanted_;
   stats->neuron_hits += n_hits_;
   stats->neuron_requests += n_requests_;
+  stats->neurons_expected += n_expected_;
+  stats->neuron_expected_hits += n_expected_hits_;
   stats->neuron_bytes += flash_bytes_;
   stats->neuron_wait_seconds += wait_seconds;
 }

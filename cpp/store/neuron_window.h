@@ -4,9 +4,11 @@
 // A pass over one layer: want() names the neurons of all its rows, in order, and starts the reads; take() hands them out
 // in that order, in groups, while later reads are on their way. A record is used where it landed; if it earns a slot
 // it is copied there afterwards, over the record that is worth least (slots are reached by pointer, so nothing has to
-// move up when one leaves).
+// move up when one leaves). expect() names what the layer after will probably want: it is read behind what is wanted
+// now, while attention computes.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <memory>
@@ -48,6 +50,11 @@ class NeuronWindow {
   // Ends the turn of the layer before. kBadArgument, kDiskError.
   Status want(WeightId weight, std::span<const int32_t> neurons, std::span<const uint64_t> rows,
               const std::byte** found);
+  // A guess of what the next want() asks, of `weight` (ascending): what is missing is read as far as there is room. It
+  // changes no answer; a wrong guess costs a read. kBadArgument, kDiskError (of the engine, not of a guess).
+  Status expect(WeightId weight, std::span<const int32_t> neurons);
+  // Whether a guess of this weight is worth making: it does not have all its slots, and the last guesses were good.
+  bool expects(WeightId weight);
   // Waits for the next group: fills `found` up to the index it returns. Records of the group before may go, except
   // those with a slot. Returns the number of neurons when all have been handed out.
   // After an error (kDiskError, kCorrupt with layer and neuron) nothing is wanted and the slots are intact.
@@ -77,20 +84,36 @@ class NeuronWindow {
     int64_t n_touched = 0;
     bool is_whole() const { return n_slots == n_neurons; }
   };
-  // One request: the records of misses [first, end).
+  // One request, of neighbouring records. It keeps its place while it flies, is expected, or somebody uses it.
   struct Run {
-    size_t first = 0;
-    size_t end = 0;
     uint64_t file_offset = 0;
     uint64_t bytes = 0;
-    uint64_t at = 0;  // in the staging
+    uint64_t at = 0;  // in the staging of its ring
+    int64_t n_users = 0;
+    bool expected = false;
     bool landed = false;
+    Status status;
   };
+  // Half of the staging: runs follow each other, oldest first, each in one piece. A turn reads what it wants and then
+  // what it expects into one ring, while it uses what was expected of it from the other: so neither waits for the
+  // other's places.
+  struct Ring {
+    std::byte* data = nullptr;
+    uint64_t bytes = 0;
+    std::deque<Run> runs;
+    uint64_t first = 0;  // number of runs.front()
+  };
+  static constexpr int64_t kNoRun = -1;  // else 2 * number + ring, which is also the tag of its read
   struct Miss {
-    int32_t index = 0;  // into the wanted neurons
+    int64_t run = kNoRun;
     int32_t neuron = 0;
+    int32_t index = 0;  // into the wanted neurons
     int32_t slot = -1;  // it will be copied there
     float worth = 0;    // its key, should this use stay in the text
+  };
+  struct Guess {
+    int64_t run = kNoRun;
+    int32_t neuron = 0;
   };
 
   NeuronWindow(std::string path, const PackDirectory& directory, const StoreOptions& options);
@@ -99,16 +122,28 @@ class NeuronWindow {
   Status load_layer(Layer& layer, LoadProgress* progress);
   Status open_reader_again();
   void give_slots(Layer& layer);
-  const std::byte* staged(const Run& run, const Miss& miss) const;
+  Layer* find(WeightId weight);
+  static Status check_order(const Layer& layer, std::span<const int32_t> neurons);
+  // Uses what was expected of this turn, and lets go of the rest.
+  void match_guesses();
+  Run& run_of(int64_t run) { return rings_[run & 1].runs[static_cast<uint64_t>(run >> 1) - rings_[run & 1].first]; }
+  // Where the record of a miss has landed.
+  const std::byte* staged(const Miss& miss);
   // Copies the records of the last group that earned a slot, and frees where they landed.
   void settle();
-  // Starts reads while there is room for them.
+  // Starts reads while there is room for them: what is wanted, then what is expected.
   Status pump();
-  Run next_run() const;
-  std::optional<uint64_t> room(uint64_t bytes) const;
+  // The same for some records [*next, n) of a layer; false when some are left.
+  template <typename Record>
+  bool start(const Layer& layer, Record* records, size_t n, size_t* next, bool expected);
+  template <typename Record>
+  static Run next_run(const Layer& layer, const Record* records, size_t n, uint64_t longest, uint64_t align,
+                      size_t* end);
+  static std::optional<uint64_t> room(const Ring& ring, uint64_t bytes);
+  static void free_front(Ring& ring);
   Status wait_one();
-  // Checks the records of a run and shows them to the caller.
-  Status land(const Run& run);
+  // Waits for a miss, checks its record and shows it to the caller.
+  Status land(const Miss& miss);
   Status check_record(const PackEntry& entry, int64_t neuron, const std::byte* record) const;
   void abandon();
 
@@ -126,19 +161,31 @@ class NeuronWindow {
   Layer* layer_ = nullptr;
   std::span<const int32_t> wanted_;
   const std::byte** found_ = nullptr;
-  // In tables_: [most neurons] twice, [most slots].
+  // In tables_: [most neurons] three times, [most slots].
   Miss* misses_ = nullptr;
+  Guess* guesses_ = nullptr;
   int32_t* by_worth_ = nullptr;
   int32_t* leaving_ = nullptr;
   size_t n_misses_ = 0;
-  size_t next_miss_ = 0;      // the first in no run yet
-  std::deque<Run> runs_;      // in order, each in one piece of the staging, which is a ring
-  uint64_t first_run_ = 0;    // number of runs_.front(), the tag of its read
-  size_t n_taken_ = 0;        // runs of the group handed out last
+  size_t next_miss_ = 0;      // those before have a run
+  size_t n_taken_ = 0;        // those before were handed out
+  size_t n_settled_ = 0;      // those before are done with
   bool handed_out_ = false;   // the last group was the end
-  size_t n_flying_ = 0;
+
+  std::array<Ring, 2> rings_;
+  size_t ring_ = 0;           // where this turn reads to
+  std::vector<ReadRequest> batch_;  // made and not yet submitted
+  size_t n_flying_ = 0;       // those in batch_ included
+
+  // What the next turn will probably want and has no slot for.
+  Layer* guess_layer_ = nullptr;
+  size_t n_guesses_ = 0;
+  size_t next_guess_ = 0;     // those before have a run
+  float guess_worth_ = 1;     // share of the guesses read that were wanted, of the last few turns
+  uint64_t n_asked_ = 0;      // expects() while guesses were not worth it
 
   std::atomic<uint64_t> n_wanted_{0}, n_hits_{0}, n_requests_{0}, flash_bytes_{0}, wait_ns_{0};
+  std::atomic<uint64_t> n_expected_{0}, n_expected_hits_{0};
   std::unique_ptr<BlockReader> reader_;  // last: destroyed first, while what it reads into still stands
 };
 

@@ -42,10 +42,10 @@ Status check_run(const ReadRun& run, const PackDirectory& directory) {
   return {};
 }
 
-ReaderOptions reader_options(const StoreOptions& options) {
+ReaderOptions reader_options(const StoreOptions& options, int depth) {
   ReaderOptions reader;
   reader.engine = options.io_engine;
-  reader.depth = options.io_depth;
+  reader.depth = options.io_depth != 0 ? options.io_depth : depth;
   reader.direct = options.io_direct;
   reader.fault = options.io_fault;
   return reader;

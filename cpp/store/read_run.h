@@ -41,7 +41,8 @@ bool extend_run(ReadRun* run, const PackDirectory& directory, WeightId weight, s
 Status check_run(const ReadRun& run, const PackDirectory& directory);
 Status check_span(const ReadRun& run, size_t n, const PackDirectory& directory);
 
-ReaderOptions reader_options(const StoreOptions& options);
+// Readers of a store; `depth` requests in flight unless the options name another number.
+ReaderOptions reader_options(const StoreOptions& options, int depth = ReaderOptions().depth);
 
 // kBadArgument when a row lies outside the weight.
 Status check_rows(const PackEntry& entry, RowSet rows);

@@ -78,6 +78,8 @@ struct StoreStats {
   uint64_t neuron_hits = 0;
   uint64_t neuron_bytes = 0;     // read from the drive
   uint64_t neuron_requests = 0;  // reads of one or more neighbours
+  uint64_t neurons_expected = 0;      // read before they were wanted
+  uint64_t neuron_expected_hits = 0;  // and then wanted
   double neuron_wait_seconds = 0;
 };
 
@@ -162,7 +164,7 @@ inline constexpr uint64_t kStreamPartBytes = 2 << 20;
 
 struct StoreOptions {
   std::string io_engine = "auto";
-  int io_depth = 32;
+  int io_depth = 0;  // requests in flight; 0: what suits a store's requests
   bool io_direct = true;
   uint64_t stream_part_bytes = kStreamPartBytes;
   std::string io_fault;              // FaultPlan of every reader; tests only
