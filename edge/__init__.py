@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edge.config import GenerationConfig
     from edge.engine import Engine
     from edge.loading import builtin_models, load
+    from edge.predictor_training import train_predictor
     from edge.sparsify import sparsify
     from edge.tokenizer import Tokenizer, load_tokenizer
 
@@ -36,6 +37,7 @@ _LAZY = {
     "pack": "edge.api",
     "plan": "edge.api",
     "sparsify": "edge.sparsify",
+    "train_predictor": "edge.predictor_training",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "pack",
     "plan",
     "sparsify",
+    "train_predictor",
 ]
 
 

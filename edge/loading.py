@@ -38,7 +38,7 @@ _SMALLEST_DEFAULT_CONTEXT = 512
 #: What the same process holds at the same point differs by this much from run to run.
 _JITTER_BYTES = 2 << 20
 _DEVICES = ("auto", "cpu")
-_PREDICTOR = ("auto", "off")
+_PREDICTOR: dict[str, bool | str] = {"auto": True, "on": "on", "off": False}
 _SPARSITY = ("off", "on")
 
 Progress = Callable[[int, int], None]
@@ -199,7 +199,7 @@ def plan_host(
     context: int | None = None,
     threads: int | None = None,
     kv: str = "auto",
-    predictor: bool = True,
+    predictor: bool | str = True,
 ) -> Plan:
     """Places the weights; see :func:`edge.plan`."""
     # What is free now comes on top of what opening the model took already.
@@ -263,7 +263,7 @@ def place_host(
     context: int | None = None,
     threads: int | None = None,
     kv: str = "auto",
-    predictor: bool = True,
+    predictor: bool | str = True,
     draft: Callable[[Plan], DraftModel] | None = None,
 ) -> Reserved:
     """The whole budget shared out, as :func:`load` does it: the model, then what speculation takes.
@@ -324,7 +324,7 @@ def load(
             file in EDGE_SCRATCH (a folder on a drive; the cache folder when unset); "auto" takes what
             reads less from the drive for a token.
         predictor: "auto" lets the predictor that came with a sparse model guess which neurons are active where memory
-            is too short to know (a small loss); "off" never does.
+            is too short to know (a small loss); "on" lets it guess wherever memory is, "off" never.
         draft: a smaller model of the same vocabulary whose guesses speculation verifies; held in memory inside the
             same budget, or left out with a note (``Engine.notes``) where it does not fit.
         sparsity: "on" leaves out the neurons that the thresholds of the pack say count little (``edge sparsify`` makes
@@ -348,7 +348,7 @@ def load(
         raise ArgumentError(f"predictor: expected one of {', '.join(_PREDICTOR)}, found {predictor!r}")
     if sparsity not in _SPARSITY:
         raise ArgumentError(f"sparsity: expected one of {', '.join(_SPARSITY)}, found {sparsity!r}")
-    guess = predictor == "auto" and not exact
+    guess = not exact and _PREDICTOR[predictor]
     sparse = sparsity == "on" and not exact
     start = time.perf_counter()
     host = prepare(model, weights=weights, whole_process=whole_process, on_pack=on_pack)
@@ -379,7 +379,7 @@ def _load(
     isa: str,
     io: str,
     kv: str,
-    predictor: bool,
+    predictor: bool | str,
     sparsity: bool,
     on_load: Progress | None,
     drafts: DraftRequest | None,

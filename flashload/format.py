@@ -193,15 +193,20 @@ class PackFile:
             CorruptError: a chunk does not match its hash.
             DiskError: the drive fails.
         """
+        out = bytearray()
+        for data in self.parts(name):
+            out += data
+        return bytes(out)
+
+    def parts(self, name: str) -> Iterator[bytes]:
+        """The same in pieces of some hundred kilobytes."""
         entry = self.entries.get(name)
         if entry is None:
             raise self._bad("entries", f"one named {name}", f"{len(self.entries)} others")
-        out = bytearray(entry.hashed_bytes)
-        at = 0
+        left = entry.bytes
         for data in self._chunks(entry):
-            out[at : at + len(data)] = data
-            at += len(data)
-        return bytes(memoryview(out)[: entry.bytes])
+            yield data[:left]
+            left -= len(data)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Checks every chunk of every entry; ``progress(done_bytes, total_bytes)`` is called on the way.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashload.errors import BudgetError
+from flashload.errors import ArgumentError, BudgetError
 from flashload.machine import format_bytes
 from flashload.plan_kv import KvOnFlash, kv_on_flash
 from flashload.plan_neurons import NeuronModel, NeuronPlacement, is_extra, is_neurons
@@ -220,7 +220,7 @@ class Directory:
         """The least a demand cache works with: a row's chunks of each table, and two experts."""
         return _row_bytes(self.tables) + _LEAST_EXPERTS * self.expert_bytes
 
-    def least_bytes(self, predictor: bool) -> int:
+    def least_bytes(self, predictor: bool | str) -> int:
         """Weights, ring and caches at their smallest: the head streamed as well, or (a tiny one) held."""
         streamed = self.ring_with_head_bytes + _row_bytes(self.tied)
         held = _bytes(self.head) + _RING_LEAST * self.largest_bytes
@@ -286,7 +286,7 @@ def make_plan(
     threads: int,
     host_bytes: int,
     host_peak_bytes: int = 0,
-    predictor: bool = True,
+    predictor: bool | str = True,
     kv: str = "memory",
 ) -> Plan:
     """:func:`place` for weights of which only one plan is made."""
@@ -310,7 +310,7 @@ def place(
     threads: int,
     host_bytes: int,
     host_peak_bytes: int = 0,
-    predictor: bool = True,
+    predictor: bool | str = True,
     kv: str = "memory",
 ) -> Plan:
     """Places every weight for one budget.
@@ -321,17 +321,23 @@ def place(
         threads: compute threads.
         host_bytes: memory already held when loading starts (interpreter, tokenizer).
         host_peak_bytes: the most that was held until then (while the tokenizer was built, or a checkpoint packed).
-        predictor: a pack's predictor may decide which neurons are active where memory is short, at a small loss.
+        predictor: a pack's predictor may decide which neurons are active where memory is short, at a small loss;
+            "on": it decides however much memory there is.
         kv: "memory"; "flash" keeps a share of the context's keys and values in memory and the rest in a file.
 
     Raises:
         BudgetError: the budget is below the floor; the message names the floor and what would lower it.
+        ArgumentError: predictor "on" for a pack without predictors.
     """
     import _edge
 
     weights, decoder = model.entries, model.decoder
-    whole = model.neurons.whole() if model.neurons.records else None
+    guided = predictor == "on"
+    if guided and not model.neurons.predictors:
+        raise ArgumentError("predictor: expected a pack with predictors, found none (edge train-predictor)")
+    whole = model.neurons.whole(guided) if model.neurons.records else None
     dense_bytes = _bytes([w for w in model.weights if w.format != _BLOB])
+    dense_bytes += model.neurons.resident_bytes(whole) if whole else 0
     everything = dense_bytes + _SLACK_BYTES + (whole.bytes if whole else 0)
     host_bytes += _MARGIN_BYTES + everything // _PAGE_TABLE_SHARE
 
@@ -447,7 +453,7 @@ def _flash_bytes_per_token(model: Directory, placed: _Placed, kv: KvOnFlash | No
     return round(n_bytes)
 
 
-def _window(model: Directory, room_bytes: int, predictor: bool) -> _Placed | None:
+def _window(model: Directory, room_bytes: int, predictor: bool | str) -> _Placed | None:
     """Records of neurons in slots, everything else in memory; where that is too much, the rest streams as well.
 
     A byte of attention that streams is read for every token, one of a record only when its neuron is active: so slots
@@ -458,7 +464,7 @@ def _window(model: Directory, room_bytes: int, predictor: bool) -> _Placed | Non
     modes = neurons.modes(predictor)
     slot_room = room_bytes - held_bytes - model.demand_bytes - _SLACK_BYTES
     fitting = {mode: neurons.window(mode, slot_room) for mode in modes}
-    chosen, guess = fitting["exact"], fitting.get("predictor")
+    chosen, guess = fitting.get("exact"), fitting.get("predictor")
     if guess is not None and (chosen is None or neurons.predictor_pays(guess, chosen)):
         chosen = guess
     if chosen is not None:

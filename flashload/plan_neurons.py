@@ -96,14 +96,20 @@ class NeuronModel:
         #: All three weights of every layer, or none at all.
         self.predictors = predictors if all(w.layer in layers for w in self.records) else []
 
-    def whole(self) -> NeuronPlacement:
-        """Every record in memory; the gate rows are in the records, nobody has to guess."""
+    def whole(self, guided: bool = False) -> NeuronPlacement:
+        """Every record in memory; the gate rows are in the records, nobody has to guess unless ``guided``."""
         return NeuronPlacement(
-            "exact", {w.id: w.rows for w in self.records}, sum(w.stored_bytes for w in self.records), 0
+            "predictor" if guided else "exact",
+            {w.id: w.rows for w in self.records},
+            sum(w.stored_bytes for w in self.records),
+            0,
+            [w.id for w in self.predictors] if guided else [],
         )
 
-    def modes(self, predictor: bool) -> list[str]:
+    def modes(self, predictor: bool | str) -> list[str]:
         """What may decide, in the order of preference when memory is short."""
+        if predictor == "on":
+            return ["predictor"]
         return ["predictor", "exact"] if predictor and self.predictors else ["exact"]
 
     def least_bytes(self, mode: str) -> int:

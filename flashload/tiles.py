@@ -1,4 +1,4 @@
-"""Rows of checkpoint blocks -> tiles or f32: the one place where packing meets the compiled core.
+"""Rows of checkpoint blocks -> tiles or f32, and back: the one place where packing meets the compiled core.
 
 Without the core built (a source checkout), the numpy oracles and the ``gguf`` package do the same, slowly.
 """
@@ -75,3 +75,11 @@ def tile_rows(ggml_type: int, weight_format: WeightFormat, data: bytes, rows: in
     if TILE_FORMATS[weight_format].ggml_type == ggml_type:
         return formats.from_blocks(weight_format, data, rows, k)
     return formats.encode(weight_format, _decode(ggml_type, data).reshape(rows, k))
+
+
+def untile_rows(weight_format: WeightFormat, tiles: bytes, rows: int, k: int) -> F32:
+    """Tiles -> values [rows, k]."""
+    if _EDGE is not None:
+        values: F32 = _EDGE.untile_rows(int(weight_format), tiles, rows, k)
+        return values
+    return formats.decode(weight_format, tiles, rows, k)

@@ -44,7 +44,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pat
 
 
 @cache
-def plan_of(path: Path, share: float, predictor: bool, threads: int = 2) -> tuple[Plan, dict[str, Any]]:
+def plan_of(path: Path, share: float, predictor: bool | str, threads: int = 2) -> tuple[Plan, dict[str, Any]]:
     """share 1 is resident, 0 the floor."""
     file = PackFile(path)
     try:
@@ -366,12 +366,37 @@ def test_the_core_refuses_a_plan_that_does_not_add_up(packs: dict[tuple[str, str
         answer(settings | {"placement": without_gates})
 
 
+def test_a_predictor_may_decide_with_everything_in_memory(packs: dict[tuple[str, str], Path]) -> None:
+    path = packs["llama", "q8"]
+    few = answer(windowed(path, 16, "predictor"))
+    assert answer(windowed(path, N_NEURONS, "predictor")) == few != expected(path)
+    full, decoder = plan_of(path, 1, "on")
+    assert answer(full.engine_options(path, decoder)) == few
+    exact = plan_of(path, 1, False)[0]
+    n_bytes = sum(e.stored_bytes for name, e in PackFile(path).entries.items() if ".predictor." in name)
+    assert full.neuron_mode == "predictor" and full.placement == "resident"
+    assert full.resident_bytes == exact.resident_bytes + n_bytes
+    short = plan_of(path, 0.5, "on")[0]
+    assert short.predicted_peak_bytes <= short.memory_bytes and short.placement != "resident"
+    assert answer(short.engine_options(path, decoder)) == few
+    with edge.load(path, predictor="on", context=64) as engine:
+        assert engine.plan.neuron_mode == "predictor" and engine.plan.placement == "resident"
+    with edge.load(path, predictor="on", exact=True, context=64) as engine:
+        assert engine.plan.neuron_mode == "exact"
+
+
+def test_a_predictor_that_is_not_there_cannot_decide(tmp_path: Path) -> None:
+    bare = by_neuron(tiny_relu(tmp_path), tmp_path / "bare.edge")
+    with pytest.raises(ArgumentError, match="expected a pack with predictors, found none"):
+        edge.load(bare, predictor="on")
+
+
 # Through the API
 
 
 def test_load_options(packs: dict[tuple[str, str], Path]) -> None:
     path = packs["llama", "q8"]
-    with pytest.raises(ArgumentError, match="predictor: expected one of auto, off"):
+    with pytest.raises(ArgumentError, match="predictor: expected one of auto, on, off"):
         edge.load(path, predictor="maybe")
     with pytest.raises(BudgetError) as refusal:
         edge.load(path, memory=1, context=64)

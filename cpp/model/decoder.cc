@@ -40,7 +40,7 @@ Result<std::unique_ptr<Decoder>> Decoder::create(const DecoderConfig& config, co
       decoder->sparse_ = std::make_unique<SparseFfn>(decoder->config_, directory, *store.neurons(), kernels, pool,
                                                      decoder->linear_, *decoder->acts_, decoder->scratch_);
     }
-    EDGE_TRY(decoder->sparse_->check(layer));
+    EDGE_TRY(decoder->sparse_->add(layer));
   }
   return decoder;
 }

@@ -46,10 +46,11 @@ class Users {
 
 }  // namespace
 
-Status SparseFfn::check(const LayerWeights& layer) const {
-  const bool exact =
-      window_.whole(layer.neuron_records) != nullptr || window_.whole(layer.neuron_gates) != nullptr;
-  if (exact || (layer.predictor_up != kNoWeight && linear_.vector(layer.predictor_bias).ok())) return {};
+Status SparseFfn::add(const LayerWeights& layer) {
+  const bool guessed = layer.predictor_up != kNoWeight && linear_.vector(layer.predictor_bias).ok();
+  guessed_.resize(static_cast<size_t>(config_.n_layers));
+  guessed_[static_cast<size_t>(layer.index)] = guessed;
+  if (guessed || window_.whole(layer.neuron_records) != nullptr || window_.whole(layer.neuron_gates) != nullptr) return {};
   return error(Code::kBadArgument, "store plan: %s: expected all records, the gates or a predictor in memory, found none",
                directory_.entry(layer.neuron_records).name.c_str());
 }
@@ -74,8 +75,7 @@ Status SparseFfn::set_thresholds(std::span<const float> thresholds, Budget& budg
 }
 
 bool SparseFfn::guesses(const LayerWeights& layer) const {
-  return layer.neuron_records != kNoWeight && window_.whole(layer.neuron_records) == nullptr &&
-         window_.whole(layer.neuron_gates) == nullptr;
+  return layer.neuron_records != kNoWeight && guessed_[static_cast<size_t>(layer.index)];
 }
 
 bool SparseFfn::looks_ahead(const LayerWeights& layer, int64_t n_rows) const {
@@ -96,13 +96,13 @@ Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t first
                         const WatchFfn& watch, const Ahead& ahead) {
   EDGE_ASSIGN(Turn turn, begin(layer, x, n_rows));
   const int64_t hidden = config_.hidden_size, out_stride = pad32(hidden);
-  if (const std::byte* rows = window_.whole(layer.neuron_records)) {
-    gates(turn, rows + turn.gate_offset, directory_.entry(layer.neuron_records).chunk_bytes);
-  } else if (const std::byte* alone = window_.whole(layer.neuron_gates)) {
-    gates(turn, alone, directory_.entry(layer.neuron_gates).chunk_bytes);
-  } else {
+  if (guesses(layer)) {
     turn.exact = false;
     EDGE_TRY(predict(layer, x, n_rows, scratch_.gate));
+  } else if (const std::byte* rows = window_.whole(layer.neuron_records)) {
+    gates(turn, rows + turn.gate_offset, directory_.entry(layer.neuron_records).chunk_bytes);
+  } else {
+    gates(turn, window_.whole(layer.neuron_gates), directory_.entry(layer.neuron_gates).chunk_bytes);
   }
   if (turn.exact) {
     if (watch) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <span>
+#include <vector>
 
 #include "core/budget.h"
 #include "core/thread_pool.h"
@@ -29,8 +30,8 @@ class SparseFfn {
       : config_(config), directory_(directory), window_(window), kernels_(kernels), pool_(pool), linear_(linear),
         acts_(acts), scratch_(scratch) {}
 
-  // kBadArgument when the plan left the layer neither its gate rows nor a predictor.
-  Status check(const LayerWeights& layer) const;
+  // Takes a layer in: its predictor decides where the plan loaded it, else its gate rows do. kBadArgument for neither.
+  Status add(const LayerWeights& layer);
 
   // [n_layers][intermediate_size], of layers that do not come by neuron anything; empty: none, which is zero for all.
   // Replaces those before, which go even when memory for the new ones is lacking. kBadArgument: one is below zero or not
@@ -103,6 +104,7 @@ class SparseFfn {
   ActRows& acts_;
   const Scratch& scratch_;
   Block thresholds_;
+  std::vector<bool> guessed_;  // by layer
 };
 
 }  // namespace edge

@@ -1,4 +1,4 @@
-"""The command line: ``edge run | chat | pack | sparsify | plan | show | list | verify | doctor``.
+"""The command line: ``edge run | chat | pack | train-predictor | sparsify | plan | show | list | verify | doctor``.
 
 Each command lives in the module named here and is imported when it is called, so that ``edge --help`` is quick.
 """
@@ -14,6 +14,7 @@ _COMMANDS = {
     "run": ("edge.cli.run", "Continue a prompt."),
     "chat": ("edge.cli.chat", "Talk with a model."),
     "pack": ("edge.cli.pack", "Convert a GGUF file or Hugging Face folder to a pack."),
+    "train-predictor": ("edge.cli.train_predictor", "Teach a ReLU model's pack which neurons a token opens."),
     "sparsify": ("edge.cli.sparsify", "Find neurons that count little and may be left out."),
     "plan": ("edge.cli.plan", "Show where weights would live inside a budget, without loading."),
     "show": ("edge.cli.show", "Show what a model file holds."),
