@@ -39,7 +39,7 @@ _SMALLEST_DEFAULT_CONTEXT = 512
 _JITTER_BYTES = 2 << 20
 _DEVICES = ("auto", "cpu")
 _PREDICTOR: dict[str, bool | str] = {"auto": True, "on": "on", "off": False}
-_SPARSITY = ("off", "on")
+SPARSITY = ("off", "on")
 
 Progress = Callable[[int, int], None]
 
@@ -150,7 +150,20 @@ class Host:
 
     def holding(self, pack: PackFile) -> Host:
         """The same process with another pack."""
-        return replace(self, pack=pack, directory=directory_of(pack))
+        directory = directory_of(pack)
+        if self.directory.thresholds_bytes:
+            directory = directory.with_thresholds(self.directory.neurons.active_share)
+        return replace(self, pack=pack, directory=directory)
+
+    def sparse(self) -> Host:
+        """The same with the pack's thresholds in use.
+
+        Raises:
+            ArgumentError: the pack has none.
+        """
+        from flashload.sparsity import kept_share
+
+        return replace(self, directory=self.directory.with_thresholds(kept_share(self.pack)))
 
 
 @dataclass(frozen=True)
@@ -346,28 +359,32 @@ def load(
         raise ArgumentError(f"device: expected one of {', '.join(_DEVICES)}, found {device!r}")
     if predictor not in _PREDICTOR:
         raise ArgumentError(f"predictor: expected one of {', '.join(_PREDICTOR)}, found {predictor!r}")
-    if sparsity not in _SPARSITY:
-        raise ArgumentError(f"sparsity: expected one of {', '.join(_SPARSITY)}, found {sparsity!r}")
+    if sparsity not in SPARSITY:
+        raise ArgumentError(f"sparsity: expected one of {', '.join(SPARSITY)}, found {sparsity!r}")
     guess = not exact and _PREDICTOR[predictor]
     sparse = sparsity == "on" and not exact
     start = time.perf_counter()
     host = prepare(model, weights=weights, whole_process=whole_process, on_pack=on_pack)
     try:
+        if sparse:
+            host = host.sparse()
         drafts = None if draft is None else DraftRequest(draft, weights, on_pack)
-        return _load(host, start, memory, context, threads, isa, io, kv, guess, sparse, on_load, drafts)
+        return _load(host, start, memory, context, threads, isa, io, kv, guess, on_load, drafts)
     finally:
         host.pack.close()
 
 
-def _thresholds(pack: PackFile) -> Any:
-    from flashload.sparsity import read_thresholds
-
-    found = read_thresholds(pack)
-    if found is None:
-        raise ArgumentError(
-            f"sparsity: {pack.path}: expected a pack with thresholds (edge sparsify), found none"
-        )
-    return found
+def load_to_study(
+    pack: Path, *, memory: int | str | None, threads: int | None, context: int, whole_process: bool
+) -> Engine:
+    """An engine that computes every neuron of a pack, and has room for thresholds that its core may be given."""
+    start = time.perf_counter()
+    host = prepare(pack, whole_process=whole_process)
+    try:
+        host = replace(host, directory=host.directory.with_thresholds(1.0))
+        return _load(host, start, memory, context, threads, "", "auto", "auto", False, None, None)
+    finally:
+        host.pack.close()
 
 
 def _load(
@@ -380,19 +397,17 @@ def _load(
     io: str,
     kv: str,
     predictor: bool | str,
-    sparsity: bool,
     on_load: Progress | None,
     drafts: DraftRequest | None,
 ) -> Engine:
     from edge.draft import open_draft
     from edge.engine import Engine
     from edge.speculation import Drafting
+    from flashload.sparsity import read_thresholds
 
     pack = host.pack
     open_it = None
-    thresholds = _thresholds(pack) if sparsity else None
-    if sparsity:
-        host = replace(host, directory=host.directory.with_thresholds())
+    thresholds = read_thresholds(pack) if host.directory.thresholds_bytes else None
     if drafts is not None:
         open_it = functools.partial(
             open_draft, pack, drafts.model, weights=drafts.weights, io=io, isa=isa, on_pack=drafts.on_pack

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from edge.loading import Host, default_memory_bytes, place_host, prepare, resolve_model
+from edge.loading import SPARSITY, Host, default_memory_bytes, place_host, prepare, resolve_model
 from flashload.cache import cache_folder
 from flashload.curve import Curve, Option
 from flashload.errors import ArgumentError, BudgetError
@@ -16,7 +16,7 @@ from flashload.format import PackFile, is_pack
 from flashload.machine import cpu_count, format_bytes, parse_bytes, rss_bytes
 from flashload.pack import WEIGHTS
 from flashload.plan import Plan, directory_of
-from flashload.plan_neurons import ACTIVE_SHARE, is_neurons
+from flashload.plan_neurons import is_neurons
 from flashload.probe import Machine, probe
 from flashload.virtual_pack import Outline, VirtualPack, outline
 from quant.formats import TILE_FORMATS
@@ -165,7 +165,12 @@ def _curve(
     return Curve(
         option,
         make,
-        CostModel(packed.directory.entries, packed.directory.decoder, machine),
+        CostModel(
+            packed.directory.entries,
+            packed.directory.decoder,
+            machine,
+            packed.directory.neurons.active_share,
+        ),
         weight_bytes=weight_bytes,
         bits_per_weight=bits,
         needs_packing=model.kind == "pack" and option != "keep",
@@ -180,6 +185,7 @@ def plan(
     threads: int | None = None,
     weights: str = "keep",
     kv: str = "auto",
+    sparsity: str = "off",
     whole_process: bool = False,
     probe_again: bool = False,
     on_probe: Callable[[], None] | None = None,
@@ -189,7 +195,7 @@ def plan(
     Args:
         model: a pack, a GGUF file, a Hugging Face folder, or one of which only ``config.json`` (and, better,
             ``model.safetensors.index.json``) is there; or a shipped model's name.
-        memory, context, threads, weights, kv: as for :func:`edge.load`.
+        memory, context, threads, weights, kv, sparsity: as for :func:`edge.load`.
         whole_process: the budget bounds the whole process, as on the command line.
         probe_again: measure the machine (2 to 3 seconds) even when its figures are known.
         on_probe: called before the machine is measured.
@@ -204,6 +210,8 @@ def plan(
     if weights not in WEIGHTS:
         raise ArgumentError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
     _check(context, threads)
+    if sparsity not in SPARSITY:
+        raise ArgumentError(f"sparsity: expected one of {', '.join(SPARSITY)}, found {sparsity!r}")
     if memory is not None:
         parse_bytes(memory)
     path = resolve_model(model)
@@ -215,6 +223,8 @@ def plan(
     else:
         found = outline(path)
         host = _estimated_host(found, before_bytes, whole_process)
+    if sparsity == "on":
+        host = host.sparse()
     memory_bytes = default_memory_bytes() + host.host_bytes if memory is None else parse_bytes(memory)
     packed = host.holding(cast(PackFile, found.packs[weights]))
     placed: Plan | None = None
@@ -249,7 +259,7 @@ def plan(
         recommendation=words,
         machine=machine,
         notes=found.notes
-        + _assumed(found)
+        + _assumed(found, packed.directory.neurons.active_share)
         + machine.notes
         + ([machine.drive.note] if machine.drive.note else []),
     )
@@ -259,7 +269,7 @@ def _has_neurons(model: Outline) -> bool:
     return any(is_neurons(name) for name in model.packs["keep"].entries)
 
 
-def _assumed(model: Outline) -> list[str]:
+def _assumed(model: Outline, active_share: float) -> list[str]:
     """What of a model's speed lies in the text and not in its header."""
     notes = []
     if model.config.n_experts:
@@ -268,7 +278,7 @@ def _assumed(model: Outline) -> list[str]:
         )
     if _has_neurons(model):
         notes.append(
-            f"{100 * ACTIVE_SHARE:.0f} % of the neurons are taken to be active, any as likely as another"
+            f"{100 * active_share:.0f} % of the neurons are taken to be active, any as likely as another"
         )
     return notes
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import _edge
 import numpy as np
 
-from edge.loading import load, resolve_model
+from edge.loading import load_to_study, resolve_model
 from flashload import sparsity
 from flashload.errors import ArgumentError
 from flashload.format import PackFile, is_pack
@@ -146,12 +146,11 @@ def sparsify(
         with PackFile(records) as pack:
             work_bytes = _work_bytes(pack)
             limit = None if memory is None else max(1, parse_bytes(memory) - work_bytes)
-            with load(
+            with load_to_study(
                 records,
                 memory=limit,
                 threads=threads,
                 context=min(_WINDOW_TOKENS, pack.config.max_positions),
-                exact=True,
                 whole_process=whole_process,
             ) as engine:
                 windows, held_out = _split(engine, data, calibration_tokens, held_out_tokens)
@@ -260,6 +259,7 @@ class _Study:
         self._isa = engine.stats()["isa"]
         self._layers = sparsity.neuron_layers_of(pack)
         self._on_tokens = on_tokens
+        self._use(None)  # those of the pack, where it has some
         n_used, n_held = (sum(map(len, part)) for part in (windows, held_out))
         self._done, self._total = 0, n_used + n_held * (2 + n_trials) + sum(map(len, _first(windows)))
         self._weights = self._neuron_weights(windows)

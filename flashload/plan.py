@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flashload.errors import ArgumentError, BudgetError
 from flashload.machine import format_bytes
 from flashload.plan_kv import KvOnFlash, kv_on_flash
-from flashload.plan_neurons import NeuronModel, NeuronPlacement, is_extra, is_neurons
+from flashload.plan_neurons import ACTIVE_SHARE, NeuronModel, NeuronPlacement, is_extra, is_neurons
 
 if TYPE_CHECKING:
     from flashload.format import PackFile
@@ -168,7 +168,8 @@ class Directory:
 
     def __init__(self, weights: Sequence[Weight], decoder: dict[str, Any]) -> None:
         self.entries = weights
-        self.neurons = NeuronModel(weights)
+        # Other functions than ReLU leave no neuron at zero.
+        self.neurons = NeuronModel(weights, ACTIVE_SHARE if decoder["activation"] == "relu" else 1.0)
         self.decoder = decoder | {"by_neuron": bool(self.neurons.records)}
         #: Of neurons' activations, where the core is given them (flashload.sparsity).
         self.thresholds_bytes = 0
@@ -203,9 +204,10 @@ class Directory:
             min(_RING_BYTES, _RING_AHEAD * max((w.stored_bytes for w in self.layers), default=0)),
         )
 
-    def with_thresholds(self) -> Directory:
-        """The same, for a core that is given thresholds of all neurons."""
+    def with_thresholds(self, active_share: float) -> Directory:
+        """The same for a core that is given thresholds of all neurons, which leave this share of them active."""
         other = copy(self)
+        other.neurons = NeuronModel(self.entries, active_share)
         n_neurons = int(self.decoder["n_layers"]) * int(self.decoder["intermediate_size"])
         other.thresholds_bytes = _round_up(4 * n_neurons)
         return other

@@ -86,9 +86,14 @@ class NeuronPlacement:
 
 
 class NeuronModel:
-    """The entries of a pack that belong to neurons."""
+    """The entries of a pack that belong to neurons.
 
-    def __init__(self, weights: Sequence[Weight]) -> None:
+    Args:
+        active_share: share of the neurons that a token needs.
+    """
+
+    def __init__(self, weights: Sequence[Weight], active_share: float = ACTIVE_SHARE) -> None:
+        self.active_share = active_share
         self.records = [w for w in weights if w.name.endswith(".neurons.records")]
         self.gates = [w for w in weights if w.name.endswith(".neurons.gates")]
         predictors = [w for w in weights if ".predictor." in w.name]
@@ -155,11 +160,11 @@ class NeuronModel:
         """Share of the wanted neurons that have no slot."""
         held = sum(placement.slots[w.id] for w in self.records)
         share = held / sum(w.rows for w in self.records)
-        return wanted_share(ACTIVE_SHARE, 1, share) / wanted_share(ACTIVE_SHARE, 1)
+        return wanted_share(self.active_share, 1, share) / wanted_share(self.active_share, 1)
 
     def read_bytes(self, placement: NeuronPlacement) -> float:
         """Read from the drive for one token."""
-        wanted = ACTIVE_SHARE * (_PREDICTED_PER_ACTIVE if placement.mode == "predictor" else 1)
+        wanted = self.active_share * (_PREDICTED_PER_ACTIVE if placement.mode == "predictor" else 1)
         return wanted * self._missing(placement) * sum(w.rows * w.chunk_bytes for w in self.records)
 
     def resident_bytes(self, placement: NeuronPlacement) -> int:

@@ -128,6 +128,26 @@ def read_thresholds(pack: PackFile) -> Floats | None:
     return out if found else None
 
 
+def kept_share(pack: PackFile) -> float:
+    """Share of the neurons that the thresholds of a pack leave active, as it was measured when they were made.
+
+    Raises:
+        ArgumentError: the pack has none.
+        ModelFileError: what the pack says is no share.
+    """
+    if not any(is_threshold(name) for name in pack.entries):
+        raise ArgumentError(
+            f"sparsity: {pack.path}: expected a pack with thresholds (edge sparsify), found none"
+        )
+    facts = pack.metadata.get("sparsity")
+    skipped = facts.get("skipped") if isinstance(facts, dict) else None
+    if isinstance(skipped, bool) or not isinstance(skipped, (int, float)) or not 0 <= skipped <= 1:
+        raise ModelFileError(
+            f"{pack.path}: sparsity: skipped: expected a number of 0 to 1, found {skipped!r}"
+        )
+    return 1.0 - skipped
+
+
 def add_thresholds(
     source: Path,
     destination: Path,

@@ -18,9 +18,9 @@ from edge.sparsify import sparsify
 from flashload import sparsity
 from flashload.format import PackFile, PackWriter
 from flashload.pack import pack
-from flashload.plan import UNUSED
+from flashload.plan import UNUSED, directory_of
+from flashload.plan_neurons import NeuronPlacement
 from flashload.sparsity import Scores, bound_of
-from quant.formats import WeightFormat
 from tests.neuron_packs import decoded
 from tests.oracle import Oracle
 from tests.test_neuron_engine import ISAS, generate, long_prompt, plan_of, windowed
@@ -269,17 +269,17 @@ def test_what_cannot_be_is_refused(made: Path, packs: dict[str, Path], folder: P
 
 
 @pytest.mark.parametrize("bad", [[-1.0] * NEURONS, [float("nan")] * NEURONS, [0.1] * (NEURONS - 1)])
-def test_bad_thresholds_of_a_pack_are_refused(
-    packs: dict[str, Path], tmp_path: Path, bad: list[float]
-) -> None:
-    path = tmp_path / "bad.edge"
-    with PackFile(packs["silu-f16"]) as source, PackWriter(path, 1 << 22) as writer:
+def test_bad_thresholds_of_a_pack_are_refused(made: Path, tmp_path: Path, bad: list[float]) -> None:
+    path = tmp_path / "m.edge"
+    with PackFile(made) as source, PackWriter(path, 1 << 22) as writer:
         for e in source.entries.values():
-            parts = max(1, e.neuron_parts)
-            writer.add(e.name, e.format, e.rows, e.cols, [source.read(e.name)], e.layer, e.expert, parts)
-        data = np.array(bad, "<f4").tobytes()
-        writer.add(sparsity.entry_name(0), WeightFormat.F32_VECTOR, 1, len(bad), [data], 0)
-    with pytest.raises(ModelFileError, match="thresholds"):
+            data, cols = source.read(e.name), e.cols
+            if e.name == sparsity.entry_name(0):
+                data, cols = np.array(bad, "<f4").tobytes(), len(bad)
+            writer.add(e.name, e.format, e.rows, cols, [data], e.layer, e.expert, max(1, e.neuron_parts))
+    with pytest.raises(
+        ModelFileError, match="expected thresholds of 0 or more|expected 96 thresholds, found 1 x 95"
+    ):
         edge.load(path, sparsity="on")
 
 
@@ -304,3 +304,54 @@ def test_command(packs: dict[str, Path], folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ArgumentError, match="expected UTF-8 text"):
         CliRunner().invoke(cli, [*arguments, str(tmp_path / "c.edge")], catch_exceptions=False)
+
+
+# The plan
+
+
+def test_the_plan_counts_on_the_neurons_left(made: Path, folder: Path) -> None:
+    found = {how: edge.plan(made, context=64, sparsity=how) for how in ("off", "on")}
+    for how, kept in (("off", 100), ("on", 50)):
+        assert any(f"{kept} % of the neurons are taken to be active" in note for note in found[how].notes)
+        assert found[how].plan is not None
+    off, on = (found[how].plan for how in ("off", "on"))
+    assert off is not None and on is not None
+    assert on.activation_bytes - off.activation_bytes == 4096  # thresholds, in whole pages
+    with pytest.raises(ArgumentError, match="sparsity: expected one of off, on"):
+        edge.plan(made, sparsity="yes")
+    with pytest.raises(ArgumentError, match="expected a pack with thresholds"):
+        edge.plan(folder / "silu-q8", sparsity="on")
+
+
+def test_a_window_of_a_model_without_relu_reads_what_has_no_slot(packs: dict[str, Path]) -> None:
+    """Every neuron is wanted: the plan's share of the drive is that of the slots that are lacking."""
+    with PackFile(packs["silu-f16"]) as file:
+        model = directory_of(file).neurons
+        half = NeuronPlacement("exact", {w.id: w.rows // 2 for w in model.records}, 0, 0)
+        n_bytes = sum(w.rows * w.chunk_bytes for w in model.records)
+        assert model.read_bytes(half) == n_bytes / 2
+        sparse = directory_of(file).with_thresholds(0.5).neurons
+        assert sparse.read_bytes(half) == n_bytes / 4
+
+
+def test_a_study_has_room_for_thresholds(tmp_path: Path) -> None:
+    """More than the slack of a plan: 512 KiB of them."""
+    sizes = {"intermediate_size": 1 << 16, "hidden_size": 32, "num_attention_heads": 2}
+    tiny_hf(tmp_path / "hf", max_position_embeddings=256, **sizes)
+    report = sparsify(
+        tmp_path / "hf", tmp_path / "out.edge", data=TEXT, calibration_tokens=256, held_out_tokens=64
+    )
+    assert abs(report.chosen.skipped - 0.5) < 0.1
+    with edge.load(tmp_path / "out.edge", context=64, sparsity="on") as engine:
+        assert engine.stats()["by_tag"]["neuron thresholds"] == 4 * LAYERS << 16
+        assert engine.stats()["peak_bytes"] <= engine.plan.core_bytes
+
+
+@pytest.mark.parametrize("skipped", [None, -0.1, 1.5, "half", True])
+def test_a_share_that_is_none_is_refused(made: Path, tmp_path: Path, skipped: object) -> None:
+    with PackFile(made) as file:
+        thresholds = sparsity.read_thresholds(file)
+    assert thresholds is not None
+    sparsity.add_thresholds(made, tmp_path / "bad.edge", dict(enumerate(thresholds)), {"skipped": skipped})
+    with pytest.raises(ModelFileError, match="sparsity: skipped: expected a number of 0 to 1"):
+        edge.load(tmp_path / "bad.edge", sparsity="on")

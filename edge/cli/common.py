@@ -26,6 +26,13 @@ kv_option = click.option(
     type=click.Choice(KV),
     help="Keys and values of the context: in memory, or partly in a file on a drive (flash).",
 )
+sparsity_option = click.option(
+    "--sparsity",
+    default="off",
+    show_default=True,
+    type=click.Choice(["off", "on"]),
+    help="Leave out the neurons that count little, as edge sparsify found them.",
+)
 
 
 def load_options(function: _F) -> _F:
@@ -49,13 +56,7 @@ def load_options(function: _F) -> _F:
             ),
             click.option("--io", default="auto", show_default=True, help="auto, io_uring or pread."),
             kv_option,
-            click.option(
-                "--sparsity",
-                default="off",
-                show_default=True,
-                type=click.Choice(["off", "on"]),
-                help="Leave out the neurons that count little, as edge sparsify found them.",
-            ),
+            sparsity_option,
         ]
     ):
         function = option(function)

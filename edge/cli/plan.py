@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge.cli.common import json_option, kv_option, print_json
+from edge.cli.common import json_option, kv_option, print_json, sparsity_option
 from flashload.machine import format_bytes
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ _PARTS = (
     help="The weights whose parts are listed; the table has all.",
 )
 @kv_option
+@sparsity_option
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Write the curve as a PNG.")
 @click.option("--probe", "probe_again", is_flag=True, help="Measure drive and memory again (2 to 3 seconds).")
 @json_option
@@ -52,6 +53,7 @@ def command(
     threads: int | None,
     weights: str,
     kv: str,
+    sparsity: str,
     figure: Path | None,
     probe_again: bool,
     as_json: bool,
@@ -73,6 +75,7 @@ def command(
         threads=threads,
         weights=weights,
         kv=kv,
+        sparsity=sparsity,
         whole_process=True,
         probe_again=probe_again,
         on_probe=say,
