@@ -341,7 +341,8 @@ def load(
         draft: a smaller model of the same vocabulary whose guesses speculation verifies; held in memory inside the
             same budget, or left out with a note (``Engine.notes``) where it does not fit.
         sparsity: "on" leaves out the neurons that the thresholds of the pack say count little (``edge sparsify`` makes
-            them and says what they cost); "off" computes them all.
+            them and says what they cost), unless memory is so short that more would have to be read from the drive,
+            which ``Engine.notes`` says; "off" computes them all.
         exact: nothing that changes the text, whatever it costs; the same as ``predictor="off", sparsity="off"``.
         whole_process: the ceiling bounds the whole process, as on the command line.
         on_pack: called with (bytes done, bytes) while a checkpoint is packed.
@@ -403,10 +404,12 @@ def _load(
     from edge.draft import open_draft
     from edge.engine import Engine
     from edge.speculation import Drafting
+    from flashload.estimate_neurons import thresholds_pay
     from flashload.sparsity import read_thresholds
 
     pack = host.pack
     open_it = None
+    notes: list[str] = []
     thresholds = read_thresholds(pack) if host.directory.thresholds_bytes else None
     if drafts is not None:
         open_it = functools.partial(
@@ -416,6 +419,10 @@ def _load(
         host, memory=memory, context=context, threads=threads, kv=kv, predictor=predictor, draft=open_it
     )
     plan = reserved.plan
+    share = host.directory.neurons.active_share
+    if thresholds is not None and not thresholds_pay(plan, host.directory.entries, share):
+        thresholds = None
+        notes.append("no neuron is left out: with this little memory, more would be read from the drive")
     options = plan.engine_options(
         pack.path,
         pack.config.to_json(),
@@ -428,7 +435,7 @@ def _load(
     if thresholds is not None:
         core.set_neuron_thresholds(thresholds)
     draft_core = None if reserved.draft is None else _open_core(reserved.draft.options, None, core)
-    drafting = Drafting(draft_core, reserved.medusa, bool(plan.stream_order), tuple(reserved.notes))
+    drafting = Drafting(draft_core, reserved.medusa, bool(plan.stream_order), (*notes, *reserved.notes))
     engine = Engine(core, plan, host.tokenizer, pack.metadata, 0.0, drafting)
     engine.prepare()
     engine.load_seconds = time.perf_counter() - start - host.pack_seconds

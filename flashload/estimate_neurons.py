@@ -61,6 +61,21 @@ def reads_of(
     return min(useful + requests * edges, float(n_records * record_bytes)), requests
 
 
+def thresholds_pay(plan: Plan, weights: Sequence[Weight], active_share: float) -> bool:
+    """Whether leaving out neurons lets a token read less from the drive, or nothing is read from it at all.
+
+    Without thresholds every neuron is wanted, the same ones are missing each time, and they come in long reads. With
+    them the missing lie anywhere, and short gaps between them are read along.
+    """
+    with_all = with_some = 0.0
+    for weight in weights:
+        if weight.name.endswith(".neurons.records") and plan.neuron_slots[weight.id] < weight.rows:
+            missing = 1 - plan.neuron_slots[weight.id] / weight.rows
+            with_all += missing * weight.rows * weight.chunk_bytes
+            with_some += reads_of(weight.rows, weight.chunk_bytes, missing * active_share)[0]
+    return with_some < with_all or with_all == 0
+
+
 class NeuronCost:
     """The layers of a directory that are stored by neuron.
 

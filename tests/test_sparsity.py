@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import edge
 from edge.cli import cli
 from edge.errors import ArgumentError, BudgetError, ModelFileError
 from edge.sparsify import sparsify
-from flashload import sparsity
+from flashload import estimate_neurons, sparsity
+from flashload.estimate_neurons import thresholds_pay
 from flashload.format import PackFile, PackWriter
 from flashload.pack import pack
 from flashload.plan import UNUSED, directory_of
@@ -278,7 +280,7 @@ def test_bad_thresholds_of_a_pack_are_refused(made: Path, tmp_path: Path, bad: l
                 data, cols = np.array(bad, "<f4").tobytes(), len(bad)
             writer.add(e.name, e.format, e.rows, cols, [data], e.layer, e.expert, max(1, e.neuron_parts))
     with pytest.raises(
-        ModelFileError, match="expected thresholds of 0 or more|expected 96 thresholds, found 1 x 95"
+        ModelFileError, match=r"expected thresholds of 0 or more|expected 96 thresholds, found 1 x 95"
     ):
         edge.load(path, sparsity="on")
 
@@ -355,3 +357,27 @@ def test_a_share_that_is_none_is_refused(made: Path, tmp_path: Path, skipped: ob
     sparsity.add_thresholds(made, tmp_path / "bad.edge", dict(enumerate(thresholds)), {"skipped": skipped})
     with pytest.raises(ModelFileError, match="sparsity: skipped: expected a number of 0 to 1"):
         edge.load(tmp_path / "bad.edge", sparsity="on")
+
+
+def test_thresholds_are_left_alone_where_they_read_more(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small records and few slots: what is missing lies in so many places that all is read."""
+    with PackFile(made) as file:
+        model = directory_of(file)
+    records = model.neurons.records
+    for slots, pays in ((0, False), (NEURONS // 2, False), (NEURONS, True)):
+        held = [slots if w in records else 0 for w in model.entries]
+        plan = replace(plan_of(made, 1, False)[0], neuron_slots=held)
+        assert thresholds_pay(plan, model.entries, 0.5) is pays
+    # Records of 64 KiB are further apart than a gap that is read along.
+    far = [replace(w, chunk_bytes=64 << 10) for w in model.entries]
+    assert thresholds_pay(replace(plan, neuron_slots=[0] * len(far)), far, 0.5)
+    settings: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    said = {}
+    for pays in (True, False):
+        monkeypatch.setattr(estimate_neurons, "thresholds_pay", lambda *_, pays=pays: pays)
+        with edge.load(made, context=64, sparsity="on") as engine:
+            said[pays] = engine.generate("the cat", **settings).tokens
+            assert any("no neuron is left out" in note for note in engine.notes) is not pays
+            assert ("neuron thresholds" in engine.stats()["by_tag"]) is pays
+    with edge.load(made, context=64) as engine:
+        assert engine.generate("the cat", **settings).tokens == said[False]
