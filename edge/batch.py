@@ -105,6 +105,19 @@ def stream_many(
 ) -> Stream:
     """As :func:`generate_many`, one :class:`edge.Chunk` per token; ``index`` says whose. Each text has a last chunk."""
     config = config_from(settings)
+    check(config, max_parallel)
+    if isinstance(prompts, str) or not prompts:
+        raise ArgumentError(f"prompts: expected a list of at least one prompt, found {prompts!r}")
+    tokens = [engine._prompt_tokens(prompt) for prompt in prompts]
+    return Stream(engine._turns, chunks_many(engine, tokens, config, max_parallel))
+
+
+def check(config: GenerationConfig, max_parallel: int) -> None:
+    """What several texts cannot have.
+
+    Raises:
+        ArgumentError: names the setting.
+    """
     if config.overflow != "error":
         raise ArgumentError(f"overflow: expected 'error' for several texts, found {config.overflow!r}")
     if config.speculation not in ("auto", "off"):
@@ -113,10 +126,14 @@ def stream_many(
         )
     if isinstance(max_parallel, bool) or not isinstance(max_parallel, int) or max_parallel < 1:
         raise ArgumentError(f"max_parallel: expected a number of texts above 0, found {max_parallel!r}")
-    if isinstance(prompts, str) or not prompts:
-        raise ArgumentError(f"prompts: expected a list of at least one prompt, found {prompts!r}")
-    tokens = [engine._prompt_tokens(prompt) for prompt in prompts]
-    return Stream(engine._turns, _run(engine, tokens, config, min(max_parallel, engine.plan.max_rows)))
+
+
+def room(engine: Engine, tokens: list[list[int]]) -> int:
+    """Tokens with which each of the prompts can be continued, if need be after the others; below 0: too long."""
+    pages = _Pages(engine)
+    n_shared = _n_shared(engine, tokens)
+    n_own = pages.n_pages - pages.of(n_shared) + n_shared // pages.page_tokens
+    return min(n_own * pages.page_tokens, engine.plan.context) - max(map(len, tokens))
 
 
 def _jobs(
@@ -148,14 +165,14 @@ def _jobs(
     return jobs
 
 
-def _run(
-    engine: Engine, tokens: list[list[int]], config: GenerationConfig, n_parallel: int
+def chunks_many(
+    engine: Engine, tokens: list[list[int]], config: GenerationConfig, max_parallel: int
 ) -> Generator[Chunk, None, None]:
+    """The chunks of :func:`stream_many`, computed as they are read, by whoever has the turn then."""
     trunk = engine._begin()
-    forks = engine.plan.kv_on_flash is None and len(tokens) > 1
-    # The last token of each prompt is its own: what follows is drawn from its logits.
-    n_shared = min(_n_common(tokens), min(map(len, tokens)) - 1) if forks else 0
-    n_parallel = n_parallel if forks else 1
+    forks = _forks(engine, tokens)
+    n_shared = _n_shared(engine, tokens)
+    n_parallel = min(max_parallel, engine.plan.max_rows) if forks else 1
     waiting = _jobs(engine, tokens, config, n_shared, n_parallel)
     running: list[_Job] = []
     try:
@@ -180,6 +197,19 @@ def _run(
         for job in itertools.chain(running, waiting):
             job.writer.cancel()
             yield job.finish()
+
+
+def _forks(engine: Engine, tokens: list[list[int]]) -> bool:
+    """Whether the texts run side by side: keys and values in a file have one owner."""
+    return engine.plan.kv_on_flash is None and len(tokens) > 1
+
+
+def _n_shared(engine: Engine, tokens: list[list[int]]) -> int:
+    """Tokens computed once for all."""
+    if not _forks(engine, tokens):
+        return 0
+    # The last token of each prompt is its own: what follows is drawn from its logits.
+    return min(_n_common(tokens), min(map(len, tokens)) - 1)
 
 
 def _n_common(tokens: list[list[int]]) -> int:

@@ -84,7 +84,7 @@ class Engine:
         tokens = self._prompt_tokens(prompt)
         # A text of special tokens alone has not begun: its first word then takes no space before it.
         continues = not set(tokens) <= set(self.tokenizer.special_ids)
-        return self._run(tokens, config, on_progress, continues)
+        return Stream(self._turns, self._chunks(tokens, config, on_progress, continues))
 
     @overload
     def chat(
@@ -116,7 +116,7 @@ class Engine:
 
         config = config_from(settings)
         tokens = prompt_tokens(self.tokenizer, messages, template=template)
-        chunks = self._run(tokens, config, on_progress, continues=False)
+        chunks = Stream(self._turns, self._chunks(tokens, config, on_progress, continues=False))
         return chunks if stream else collect(chunks, config.logprobs)
 
     def score(self, text: str | Sequence[int]) -> list[float | None]:
@@ -257,9 +257,10 @@ class Engine:
                 "raise it (context=, --context) or drop old text (overflow='shift')"
             )
 
-    def _run(
+    def _chunks(
         self, tokens: list[int], config: GenerationConfig, on_progress: Progress | None, continues: bool
-    ) -> Stream:
+    ) -> Generator[Chunk, None, None]:
+        """One text, checked now and computed as it is read, by whoever has the turn then."""
         if config.overflow == "error":
             self._check_context(len(tokens), config.max_tokens or 0)
         elif len(tokens) >= self.plan.context:
@@ -269,7 +270,7 @@ class Engine:
             limit = max(0, self.plan.context - len(tokens))
         seed = config.seed if config.seed is not None else secrets.randbits(63)
         writer = Writer(self.tokenizer, config, limit, continues)
-        return Stream(self._turns, self._generate(tokens, seed, config, writer, on_progress))
+        return self._generate(tokens, seed, config, writer, on_progress)
 
     def _generate(
         self,

@@ -13,6 +13,7 @@ from edge.cli.common import (
     load_options,
     print_json,
     sampling_options,
+    skeleton_option,
     take_load_options,
 )
 from edge.cli.run import summary
@@ -29,8 +30,11 @@ from edge.cli.run import summary
 )
 @load_options
 @sampling_options
+@skeleton_option
 @json_option
-def command(model: str, system: str | None, template: Any, as_json: bool, **options: Any) -> None:
+def command(
+    model: str, system: str | None, template: Any, skeleton: str, as_json: bool, **options: Any
+) -> None:
     """Talk with MODEL. With --json, each line of stdin is a user message and each line of stdout an answer."""
     load = take_load_options(options)
     text = None if template is None else template.read()
@@ -46,6 +50,12 @@ def command(model: str, system: str | None, template: Any, as_json: bool, **opti
             if not line.strip():
                 continue
             messages.append({"role": "user", "content": line.rstrip("\n")})
+            if skeleton != "off":
+                from edge.cli.skeleton import chat_answer
+
+                text_of_answer = chat_answer(engine, messages, skeleton, text, as_json, **options)
+                messages.append({"role": "assistant", "content": text_of_answer})
+                continue
             parts: list[str] = []
             last = None
             for last in engine.chat(messages, stream=True, template=text, **options):

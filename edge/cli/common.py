@@ -34,6 +34,14 @@ sparsity_option = click.option(
     help="Leave out the neurons that count little, as edge sparsify found them.",
 )
 
+skeleton_option = click.option(
+    "--skeleton",
+    default="off",
+    show_default=True,
+    type=click.Choice(["off", "auto", "on"]),
+    help="Write the points of an answer first, then all at once: never, for questions that suit, always.",
+)
+
 
 def load_options(function: _F) -> _F:
     """Options of every command that loads a model."""

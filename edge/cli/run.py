@@ -14,6 +14,7 @@ from edge.cli.common import (
     print_json,
     progress_bar,
     sampling_options,
+    skeleton_option,
     take_load_options,
 )
 from flashload.machine import format_bytes
@@ -33,6 +34,7 @@ _DEFAULT_TOKENS = 256
 @load_options
 @click.option("--draft", help="A smaller model of the same vocabulary, whose guesses speculation verifies.")
 @sampling_options
+@skeleton_option
 @click.option("--logprobs", type=int, help="Report each token's log-probability and this many alternatives.")
 @click.option("--stats", is_flag=True, help="Say after the text what each phase and each drafter did.")
 @json_option
@@ -42,6 +44,7 @@ def command(
     prompt_file: Any,
     max_tokens: int | None,
     stats: bool,
+    skeleton: str,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -53,6 +56,11 @@ def command(
         if max_tokens is None:
             room = engine.plan.context - len(engine.tokenizer.encode(prompt, add_special_tokens=True))
             max_tokens = min(_DEFAULT_TOKENS, max(1, room))
+        if skeleton != "off":
+            from edge.cli.skeleton import run_answer
+
+            run_answer(engine, prompt, skeleton, stats, as_json, max_tokens=max_tokens, **options)
+            return
         with progress_bar("prompt", as_json, unit_bytes=False) as on_progress:
             chunks = engine.stream(prompt, max_tokens=max_tokens, on_progress=on_progress, **options)
             first = next(chunks)
@@ -82,17 +90,24 @@ def _print_result(engine: Any, first: Any, chunks: Any) -> None:
         "tokens": [token for token in tokens if token is not None],
         "finish_reason": last.finish_reason,
         **last.stats,
-        "context": engine.plan.context,
-        "threads": engine.plan.threads,
-        "plan": engine.plan.to_dict(),
-        "memory_by_use": engine.stats()["by_tag"],
-        "notes": list(engine.notes),
+        **about(engine),
     }
     if any(logprobs):
         result["logprobs"] = [
             {"token": item.token, "logprob": item.logprob, "top": item.top} for item in logprobs if item
         ]
     print_json(result)
+
+
+def about(engine: Any) -> dict[str, Any]:
+    """What a request's JSON says of the engine."""
+    return {
+        "context": engine.plan.context,
+        "threads": engine.plan.threads,
+        "plan": engine.plan.to_dict(),
+        "memory_by_use": engine.stats()["by_tag"],
+        "notes": list(engine.notes),
+    }
 
 
 def summary(stats: dict[str, Any], reason: str) -> str:
