@@ -290,3 +290,17 @@ def test_command_line_chat(model: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(command_line.cli, [str(a) for a in arguments], input="Write a poem.\nHi\n")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [one["skeleton"]["mode"] for one in answers] == ["plain", "plain"]
+
+
+def test_benchmark(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import skeleton as bench
+
+    options = ["--context", "3072", "--threads", "2", "--points", "3", "--tokens", "6", "--runs", "1"]
+    assert bench.main([str(model), *options, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (found,) = document["results"]
+    computed = found["prompt_tokens_computed"]
+    assert computed["together"] <= computed["one by one"] < computed["prefix each time"]
+    assert set(found["seconds"]) == set(bench.ARMS)
+    bench.show(document)
+    assert "3 points: together" in " ".join(capsys.readouterr().out.split())
