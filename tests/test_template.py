@@ -103,6 +103,9 @@ def _plain(source: str) -> jinja2.Template:
     return plain_jinja().from_string(source)
 
 
+_ours = functools.cache(ChatTemplate)
+
+
 def both(source: str, messages: list[dict[str, Any]], **variables: Any) -> tuple[str | None, str | None]:
     """The text by Jinja and by us; None where it is refused."""
     names = {"tools": None, "documents": None, "add_generation_prompt": True, **TOKENS, **variables}
@@ -111,9 +114,7 @@ def both(source: str, messages: list[dict[str, Any]], **variables: Any) -> tuple
     except Exception:
         expected = None
     try:
-        found: str | None = render_text(
-            ChatTemplate(source).render(messages, special_tokens=TOKENS, **variables)
-        )
+        found: str | None = render_text(_ours(source).render(messages, special_tokens=TOKENS, **variables))
     except TemplateError:
         found = None
     return expected, found
@@ -185,9 +186,9 @@ def test_any_content_renders_as_jinja_does_and_stays_untrusted(shared: Path, con
         assert found == expected, name
         if found is None:
             continue
-        trusted = "".join(t for t, ok in ChatTemplate(source).render(messages, special_tokens=TOKENS) if ok)
+        trusted = "".join(t for t, ok in _ours(source).render(messages, special_tokens=TOKENS) if ok)
         # Trusted text is only ever what the template holds: no content can add to it.
-        around = ChatTemplate(source).render(blank, special_tokens=TOKENS)
+        around = _ours(source).render(blank, special_tokens=TOKENS)
         for mark in ("<|im_end|>", "<|eot_id|>", "[INST]", "</s>"):
             assert (
                 trusted.count(mark) <= "".join(t for t, ok in around if ok).count(mark) or mark in source
