@@ -75,6 +75,21 @@ def test_kinds(tmp_path: Path) -> None:
     assert found == {"dense": "dense", "moe": "MoE", "sparse": "sparse"}
 
 
+def test_models_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {
+        "dense.gguf": ("tiny", "--type", "q4_0"),
+        "moe.gguf": ("tiny-moe", "--type", "q8_0"),
+        "sparse.edge": ("small-opt-sparse", "--layers", "1"),
+    }
+    assert set(made) == set(plan.MADE)
+    monkeypatch.setattr(plan, "MADE", made)
+    models = plan.made_models(tmp_path / "models")
+    times = [model.stat().st_mtime_ns for model in models]
+    assert plan.made_models(tmp_path / "models") == models
+    assert [model.stat().st_mtime_ns for model in models] == times
+    assert sorted(p.name for p in (tmp_path / "models").iterdir()) == sorted(made)
+
+
 @pytest.mark.slow
 def test_one_point(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

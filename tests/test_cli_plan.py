@@ -66,6 +66,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     large |= {"vocab_size": 32000, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"}
     for name, family, more in (
         ("7b", "llama", {"num_key_value_heads": 32}),
+        ("words", "llama", {"num_key_value_heads": 8, "vocab_size": 256000, "num_hidden_layers": 16}),
         ("moe", "mixtral", {"num_key_value_heads": 8, "num_local_experts": 8, "num_hidden_layers": 8}),
     ):
         (folder / name).mkdir()
@@ -187,6 +188,21 @@ def test_the_table_and_the_words(models: Callable[[str], Path]) -> None:
     ):
         assert word in text, word
     assert "predicted peak" in text and "fits at 4 bits" in text
+
+
+def test_a_mixture_and_a_full_context_are_put_in_words(models: Callable[[str], Path]) -> None:
+    text = run(models("moe"), "--memory", "14GB", "--context", 512).stdout
+    assert re.search(r"weights keep: experts, \d+ experts at hand, \d+\.\d times what a token uses", text)
+    text = run(models("7b"), "--memory", "1200MB", "--context", 4096).stdout
+    assert "weights keep: stream, keys and values in a file of up to 2.00 GiB" in text
+    assert "(stream, kv)" in text and "kv: keys and values of a full context partly in a file" in text
+
+
+@pytest.mark.parametrize(("weights", "said"), [("keep", "at 16 bits"), ("q4", "at 4 bits (--weights q4)")])
+def test_bits_are_those_of_the_format(weights: str, said: str, models: Callable[[str], Path]) -> None:
+    """A table of many words at eight bits does not make four bits eight."""
+    found = planned(models("words"), "--memory", "40GB" if weights == "keep" else "4GB", "--context", 512)
+    assert said in found["recommendation"]
 
 
 def test_equal_weights_are_one_column(models: Callable[[str], Path], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from edge.planning import ModelPlan
     from flashload.curve import Option
+    from flashload.plan import Plan
 
 _PARTS = (
     ("host_bytes", "interpreter, tokenizer, margin"),
@@ -102,11 +103,14 @@ def _show(found: ModelPlan, figure: Path | None) -> None:
     title = f"predicted tokens/s, and seconds to the first token of a prompt of {first.prompt_tokens}"
     click.echo(f"{found.model}: {title}; context {found.context}")
     console.print(_curve_table(found))
+    if any(option.kv == "flash" for option in found.options):
+        click.echo("kv: keys and values of a full context partly in a file on the drive")
     for line in terminal_figure(found):
         console.print(line, markup=False, highlight=False, no_wrap=True)
     console.print()
     if found.plan is not None:
-        console.print(_parts_table(found))
+        click.echo(_placement(found.weights, found.plan))
+        console.print(_parts_table(found, found.plan))
     else:
         click.echo(
             f"{format_bytes(found.memory_bytes)} is below the floor of {format_bytes(found.floor_bytes)} "
@@ -147,7 +151,7 @@ def _curve_table(found: ModelPlan) -> Table:
 def _cell(option: Option | None, budget: int, floor_bytes: int) -> str:
     if option is None:
         return "below the floor" if budget < floor_bytes else ""
-    kv = ", kv flash" if option.kv == "flash" else ""
+    kv = ", kv" if option.kv == "flash" else ""
     return (
         f"{_figure(option.predicted_tokens_per_second)} tok/s, {_figure(option.time_to_first_token_seconds)} s "
         f"({option.placement}{kv})"
@@ -159,19 +163,21 @@ def _figure(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _parts_table(found: ModelPlan) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    plan = found.plan
-    assert plan is not None
-    title = f"weights {found.weights}: {plan.placement}"
+def _placement(weights: str, plan: Plan) -> str:
+    """One line: where the weights, the experts and the context go."""
+    text = f"weights {weights}: {plan.placement}"
     if plan.expert_slots:
         sets = plan.expert_slots / plan.experts_per_token
-        title += f", {plan.expert_slots} experts at hand, {sets:.1f} times what a token uses"
+        text += f", {plan.expert_slots} experts at hand, {sets:.1f} times what a token uses"
     if plan.kv_on_flash is not None:
-        title += f", keys and values in a file of up to {format_bytes(plan.kv_on_flash.file_bytes)}"
-    table = Table(title=Text(title), title_justify="left")
+        text += f", keys and values in a file of up to {format_bytes(plan.kv_on_flash.file_bytes)}"
+    return text
+
+
+def _parts_table(found: ModelPlan, plan: Plan) -> Table:
+    from rich.table import Table
+
+    table = Table()
     table.add_column("part")
     table.add_column("bytes", justify="right")
     for key, text in _PARTS:
