@@ -170,6 +170,20 @@ def chunks_many(
 ) -> Generator[Chunk, None, None]:
     """The chunks of :func:`stream_many`, computed as they are read, by whoever has the turn then."""
     trunk = engine._begin()
+    engine._hold_kv()
+    try:
+        yield from _texts(engine, trunk, tokens, config, max_parallel)
+    finally:
+        engine._hold_kv(False)
+
+
+def _texts(
+    engine: Engine,
+    trunk: _edge.Sequence,
+    tokens: list[list[int]],
+    config: GenerationConfig,
+    max_parallel: int,
+) -> Generator[Chunk, None, None]:
     forks = _forks(engine, tokens)
     n_shared = _n_shared(engine, tokens)
     n_parallel = min(max_parallel, engine.plan.max_rows) if forks else 1
@@ -177,9 +191,12 @@ def chunks_many(
     running: list[_Job] = []
     try:
         if forks:
-            trunk.set_tokens(tokens[0][: max(1, n_shared)])
+            with engine._passes:
+                trunk.set_tokens(tokens[0][: max(1, n_shared)])
             while n_shared > 0 and trunk.n_pending > 0:
-                trunk.advance()
+                engine._relieve()
+                with engine._passes:
+                    trunk.advance()
         pages = _Pages(engine)
         while waiting or running:
             while waiting and len(running) < n_parallel:
@@ -187,7 +204,8 @@ def chunks_many(
                 if running and n_taken + pages.own(waiting[0], n_shared) > pages.n_pages:
                     break
                 job = waiting.popleft()
-                _start(engine, job, config, trunk.fork(n_shared) if forks else trunk)
+                with engine._passes:
+                    _start(engine, job, config, trunk.fork(n_shared) if forks else trunk)
                 running.append(job)
             yield from _pass(engine, running)
             for job in [job for job in running if job.writer.ended]:
@@ -229,8 +247,13 @@ def _pass(engine: Engine, running: list[_Job]) -> Generator[Chunk, None, None]:
     active = [job for job in running if not job.writer.ended]
     if not active:
         return
+    engine._relieve()
     lanes = [(job.text, job.sampler) for job in active if job.text is not None and job.sampler is not None]
-    for job, drawn in zip(active, _edge.step(engine._open_core(), lanes), strict=True):
+    with engine._passes:
+        # Another budget may have left fewer rows for a pass than there are texts.
+        n, core = engine.plan.max_rows, engine._open_core()
+        step = [drawn for i in range(0, len(lanes), n) for drawn in _edge.step(core, lanes[i : i + n])]
+    for job, drawn in zip(active, step, strict=True):
         if drawn is None:
             continue
         if job.writer.n_generated == 0 and job.meter is not None:

@@ -19,6 +19,8 @@ from flashload.machine import format_bytes
 from flashload.plan import STREAM, Directory, Plan, directory_of, place
 
 if TYPE_CHECKING:
+    import _edge
+
     from edge.loading import Host
 
 Progress = Callable[[int, int], None]
@@ -126,6 +128,15 @@ def open_draft(
         options = placed.engine_options(pack.path, decoder, io_engine=io, isa=isa)
     taken = placed.core_bytes + placed.core_bytes // _PAGE_TABLE_SHARE
     return DraftModel(str(draft), options, taken)
+
+
+def open_draft_core(draft: DraftModel, target: _edge.Engine) -> _edge.Engine:
+    """Reads a draft model, which shares the threads of the model it drafts for."""
+    import _edge
+
+    from edge.loading import watched
+
+    return watched(lambda progress: _edge.Engine(draft.options, progress, target), None)
 
 
 def heads_bytes(model: Directory) -> int:

@@ -11,11 +11,11 @@ from typing import Any, Literal, overload
 
 import _edge
 
-from edge import batch, session, speculation
+from edge import batch, live, session, speculation
 from edge.completion import Chunk, Completion, collect
 from edge.config import GenerationConfig, config_from
 from edge.meter import Meter
-from edge.stream import Stream, Turns
+from edge.stream import Passes, Stream, Turns
 from edge.tokenizer import Tokenizer
 from edge.writer import Writer
 from flashload.errors import ArgumentError, CancelledError, ContextOverflowError, EdgeError
@@ -43,6 +43,7 @@ class Engine:
         metadata: Mapping[str, Any],
         load_seconds: float,
         drafting: speculation.Drafting | None = None,
+        memory: live.LiveMemory | None = None,
     ) -> None:
         self.plan = plan
         self.tokenizer = tokenizer
@@ -54,7 +55,9 @@ class Engine:
         self._speculators: speculation.Speculators | None = speculation.Speculators(
             core, plan.context, self._drafting
         )
+        self._memory = memory
         self._turns = Turns()
+        self._passes = Passes()
         self._cancelled = threading.Event()
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -142,6 +145,7 @@ class Engine:
 
     generate_many, stream_many = batch.generate_many, batch.stream_many
     save_session, load_session = session.save_session, session.load_session
+    set_memory = live.set_memory
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -166,6 +170,12 @@ class Engine:
         return self._drafting is not None and self._drafting.has(drafter)
 
     @property
+    def memory_changes(self) -> list[dict[str, Any]]:
+        """Every change of the budget since load, those that a request saw also in its stats: ``from_bytes`` and
+        ``to_bytes``, ``placement``, ``reason`` ("asked", or what the pressure was), and ``error`` where one failed."""
+        return [] if self._memory is None else list(self._memory.changes)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What could not be had inside the budget, a sentence each."""
         return () if self._drafting is None else self._drafting.notes
@@ -177,10 +187,11 @@ class Engine:
         """
         self._turns.take_last(self._cancelled.is_set)
         try:
-            self._speculators = None
-            self._drafting = None
-            self._sequence = None
-            self._core = None
+            with self._passes.between():
+                self._speculators = None
+                self._drafting = None
+                self._sequence = None
+                self._core = None
         finally:
             self._turns.give_back()
 
@@ -211,16 +222,35 @@ class Engine:
     def _serving(self) -> Iterator[_edge.Sequence]:
         self._turns.take()
         try:
-            yield self._begin()
+            with self._passes:
+                yield self._begin()
         finally:
             self._turns.give_back()
 
-    def _speculator(self, config: GenerationConfig) -> _edge.Speculator | None:
-        settings = speculation.parse(config.speculation)
-        if settings is None:
-            return None
+    def _part_with_drafters(self, keep_draft: bool) -> speculation.Drafting:
+        """Gives the drafters' memory back; returns what is left to draft with."""
+        assert self._speculators is not None and self._drafting is not None
+        self._speculators.forget()
+        self._drafting = speculation.Drafting(self._drafting.draft if keep_draft else None)
+        return self._drafting
+
+    def _settle(self, plan: Plan, drafting: speculation.Drafting) -> None:
+        """The plan in place from now on, and what there is to draft with."""
         assert self._speculators is not None
-        return self._speculators.configured(settings)
+        self.plan, self._drafting = plan, drafting
+        self._speculators.renew(drafting)
+
+    def _hold_kv(self, hold: bool = True) -> None:
+        """While several texts share pages, keys and values stay in memory or on a drive, wherever they are."""
+        if self._memory is not None:
+            with self._passes:
+                self._memory.holds_kv = hold
+
+    def _relieve(self) -> None:
+        """Between passes: gives way where others need memory."""
+        if self._memory is not None:
+            with self._passes.between():
+                self._memory.relieve(self)
 
     def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -281,26 +311,36 @@ class Engine:
         on_progress: Progress | None,
     ) -> Generator[Chunk, None, None]:
         sequence = self._begin()
-        speculator = self._speculator(config)
-        meter = Meter(self, seed, speculator)
+        settings = speculation.parse(config.speculation)
+        speculators = self._speculators if settings is not None else None
+        if settings is not None and speculators is not None:
+            with self._passes:
+                speculators.configured(settings)
+        meter = Meter(self, seed, speculators)
         sampler = _edge.Sampler(config.sampling(seed), self.vocab_size)
         try:
-            meter.reused = sequence.set_tokens(tokens)
+            with self._passes:
+                meter.reused = sequence.set_tokens(tokens)
             # The last token's pass belongs to the prompt: its logits are what the first token is drawn from.
             while not writer.ended and sequence.n_pending > 0:
-                sequence.advance()
+                self._relieve()
+                with self._passes:
+                    sequence.advance()
                 if on_progress is not None:
                     on_progress(len(tokens) - sequence.n_pending, len(tokens))
             meter.prefilled(len(tokens))
             while not writer.ended:
-                if sequence.n_tokens >= self.plan.context:
-                    keep = self.plan.context // 2
-                    sequence.shift(1, keep)
-                n_kept = sequence.n_tokens
-                if speculator is None:
-                    drawn = [sequence.next(sampler)]
-                else:
-                    drawn = speculator.step(sequence, sampler, writer.n_left, list(writer.eos))
+                self._relieve()
+                with self._passes:
+                    if sequence.n_tokens >= self.plan.context:
+                        sequence.shift(1, self.plan.context // 2)
+                    n_kept = sequence.n_tokens
+                    if settings is None or speculators is None:
+                        drawn = [sequence.next(sampler)]
+                    else:
+                        speculator = speculators.configured(settings, begins=False)
+                        drawn = speculator.step(sequence, sampler, writer.n_left, list(writer.eos))
+                        del speculator  # a change of the budget gives its memory back
                 try:
                     for one in drawn:
                         n_kept += 1
@@ -309,7 +349,8 @@ class Engine:
                             break
                 finally:
                     # What came after a stop string, or was never read, did not happen.
-                    sequence.truncate(n_kept)
+                    with self._passes:
+                        sequence.truncate(n_kept)
         except CancelledError:
             writer.cancel()
         yield writer.finish(meter.stats(writer.n_generated))

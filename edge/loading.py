@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import _edge
 
@@ -30,8 +29,10 @@ from flashload.plan_kv import KV, choose_kv
 if TYPE_CHECKING:
     from edge.draft import DraftModel, Reserved
     from edge.engine import Engine
+    from edge.sizing import Sizing
     from edge.tokenizer import Tokenizer
 
+_T = TypeVar("_T")
 _BUILTIN = Path(__file__).parent / "builtin"
 _DEFAULT_CONTEXT = 4096
 _SMALLEST_DEFAULT_CONTEXT = 512
@@ -40,6 +41,7 @@ _JITTER_BYTES = 2 << 20
 _DEVICES = ("auto", "cpu")
 _PREDICTOR: dict[str, bool | str] = {"auto": True, "on": "on", "off": False}
 SPARSITY = ("off", "on")
+_PRESSURE = ("auto", "off")
 
 Progress = Callable[[int, int], None]
 
@@ -99,19 +101,17 @@ def scratch_folder() -> Path:
     return folder
 
 
-def _open_core(
-    options: dict[str, Any], on_load: Progress | None, partner: _edge.Engine | None = None
-) -> _edge.Engine:
-    """Reads the weights in a thread of their own, so that this one sees Ctrl-C and can show how far they are."""
+def watched(work: Callable[[_edge.LoadProgress], _T], on_load: Progress | None) -> _T:
+    """Reads weights in a thread of its own, so that this one sees Ctrl-C and can show how far it is."""
     progress = _edge.LoadProgress()
-    opened: list[_edge.Engine] = []
+    results: list[_T] = []
     failed: list[BaseException] = []
     # An event, because an interrupted Thread.join() may take a running thread for a finished one (CPython 3.11).
     done = threading.Event()
 
     def read() -> None:
         try:
-            opened.append(_edge.Engine(options, progress, partner))
+            results.append(work(progress))
         except BaseException as error:
             failed.append(error)
         finally:
@@ -128,7 +128,7 @@ def _open_core(
         raise
     if failed:
         raise failed[0]
-    return opened[0]
+    return results[0]
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ class Host:
     Attributes:
         directory: the pack's, ready to be planned.
         host_bytes: held now: by the whole process, or only what opening added.
+        outside_bytes: held by the process for other things than edge.
         peak_bytes: the most held until now, counted likewise.
     """
 
@@ -147,6 +148,7 @@ class Host:
     host_bytes: int
     peak_bytes: int
     pack_seconds: float
+    outside_bytes: int = 0
 
     def holding(self, pack: PackFile) -> Host:
         """The same process with another pack."""
@@ -202,7 +204,8 @@ def prepare(
         host_bytes = max(0, host_bytes - before_bytes)
         # An older peak of the process is not edge's.
         peak_bytes = peak_bytes - before_bytes if peak_bytes > peak_before_bytes else 0
-    return Host(pack, directory_of(pack), tokenizer, host_bytes, peak_bytes, pack_seconds)
+    outside_bytes = 0 if whole_process else before_bytes
+    return Host(pack, directory_of(pack), tokenizer, host_bytes, peak_bytes, pack_seconds, outside_bytes)
 
 
 def plan_host(
@@ -317,6 +320,7 @@ def load(
     sparsity: str = "off",
     exact: bool = False,
     draft: str | os.PathLike[str] | None = None,
+    pressure: str = "auto",
     whole_process: bool = False,
     on_pack: Progress | None = None,
     on_load: Progress | None = None,
@@ -343,6 +347,8 @@ def load(
         sparsity: "on" leaves out the neurons that the thresholds of the pack say count little (``edge sparsify`` makes
             them and says what they cost), unless memory is so short that more would have to be read from the drive,
             which ``Engine.notes`` says; "off" computes them all.
+        pressure: "auto" looks, between tokens, at the memory that the machine and the process's cgroup have left, and
+            gives some back for as long as others need it (:mod:`edge.pressure`); "off" keeps to the budget.
         exact: nothing that changes the text, whatever it costs; the same as ``predictor="off", sparsity="off"``.
         whole_process: the ceiling bounds the whole process, as on the command line.
         on_pack: called with (bytes done, bytes) while a checkpoint is packed.
@@ -362,15 +368,20 @@ def load(
         raise ArgumentError(f"predictor: expected one of {', '.join(_PREDICTOR)}, found {predictor!r}")
     if sparsity not in SPARSITY:
         raise ArgumentError(f"sparsity: expected one of {', '.join(SPARSITY)}, found {sparsity!r}")
+    if pressure not in _PRESSURE:
+        raise ArgumentError(f"pressure: expected one of {', '.join(_PRESSURE)}, found {pressure!r}")
     guess = not exact and _PREDICTOR[predictor]
     sparse = sparsity == "on" and not exact
     start = time.perf_counter()
     host = prepare(model, weights=weights, whole_process=whole_process, on_pack=on_pack)
     try:
+        from edge.sizing import Sizing
+
         if sparse:
             host = host.sparse()
         drafts = None if draft is None else DraftRequest(draft, weights, on_pack)
-        return _load(host, start, memory, context, threads, isa, io, kv, guess, on_load, drafts)
+        sizing = Sizing(host, context, threads, isa, io, kv, guess, drafts)
+        return _load(sizing, start, memory, pressure == "auto", on_load)
     finally:
         host.pack.close()
 
@@ -382,61 +393,50 @@ def load_to_study(
     start = time.perf_counter()
     host = prepare(pack, whole_process=whole_process)
     try:
+        from edge.sizing import Sizing
+
         host = replace(host, directory=host.directory.with_thresholds(1.0))
-        return _load(host, start, memory, context, threads, "", "auto", "auto", False, None, None)
+        sizing = Sizing(host, context, threads, "", "auto", "auto", False, None)
+        return _load(sizing, start, memory, False, None)
     finally:
         host.pack.close()
 
 
 def _load(
-    host: Host,
+    sizing: Sizing,
     start: float,
     memory: int | str | None,
-    context: int | None,
-    threads: int | None,
-    isa: str,
-    io: str,
-    kv: str,
-    predictor: bool | str,
+    pressure: bool,
     on_load: Progress | None,
-    drafts: DraftRequest | None,
 ) -> Engine:
-    from edge.draft import open_draft
+    from edge.draft import open_draft_core
     from edge.engine import Engine
-    from edge.speculation import Drafting
+    from edge.live import LiveMemory
+    from edge.pressure import Pressure
     from flashload.estimate_neurons import thresholds_pay
     from flashload.sparsity import read_thresholds
 
-    pack = host.pack
-    open_it = None
+    host = sizing.host
+    sized = sizing.at(default_memory_bytes() + host.host_bytes if memory is None else memory)
+    core = watched(lambda progress: _edge.Engine(sized.options, progress), on_load)
     notes: list[str] = []
-    thresholds = read_thresholds(pack) if host.directory.thresholds_bytes else None
-    if drafts is not None:
-        open_it = functools.partial(
-            open_draft, pack, drafts.model, weights=drafts.weights, io=io, isa=isa, on_pack=drafts.on_pack
-        )
-    reserved = place_host(
-        host, memory=memory, context=context, threads=threads, kv=kv, predictor=predictor, draft=open_it
-    )
-    plan = reserved.plan
-    share = host.directory.neurons.active_share
-    if thresholds is not None and not thresholds_pay(plan, host.directory.entries, share):
-        thresholds = None
-        notes.append("no neuron is left out: with this little memory, more would be read from the drive")
-    options = plan.engine_options(
-        pack.path,
-        pack.config.to_json(),
-        scratch=scratch_folder() if plan.kv_on_flash else "",
-        io_engine=io,
-        isa=isa,
-        budget_bytes=plan.core_bytes + reserved.core_bytes,
-    )
-    core = _open_core(options, on_load)
+    thresholds = read_thresholds(host.pack) if host.directory.thresholds_bytes else None
     if thresholds is not None:
-        core.set_neuron_thresholds(thresholds)
-    draft_core = None if reserved.draft is None else _open_core(reserved.draft.options, None, core)
-    drafting = Drafting(draft_core, reserved.medusa, bool(plan.stream_order), (*notes, *reserved.notes))
-    engine = Engine(core, plan, host.tokenizer, pack.metadata, 0.0, drafting)
+        if thresholds_pay(sized.plan, host.directory.entries, host.directory.neurons.active_share):
+            core.set_neuron_thresholds(thresholds)
+        else:
+            notes.append("no neuron is left out: with this little memory, more would be read from the drive")
+    draft = None if sized.draft is None else open_draft_core(sized.draft, core)
+    watcher = Pressure(sized.plan.memory_bytes, host.outside_bytes) if pressure else None
+    engine = Engine(
+        core,
+        sized.plan,
+        host.tokenizer,
+        host.pack.metadata,
+        0.0,
+        sized.drafting(draft, *notes),
+        LiveMemory(sizing, sized, watcher),
+    )
     engine.prepare()
     engine.load_seconds = time.perf_counter() - start - host.pack_seconds
     return engine

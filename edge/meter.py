@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-import _edge
-
 from edge import speculation
 from flashload.machine import peak_rss_bytes
 
@@ -17,11 +15,12 @@ if TYPE_CHECKING:
 class Meter:
     """Of one request; made when it begins."""
 
-    def __init__(self, engine: Engine, seed: int, speculator: _edge.Speculator | None) -> None:
+    def __init__(self, engine: Engine, seed: int, speculators: speculation.Speculators | None) -> None:
         self._engine = engine
         self._seed = seed
-        self._speculator = speculator
-        self._speculated = None if speculator is None else speculator.stats()
+        self._speculators = speculators
+        self._speculated = None if speculators is None else speculators.stats()
+        self._n_changes = len(engine.memory_changes)
         self._start = time.perf_counter()
         self._prefill_end: float | None = None
         self._before = engine.stats()
@@ -62,8 +61,9 @@ class Meter:
             "placement": plan.placement,
             "isa": after["isa"],
             "speculation": speculation.spent(
-                self._speculated, None if self._speculator is None else self._speculator.stats()
+                self._speculated, None if self._speculators is None else self._speculators.stats()
             ),
+            "memory_changes": self._engine.memory_changes[self._n_changes :],
         }
 
 

@@ -131,7 +131,7 @@ _MISSING = {
 
 
 class Speculators:
-    """One engine's drafters, made when first asked for, and what was learned of them."""
+    """One engine's drafters, made when first asked for, and what was learned of them under one placement."""
 
     def __init__(self, core: _edge.Engine, context: int, drafting: Drafting) -> None:
         self._core = core
@@ -139,9 +139,38 @@ class Speculators:
         self._drafting = drafting
         self._speculator: _edge.Speculator | None = None
         self._made: dict[str, object] = {}
+        self._settings: Speculation | None = None
+        self._past: Mapping[str, Any] = {}
 
-    def configured(self, settings: Speculation) -> _edge.Speculator:
+    def forget(self) -> None:
+        """Gives all memory of the drafters back."""
+        self._past = self.stats()
+        self._speculator = None
+        self._made = {}
+        self._settings = None
+        self._drafting = Drafting()
+
+    def renew(self, drafting: Drafting) -> None:
+        """From now on drafts with these, made when next asked for."""
+        self._drafting = drafting
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the engine was loaded, those of drafters that were given back included."""
+        past, now = self._past, {} if self._speculator is None else self._speculator.stats()
+        drafters: dict[str, dict[str, Any]] = {}
+        for part in (past, now):
+            for name, counts in part.get("drafters", {}).items():
+                sums = drafters.setdefault(name, dict.fromkeys(counts, 0))
+                drafters[name] = {key: sums[key] + counts[key] for key in counts}
+        keys = ("passes", "tokens", "plain_passes", "saved_ms")
+        sums = {key: past.get(key, 0) + now.get(key, 0) for key in keys}
+        return {**sums, "drafters": drafters}
+
+    def configured(self, settings: Speculation, begins: bool = True) -> _edge.Speculator:
         """The core's speculator for these settings, its memory inside the engine's budget.
+
+        Args:
+            begins: a request begins. One that runs already goes on without a drafter that lost its memory.
 
         Raises:
             ArgumentError: a drafter was named that this engine has not.
@@ -149,8 +178,10 @@ class Speculators:
         """
         import _edge
 
+        if self._speculator is not None and settings is self._settings:
+            return self._speculator
         for name in settings.drafters:
-            if not self._drafting.has(name):
+            if begins and not self._drafting.has(name):
                 why = "; ".join(self._drafting.notes)
                 raise ArgumentError(
                     f"speculation: {name}: expected {_MISSING[name]}, found none"
@@ -162,7 +193,7 @@ class Speculators:
         # A draft model first: under rejection what was drawn from a distribution comes before mere guesses.
         for name in ("draft", "medusa", "lookup", "lookahead"):
             wanted = name in settings.drafters or (not settings.drafters and self._drafting.by_default(name))
-            if wanted and self._make(name, settings):
+            if wanted and self._drafting.has(name) and self._make(name, settings, begins):
                 drafters.append(name)
         self._speculator.configure(
             depth=settings.depth,
@@ -171,13 +202,14 @@ class Speculators:
             drafters=drafters or ["none"],
             always=["lookahead"] if "lookahead" in settings.drafters else [],
         )
+        self._settings = settings
         return self._speculator
 
     def measure(self) -> None:
         """Makes the drafters of "auto" and learns what they and passes over several rows cost here."""
         self.configured(Speculation()).measure()
 
-    def _make(self, name: str, settings: Speculation) -> bool:
+    def _make(self, name: str, settings: Speculation, begins: bool) -> bool:
         speculator = self._speculator
         assert speculator is not None
         window = (settings.lookahead_window, settings.lookahead_n, settings.lookahead_grams)
@@ -194,7 +226,7 @@ class Speculators:
             elif name == "lookahead":
                 speculator.add_lookahead(*window)
         except (BudgetError, UnsupportedModelError):
-            if settings.drafters:
+            if settings.drafters and begins:
                 raise
             return False  # nobody asked for this one by name
         self._made[name] = key
@@ -216,7 +248,7 @@ def spent(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> 
     passes, plain = grown("passes"), grown("plain_passes")
     drafters = {}
     for name, now in after["drafters"].items():
-        then = before["drafters"][name]
+        then = before["drafters"].get(name, dict.fromkeys(now, 0))
         tried, accepted = now["tried"] - then["tried"], now["accepted"] - then["accepted"]
         drafters[name] = {
             "tried": tried,

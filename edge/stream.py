@@ -1,10 +1,12 @@
-"""Whose turn it is: requests are served one after the other, and a stream keeps its turn until it ends."""
+"""Whose turn it is: requests are served one after the other, and a stream keeps its turn until it ends; what changes
+the engine under a request waits for the end of a pass."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from edge.completion import Chunk
@@ -54,6 +56,41 @@ class Turns:
         self.thread = None
         self._stream = None
         self._lock.release()
+
+
+class Passes:
+    """Passes of the core, one at a time (``with passes:``), and what may happen only between two of them."""
+
+    def __init__(self) -> None:
+        self._gate = threading.Lock()
+        self._pass = threading.Lock()
+        self._thread: int | None = None
+
+    def __enter__(self) -> None:
+        # Whoever waits between passes holds the gate: the next pass cannot overtake it.
+        with self._gate:
+            self._pass.acquire()
+        self._thread = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._thread = None
+        self._pass.release()
+
+    @contextmanager
+    def between(self) -> Iterator[None]:
+        """Waits for the end of the running pass; the next one waits for this.
+
+        Raises:
+            EdgeError: this thread is inside a pass.
+        """
+        if self._thread == threading.get_ident():
+            raise EdgeError("engine: cannot be changed from inside one of its own passes")
+        with self._gate, self._pass:
+            self._thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._thread = None
 
 
 class Stream(Iterator[Chunk]):

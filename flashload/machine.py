@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from flashload.errors import ArgumentError
@@ -89,41 +90,45 @@ def available_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _cgroup_files() -> list[Path]:
-    """Every memory limit file that applies to this process, v2 and v1, innermost group first."""
-    files: list[Path] = []
+def _read_text(path: str) -> str:
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        return Path(path).read_text()
     except OSError:
-        return files
-    for line in lines:
+        return ""
+
+
+def cgroup_folders(read: Callable[[str], str] = _read_text) -> list[tuple[Path, int]]:
+    """Every group whose memory limit may apply to this process, innermost first, with its cgroup version (1 or 2).
+
+    Args:
+        read: the text of a file, empty where there is none.
+    """
+    folders: list[tuple[Path, int]] = []
+    for line in read("/proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         roots: tuple[str, ...]
         if controllers == "":
-            roots, name = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"), "memory.max"
+            roots, version = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"), 2
         elif "memory" in controllers.split(","):
-            roots, name = ("/sys/fs/cgroup/memory",), "memory.limit_in_bytes"
+            roots, version = ("/sys/fs/cgroup/memory",), 1
         else:
             continue
         for root in roots:
             group = Path(root) / path.lstrip("/")
             while True:
-                files.append(group / name)
+                folders.append((group, version))
                 if str(group) == root or not str(group).startswith(root):
                     break
                 group = group.parent
-    return files
+    return folders
 
 
 def cgroup_limit_bytes() -> int | None:
     """The tightest memory limit of the cgroups this process is in, or None."""
     limits = []
-    for file in _cgroup_files():
-        try:
-            text = file.read_text().strip()
-        except OSError:
-            continue
+    for folder, version in cgroup_folders():
+        text = _read_text(str(folder / ("memory.max" if version == 2 else "memory.limit_in_bytes"))).strip()
         if text.isdigit() and int(text) < _NO_LIMIT_BYTES:
             limits.append(int(text))
     return min(limits, default=None)

@@ -49,11 +49,13 @@ def open_engine(path: Path, placement: str, context: int = CONTEXT, threads: int
 def guessing(propose: Propose, depth: int = 16, max_rows: int = 33) -> Iterator[None]:
     """While it lasts all guesses are what `propose` says, whatever is asked for."""
 
-    def configured(self: Any, settings: speculation.Speculation) -> _edge.Speculator:
-        speculator = _edge.Speculator(self._core)
-        speculator.add_callback(propose)
-        speculator.configure(depth=depth, max_rows=max_rows)
-        return speculator
+    def configured(self: Any, settings: speculation.Speculation, begins: bool = True) -> _edge.Speculator:
+        if begins or self._speculator is None:
+            self.forget()
+            self._speculator = _edge.Speculator(self._core)
+            self._speculator.add_callback(propose)
+            self._speculator.configure(depth=depth, max_rows=max_rows)
+        return self._speculator
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculation.Speculators, "configured", configured)

@@ -120,6 +120,14 @@ void bind(py::module_& module) {
            "threads serve this one too.")
       .def("cancel", &Engine::cancel, py::call_guard<py::gil_scoped_release>())
       .def("resume", &Engine::resume, py::call_guard<py::gil_scoped_release>())
+      .def("resize",
+           [](Engine& self, const py::dict& dict, LoadProgress* progress) {
+             EngineOptions options = options_from(dict);
+             options.store.progress = progress;
+             check(run([&] { return self.resize(options); }));
+           },
+           py::arg("options"), py::arg("progress").none(true) = nullptr,
+           "Another budget and the plan made for it, between passes. After an error the old one is in place.")
       .def("stats", &stats)
       .def("set_neuron_thresholds", &set_thresholds, py::arg("thresholds").none(true),
            "[n_layers, intermediate]: neurons with |act(gate)| at or below their threshold count as zero. None ends it. "

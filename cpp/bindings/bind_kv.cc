@@ -20,11 +20,11 @@ void kv_options_from(const py::dict& dict, EngineOptions* options) {
 }
 
 void add_kv_stats(Engine& engine, py::dict& dict) {
-  const KvFlash* flash = engine.kv_pool().flash();
+  const KvTraffic traffic = engine.kv_pool().traffic();
   dict["kv_page_tokens"] = engine.kv_pool().shape().page_tokens;
-  dict["kv_written_bytes"] = flash == nullptr ? 0 : flash->bytes_written();
-  dict["kv_read_bytes"] = flash == nullptr ? 0 : flash->bytes_read();
-  dict["kv_wait_seconds"] = flash == nullptr ? 0.0 : engine.kv_pool().stream()->wait_seconds();
+  dict["kv_written_bytes"] = traffic.written_bytes;
+  dict["kv_read_bytes"] = traffic.read_bytes;
+  dict["kv_wait_seconds"] = traffic.wait_seconds;
 }
 
 namespace {

@@ -45,8 +45,8 @@ class PoolTest {
  public:
   PoolTest(int64_t n_layers, int64_t kv_dim, int64_t context, int64_t resident_pages, int64_t range_pages,
            const std::string& folder, const std::string& read_fault, const std::string& write_fault)
-      : budget_(uint64_t{1} << 30), threads_(1) {
-    KvOptions options;
+      : budget_(uint64_t{1} << 30), threads_(1), n_layers_(n_layers), kv_dim_(kv_dim) {
+    KvOptions& options = options_;
     options.resident_pages = resident_pages;
     options.range_pages = range_pages;
     options.scratch.folder = folder;
@@ -73,6 +73,39 @@ class PoolTest {
         std::fill_n(kv.value(layer, slot), shape.kv_dim, ~(numbers[i] + static_cast<uint16_t>(layer)));
       }
     }
+  }
+  // To `resident_pages` in memory, or (0) to all of them.
+  void move(int64_t resident_pages, int64_t range_pages, const std::string& read_fault, const std::string& write_fault) {
+    KvOptions options = options_;
+    options.resident_pages = resident_pages;
+    options.range_pages = range_pages;
+    options.scratch.reader.fault = read_fault;
+    options.scratch.write_fault = write_fault;
+    KvShape shape = KvPool::flash_shape(n_layers_, kv_dim_);
+    edge::check(pool_->park(shape, options, budget_));
+    parked_bytes_ = budget_.used_bytes();
+    if (resident_pages == 0) shape = {.n_layers = n_layers_, .kv_dim = kv_dim_};
+    edge::check(pool_->settle(shape, options, budget_));
+  }
+  uint64_t parked_bytes() const { return parked_bytes_; }
+  int64_t n_committed(int cache) { return at(cache).n_committed(); }
+  // The numbers of the committed rows, all of which are in memory.
+  std::vector<uint16_t> rows(int cache) {
+    KvCache& kv = at(cache);
+    std::vector<uint16_t> numbers;
+    for (int64_t slot = 0; slot < kv.n_committed(); ++slot) {
+      bool same = true;
+      const uint16_t number = *kv.key(0, slot);
+      for (int64_t layer = 0; layer < n_layers_; ++layer) {
+        const auto expected = static_cast<uint16_t>(number + layer);
+        const auto is = [&](const uint16_t* row, uint16_t value) {
+          return std::all_of(row, row + kv_dim_, [&](uint16_t v) { return v == value; });
+        };
+        same = same && is(kv.key(layer, slot), expected) && is(kv.value(layer, slot), static_cast<uint16_t>(~expected));
+      }
+      numbers.push_back(same ? number : 0xffff);
+    }
+    return numbers;
   }
   void commit(int cache, const std::vector<int32_t>& path) { at(cache).commit(path); }
   void rollback(int cache) { at(cache).rollback(); }
@@ -129,6 +162,9 @@ class PoolTest {
 
   Budget budget_;
   ThreadPool threads_;
+  int64_t n_layers_, kv_dim_;
+  KvOptions options_;
+  uint64_t parked_bytes_ = 0;
   std::unique_ptr<KvPool> pool_;
   std::vector<std::unique_ptr<KvCache>> caches_;
 };
@@ -143,6 +179,11 @@ void bind(py::module_& module) {
       .def("add", &PoolTest::add)
       .def("remove", &PoolTest::remove)
       .def("stage", &PoolTest::stage)
+      .def("move", &PoolTest::move, py::arg("resident_pages"), py::arg("range_pages"), py::arg("read_fault") = "",
+           py::arg("write_fault") = "")
+      .def("rows", &PoolTest::rows)
+      .def("n_committed", &PoolTest::n_committed)
+      .def_property_readonly("parked_bytes", &PoolTest::parked_bytes)
       .def("commit", &PoolTest::commit)
       .def("rollback", &PoolTest::rollback)
       .def("truncate", &PoolTest::truncate)

@@ -101,12 +101,19 @@ class StoreTest {
   StoreTest(const std::string& path, const std::vector<int>& placements, const std::vector<WeightId>& stream_order,
             uint64_t ring_bytes, uint64_t demand_bytes, uint64_t budget_bytes, const StoreOptions& options)
       : directory_(value(PackDirectory::open(path))), budget_(budget_bytes) {
-    StorePlan plan;
-    for (const int placement : placements) plan.placement.push_back(static_cast<Placement>(placement));
-    plan.stream_order = stream_order;
-    plan.ring_bytes = ring_bytes;
-    plan.demand_bytes = demand_bytes;
+    const StorePlan plan = plan_of(placements, stream_order, ring_bytes, demand_bytes);
     store_ = value(without_gil([&] { return open_store(path, directory_, plan, options, budget_); }));
+  }
+
+  // Another plan under another budget, as an engine does it.
+  void replace(const std::vector<int>& placements, const std::vector<WeightId>& stream_order, uint64_t ring_bytes,
+               uint64_t demand_bytes, uint64_t budget_bytes) {
+    const StorePlan plan = plan_of(placements, stream_order, ring_bytes, demand_bytes);
+    check(without_gil([&]() -> Status {
+      store_->release(plan);
+      budget_.set_limit(budget_bytes);
+      return store_->place(plan, nullptr);
+    }));
   }
 
   std::unique_ptr<Lease> hold(WeightId weight, const std::vector<int32_t>& rows) {
@@ -164,11 +171,22 @@ class StoreTest {
   }
 
   std::map<std::string, uint64_t> memory() const { return budget_.report(); }
+  uint64_t peak_bytes() const { return budget_.peak_bytes(); }
 
  private:
+  static StorePlan plan_of(const std::vector<int>& placements, const std::vector<WeightId>& stream_order,
+                           uint64_t ring_bytes, uint64_t demand_bytes) {
+    StorePlan plan;
+    for (const int placement : placements) plan.placement.push_back(static_cast<Placement>(placement));
+    plan.stream_order = stream_order;
+    plan.ring_bytes = ring_bytes;
+    plan.demand_bytes = demand_bytes;
+    return plan;
+  }
+
   PackDirectory directory_;
   Budget budget_;
-  std::unique_ptr<WeightStore> store_;
+  std::unique_ptr<PlacedStore> store_;
 };
 
 StoreOptions store_options(const std::string& engine, bool direct, int depth, const std::string& fault,
@@ -250,6 +268,9 @@ void bind(py::module_& module) {
            py::arg("progress") = nullptr, py::arg("part_bytes") = kStreamPartBytes)
       .def("acquire_tiles", &StoreTest::acquire_tiles, py::arg("weight"), py::arg("first"),
            "(tile after the last, bytes) of what comes together from tile `first` on; the lease is dropped at once.")
+      .def("replace", &StoreTest::replace, py::arg("placements"), py::arg("stream_order"), py::arg("ring_bytes"),
+           py::arg("demand_bytes"), py::arg("budget"))
+      .def("peak_bytes", &StoreTest::peak_bytes)
       .def("acquire", &StoreTest::acquire, py::arg("weight"), py::arg("rows") = std::vector<int32_t>(),
            "Bytes of the weight, or of one tile per row; the lease is dropped at once.")
       .def("hold", &StoreTest::hold, py::arg("weight"), py::arg("rows") = std::vector<int32_t>(),

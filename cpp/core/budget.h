@@ -49,7 +49,13 @@ class Budget {
   // The Budget must outlive its blocks.
   Result<Block> reserve(uint64_t bytes, const char* tag);
 
-  uint64_t limit_bytes() const { return limit_bytes_; }
+  // Makes a block of this budget longer or shorter. What both lengths hold stays; it may lie elsewhere afterwards. What is
+  // added is zero. On error (kOverBudget) the block is as it was.
+  Status resize(Block* block, uint64_t bytes);
+
+  uint64_t limit_bytes() const;
+  // May be less than what is in use: then nothing more is given until enough has come back.
+  void set_limit(uint64_t limit_bytes);
   uint64_t used_bytes() const;
   uint64_t peak_bytes() const;
   std::map<std::string, uint64_t> report() const;  // tag -> bytes in use
@@ -57,6 +63,9 @@ class Budget {
  private:
   friend class Block;
   void give_back(const std::string& tag, uint64_t bytes);
+  // mutex_ held.
+  Status check_room(uint64_t bytes, const char* tag) const;
+  void charge(uint64_t bytes, const std::string& tag);
 
   uint64_t limit_bytes_;
   mutable std::mutex mutex_;

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "store/placed_store.h"
-
 namespace edge {
 namespace {
 
@@ -19,6 +17,12 @@ DecoderOptions decoder_options(int64_t max_rows, int64_t context, const KvShape&
                                int64_t score_rows) {
   if (!kv.on_flash()) return {max_rows, context};
   return {max_rows, context, score_rows, kv.range_pages * shape.page_tokens};
+}
+
+Status check_rows(int64_t context, int64_t max_rows) {
+  if (context >= 1 && max_rows >= 1 && max_rows <= 4096) return {};
+  return error(Code::kBadArgument, "context %lld and max_rows %lld: expected at least 1, and max_rows at most 4096",
+               static_cast<long long>(context), static_cast<long long>(max_rows));
 }
 
 // Bounds of a plan that came from outside, so that no size below can overflow.
@@ -59,10 +63,7 @@ Result<std::unique_ptr<Engine>> Engine::open(EngineOptions options, Engine* part
   if (options.n_threads < 1 || options.n_threads > 1024) {
     return error(Code::kBadArgument, "threads: expected 1..1024, found %d", options.n_threads);
   }
-  if (options.context < 1 || options.max_rows < 1 || options.max_rows > 4096) {
-    return error(Code::kBadArgument, "context %lld and max_rows %lld: expected at least 1, and max_rows at most 4096",
-                 static_cast<long long>(options.context), static_cast<long long>(options.max_rows));
-  }
+  EDGE_TRY(check_rows(options.context, options.max_rows));
   EDGE_TRY(options.decoder.validate());
   std::unique_ptr<Engine> engine(new Engine(std::move(options), partner));
   const EngineOptions& settings = engine->options_;
@@ -80,11 +81,51 @@ Result<std::unique_ptr<Engine>> Engine::open(EngineOptions options, Engine* part
   EDGE_ASSIGN(engine->decoder_, Decoder::create(settings.decoder, decoder, engine->directory_, *engine->store_,
                                                 *engine->kernels_, *engine->pool_, engine->budget_));
   engine->options_.store.progress = nullptr;  // the caller's, and only for the load
+  engine->is_placed_ = true;
   Engine* self = engine.get();
   self->decoder_->interrupted = [self] {
     return self->cancelled_.load(std::memory_order_relaxed) || (self->interrupted && self->interrupted());
   };
   return engine;
+}
+
+Status Engine::resize(const EngineOptions& wanted) {
+  EngineOptions options = options_;
+  options.plan = wanted.plan;
+  options.max_rows = wanted.max_rows;
+  options.budget_bytes = wanted.budget_bytes;
+  options.kv = wanted.kv;
+  options.score_rows = wanted.score_rows;
+  const KvShape shape = kv_shape(options.decoder, options.kv);
+  EDGE_TRY(check_rows(options.context, options.max_rows));
+  EDGE_TRY(check(options.kv, options.score_rows, shape, options.context, options.max_rows));
+  EDGE_TRY(PlacedStore::check(directory_, options.plan));
+  const Status status = place(options, wanted.store.progress);
+  if (status.ok()) {
+    options_ = std::move(options);
+  } else if (!place(options_, nullptr).ok()) {
+    is_placed_ = false;  // ready() tries again
+  }
+  return status;
+}
+
+Status Engine::ready() { return is_placed_ ? Status() : place(options_, nullptr); }
+
+Status Engine::place(const EngineOptions& options, LoadProgress* progress) {
+  is_placed_ = false;
+  const KvShape shape = kv_shape(options.decoder, options.kv);
+  decoder_->release();
+  store_->release(options.plan);
+  if (!kv_pool_->is_settled(options.kv)) {
+    EDGE_TRY(kv_pool_->park(KvPool::flash_shape(options.decoder.n_layers, options.decoder.kv_dim()), options.kv, budget_));
+  }
+  budget_.set_limit(options.budget_bytes);
+  EDGE_TRY(kv_pool_->settle(shape, options.kv, budget_));
+  EDGE_TRY(store_->place(options.plan, progress));
+  EDGE_TRY(decoder_->reserve(
+      decoder_options(options.max_rows, options.context, shape, options.kv, options.score_rows), budget_));
+  is_placed_ = true;
+  return {};
 }
 
 }  // namespace edge

@@ -13,7 +13,7 @@
 #include "kernels/kernels.h"
 #include "kv/kv_cache.h"
 #include "model/decoder.h"
-#include "store/weight_store.h"
+#include "store/placed_store.h"
 
 namespace edge {
 
@@ -45,6 +45,14 @@ class Engine {
   // partner: an engine that never computes at the same time; its threads serve this one too.
   static Result<std::unique_ptr<Engine>> open(EngineOptions options, Engine* partner = nullptr);
 
+  // Another budget between passes: plan, max_rows, budget_bytes, kv and score_rows of `options` count, all else stays. What
+  // goes is given back before anything new is reserved; texts in the making go on bit for bit.
+  // After an error the engine has its old plan again, or, should the drive fail for that too, restores it when next asked
+  // to compute.
+  Status resize(const EngineOptions& options);
+  // Restores what a failed resize() could not; asked before every pass. kDiskError and whatever else open() may say.
+  Status ready();
+
   Budget& budget() { return budget_; }
   WeightStore& store() { return *store_; }
   Decoder& decoder() { return *decoder_; }
@@ -62,15 +70,17 @@ class Engine {
 
  private:
   Engine(EngineOptions options, Engine* partner);
+  Status place(const EngineOptions& options, LoadProgress* progress);
 
   EngineOptions options_;
   Budget budget_;
   std::shared_ptr<ThreadPool> pool_;
   PackDirectory directory_;
   const Kernels* kernels_ = nullptr;
-  std::unique_ptr<WeightStore> store_;
+  std::unique_ptr<PlacedStore> store_;
   std::unique_ptr<Decoder> decoder_;
   std::unique_ptr<KvPool> kv_pool_;
+  bool is_placed_ = false;
   std::atomic<bool> cancelled_{false};
 };
 

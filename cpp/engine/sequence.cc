@@ -57,6 +57,7 @@ Status Sequence::remember_hidden(int32_t row) {
 }
 
 Status Sequence::pass(bool every_row, const OnRow& on_row) {
+  EDGE_TRY(engine_.ready());
   Decoder& decoder = engine_.decoder();
   const int64_t begin = kv_.n_committed();
   const int64_t n_rows = std::min(n_pending(), decoder.max_rows());
@@ -158,6 +159,7 @@ Result<Verified> Sequence::verify(const DraftTree& tree, Acceptor& acceptor, con
     return error(Code::kBadArgument, "verify: expected a tree below the last token and 1 token pending, found %lld",
                  static_cast<long long>(n_pending()));
   }
+  EDGE_TRY(engine_.ready());
   const size_t n_before = tokens_.size();
   auto verified = edge::verify(engine_.decoder(), kv_, tree, acceptor, limits, wants_best, tokens_);
   Status status = verified.status();

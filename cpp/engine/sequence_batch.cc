@@ -34,6 +34,7 @@ Result<std::unique_ptr<Sequence>> Sequence::fork(int64_t n_tokens) {
 }
 
 Result<std::vector<std::optional<SampledToken>>> Sequence::step(Engine& engine, std::span<const Lane> lanes) {
+  EDGE_TRY(engine.ready());
   Decoder& decoder = engine.decoder();
   const int64_t context = engine.options().context;
   if (lanes.empty() || static_cast<int64_t>(lanes.size()) > decoder.max_rows()) {

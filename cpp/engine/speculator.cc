@@ -301,6 +301,7 @@ Status Speculator::measure() {
 }
 
 Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& sampler, const VerifyLimits& limits) {
+  EDGE_TRY(engine_.ready());
   follow(sequence);
   const int64_t n_tokens = static_cast<int64_t>(sequence.tokens().size());
   const int64_t room = std::min(limits.max_tokens, engine_.options().context - n_tokens);

@@ -35,12 +35,27 @@ Result<std::unique_ptr<KvFlash>> KvFlash::create(const KvShape& shape, int64_t n
   auto flash = std::make_unique<KvFlash>();
   flash->shape_ = shape;
   flash->n_places_ = n_places;
-  flash->range_pages_ = range_pages;
   EDGE_ASSIGN(flash->hashes_, budget.reserve(hash_bytes(shape, n_places), "kv cache"));
-  EDGE_ASSIGN(flash->buffers_, budget.reserve(kBuffers * flash->buffer_bytes(), "kv cache"));
+  EDGE_TRY(flash->set_ranges(range_pages, budget));
   const uint64_t file_bytes = static_cast<uint64_t>(n_places) * shape.page_bytes();
   EDGE_ASSIGN(flash->file_, ScratchFile::create(options, file_bytes));
   return flash;
+}
+
+Status KvFlash::set_ranges(int64_t range_pages, Budget& budget) {
+  buffers_.release();
+  range_pages_ = 0;
+  EDGE_ASSIGN(buffers_, budget.reserve(static_cast<uint64_t>(kBuffers * range_pages) * shape_.half_bytes(), "kv cache"));
+  range_pages_ = range_pages;
+  return {};
+}
+
+Status KvFlash::write_halves(int32_t first_place, int64_t n, int64_t layer, KvHalf half, const std::byte* data) {
+  const std::span<const std::byte> all(data, static_cast<uint64_t>(n) * shape_.half_bytes());
+  for (int32_t i = 0; i < n; ++i) {
+    hash(layer, half, first_place + i) = xxh3(all.subspan(static_cast<uint64_t>(i) * shape_.half_bytes(), shape_.half_bytes()));
+  }
+  return file_->write(offset(layer, half, first_place), {&all, 1});
 }
 
 Status KvFlash::write(std::span<const int32_t> places, std::span<std::byte* const> pages) {

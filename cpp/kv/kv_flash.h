@@ -18,10 +18,13 @@ class KvFlash {
   // Buffers that ranges are read into: one in use, the others on their way.
   static constexpr int kBuffers = 4;
 
-  // Memory it takes from the budget.
+  // Memory it takes from the budget while there are buffers.
   static uint64_t bytes(const KvShape& shape, int64_t n_places, int64_t range_pages);
   static Result<std::unique_ptr<KvFlash>> create(const KvShape& shape, int64_t n_places, int64_t range_pages,
                                                  const ScratchOptions& options, Budget& budget);
+
+  // Buffers of another size; after an error there are none. Nothing may be in flight.
+  Status set_ranges(int64_t range_pages, Budget& budget);
 
   const KvShape& shape() const { return shape_; }
   int64_t range_pages() const { return range_pages_; }
@@ -32,6 +35,8 @@ class KvFlash {
   // Whole pages, memory [n_layers][2][half_bytes] each. Nothing else may be in flight.
   Status write(std::span<const int32_t> places, std::span<std::byte* const> pages);
   Status read(std::span<const int32_t> places, std::span<std::byte* const> pages);
+  // One half of places that follow each other, from `data` [n][half_bytes].
+  Status write_halves(int32_t first_place, int64_t n, int64_t layer, KvHalf half, const std::byte* data);
   // One half of one page into `into` [half_bytes].
   Status read_half(int32_t place, int64_t layer, KvHalf half, std::byte* into);
 

@@ -29,18 +29,37 @@ uint64_t KvPool::bytes(const KvShape& shape, int64_t context_tokens, const KvOpt
 Result<std::unique_ptr<KvPool>> KvPool::create(const KvShape& shape, int64_t context_tokens, const KvOptions& options,
                                                Budget& budget) {
   auto pool = std::make_unique<KvPool>();
-  pool->shape_ = shape;
+  pool->options_ = options;
+  pool->context_tokens_ = context_tokens;
   pool->n_pages_left_ = shape.pages_for(context_tokens);
-  pool->n_frames_ = options.on_flash() ? options.resident_pages : pool->n_pages_left_;
-  EDGE_ASSIGN(pool->frames_, budget.reserve(static_cast<uint64_t>(pool->n_frames_) * shape.page_bytes(), "kv cache"));
-  pool->users_.assign(static_cast<size_t>(pool->n_frames_), 0);
-  for (int64_t frame = pool->n_frames_; frame-- > 0;) pool->free_frames_.push_back(static_cast<int32_t>(frame));
+  EDGE_TRY(pool->reserve_frames(shape, options.on_flash() ? options.resident_pages : pool->n_pages_left_, budget));
   if (!options.on_flash()) return pool;
   const int64_t n_places = pool->n_pages_left_;
   for (int64_t place = n_places; place-- > 0;) pool->free_places_.push_back(static_cast<int32_t>(place));
   EDGE_ASSIGN(pool->flash_, KvFlash::create(shape, n_places, options.range_pages, options.scratch, budget));
   pool->stream_ = std::make_unique<KvStream>(*pool->flash_);
   return pool;
+}
+
+Status KvPool::reserve_frames(const KvShape& shape, int64_t n_frames, Budget& budget) {
+  EDGE_ASSIGN(frames_, budget.reserve(static_cast<uint64_t>(n_frames) * shape.page_bytes(), "kv cache"));
+  shape_ = shape;
+  n_frames_ = n_frames;
+  users_.assign(static_cast<size_t>(n_frames), 0);
+  free_frames_.clear();
+  for (int64_t frame = n_frames; frame-- > 0;) free_frames_.push_back(static_cast<int32_t>(frame));
+  return {};
+}
+
+KvTraffic KvPool::traffic() const {
+  std::lock_guard lock(mutex_);
+  KvTraffic traffic = past_;
+  if (flash_ != nullptr) {
+    traffic.written_bytes += flash_->bytes_written();
+    traffic.read_bytes += flash_->bytes_read();
+  }
+  if (stream_ != nullptr) traffic.wait_seconds += stream_->wait_seconds();
+  return traffic;
 }
 
 bool KvPool::take() {
@@ -114,6 +133,15 @@ Status KvPool::make_room(KvCache& cache, int64_t first, int64_t n_frames) {
     return error(Code::kContextOverflow, "kv cache: the rows of one pass need %lld pages in memory, it has %lld",
                  static_cast<long long>(n_frames), static_cast<long long>(n_frames_));
   }
+  EDGE_TRY(write_out(leaving));
+  for (KvPage* leaver : leaving) {
+    free_frames_.push_back(leaver->frame);
+    leaver->frame = -1;
+  }
+  return {};
+}
+
+Status KvPool::write_out(std::span<KvPage* const> leaving) {
   std::vector<int32_t> places;
   std::vector<std::byte*> pages;
   std::vector<KvPage*> written;
@@ -131,10 +159,6 @@ Status KvPool::make_room(KvCache& cache, int64_t first, int64_t n_frames) {
     return status;
   }
   for (size_t i = 0; i < written.size(); ++i) written[i]->place = places[i];
-  for (KvPage* leaver : leaving) {
-    free_frames_.push_back(leaver->frame);
-    leaver->frame = -1;
-  }
   return {};
 }
 

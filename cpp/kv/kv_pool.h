@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <vector>
 
@@ -25,6 +26,12 @@ struct KvOptions {
   bool on_flash() const { return resident_pages > 0; }
 };
 
+struct KvTraffic {
+  uint64_t written_bytes = 0;
+  uint64_t read_bytes = 0;
+  double wait_seconds = 0;  // attention stood waiting for the drive
+};
+
 class KvPool {
  public:
   // The shape of pages that go to a drive: small, since the one being written stays in memory, and padded.
@@ -35,8 +42,18 @@ class KvPool {
   static Result<std::unique_ptr<KvPool>> create(const KvShape& shape, int64_t context_tokens, const KvOptions& options,
                                                 Budget& budget);
 
+  // Other pages in memory, in two steps, so that what they take together is never held at once. Nothing may be staged.
+  // park() leaves all pages in a file and gives their memory back; on error nothing has changed. settle() reserves memory
+  // anew and brings back what belongs there. Keys and values that a failing drive does not give back are forgotten: their
+  // sequences hold fewer tokens then.
+  Status park(const KvShape& flash_shape, const KvOptions& options, Budget& budget);
+  Status settle(const KvShape& shape, const KvOptions& options, Budget& budget);
+  // Whether pages are where these options want them.
+  bool is_settled(const KvOptions& options) const;
+
   const KvShape& shape() const { return shape_; }
-  const KvFlash* flash() const { return flash_.get(); }
+  // Since the pool was made. From any thread.
+  KvTraffic traffic() const;
   KvFlash* flash() { return flash_.get(); }
   // Null where all pages are in memory.
   KvStream* stream() { return stream_.get(); }
@@ -48,6 +65,11 @@ class KvPool {
 
  private:
   friend class KvCache;
+  Status reserve_frames(const KvShape& shape, int64_t n_frames, Budget& budget);
+  // Committed rows of a sequence, from its frames to places of `flash` that follow each other; and from the places of
+  // `from`, which has another shape, to frames.
+  Status write_rows(KvCache& cache, KvFlash& flash, int32_t first_place);
+  Status read_rows(KvCache& cache, std::span<const KvPage> from);
   std::byte* page(int32_t frame) { return frames_.data() + static_cast<uint64_t>(frame) * shape_.page_bytes(); }
   int64_t n_frames() const { return n_frames_; }
 
@@ -65,7 +87,14 @@ class KvPool {
   // Gives the pages frames and their contents, those in the file from there.
   Status bring(std::span<KvPage* const> pages);
 
+  // Gives these pages places and writes them there.
+  Status write_out(std::span<KvPage* const> pages);
+  void forget_flash();
+
   KvShape shape_;
+  KvOptions options_;
+  int64_t context_tokens_ = 0;
+  bool parked_ = false;
   int64_t n_frames_ = 0;
   int64_t n_pages_left_ = 0;
   Block frames_;
@@ -73,6 +102,8 @@ class KvPool {
   std::vector<int32_t> users_;  // per frame, besides the first
   std::vector<int32_t> free_places_;
   std::vector<KvCache*> caches_;
+  mutable std::mutex mutex_;  // of the two below as traffic() sees them
+  KvTraffic past_;            // of those that are gone
   std::unique_ptr<KvFlash> flash_;
   std::unique_ptr<KvStream> stream_;  // reads of flash_ that are in flight end before it
 };

@@ -24,30 +24,46 @@ Result<std::unique_ptr<Decoder>> Decoder::create(const DecoderConfig& config, co
   EDGE_TRY(config.validate());
   std::unique_ptr<Decoder> decoder(new Decoder(config, options, directory, store, kernels, pool));
   EDGE_ASSIGN(decoder->weights_, ModelWeights::resolve(config, directory));
-  const int64_t visible = options.score_rows > 0 ? 0 : options.context;
-  EDGE_ASSIGN(decoder->scratch_, Scratch::create(config, options.max_rows, visible, pool.size(), budget));
-  if (options.score_rows > 0) {
-    EDGE_ASSIGN(decoder->score_memory_, budget.reserve(stream_bytes(config, options, pool.size()), "attention scores"));
-  }
-  decoder->acts_ = std::make_unique<ActRows>(kernels, pool, decoder->scratch_.acts);
-  for (const LayerWeights& layer : decoder->weights_.layers) {
-    if (layer.neuron_records == kNoWeight) continue;
-    if (store.neurons() == nullptr) {
-      return error(Code::kBadArgument, "store plan: %s: expected slots for its neurons, found none",
-                   directory.entry(layer.neuron_records).name.c_str());
-    }
-    if (decoder->sparse_ == nullptr) {
-      decoder->sparse_ = std::make_unique<SparseFfn>(decoder->config_, directory, *store.neurons(), kernels, pool,
-                                                     decoder->linear_, *decoder->acts_, decoder->scratch_);
-    }
-    EDGE_TRY(decoder->sparse_->add(layer));
-  }
+  EDGE_TRY(decoder->reserve(options, budget));
   return decoder;
 }
 
 Status Decoder::set_neuron_thresholds(std::span<const float> thresholds, Budget& budget) {
   if (sparse_ != nullptr) return sparse_->set_thresholds(thresholds, budget);
   return error(Code::kBadArgument, "neuron thresholds: expected a pack by neuron, found none of its layers so");
+}
+
+void Decoder::release() {
+  if (sparse_ != nullptr) thresholds_ = sparse_->take_thresholds();
+  sparse_.reset();
+  acts_.reset();
+  scratch_ = Scratch();
+  score_memory_.release();
+}
+
+Status Decoder::reserve(const DecoderOptions& options, Budget& budget) {
+  release();
+  options_ = options;
+  const int64_t visible = options.score_rows > 0 ? 0 : options.context;
+  EDGE_ASSIGN(scratch_, Scratch::create(config_, options.max_rows, visible, pool_.size(), budget));
+  if (options.score_rows > 0) {
+    EDGE_ASSIGN(score_memory_, budget.reserve(stream_bytes(config_, options, pool_.size()), "attention scores"));
+  }
+  acts_ = std::make_unique<ActRows>(kernels_, pool_, scratch_.acts);
+  for (const LayerWeights& layer : weights_.layers) {
+    if (layer.neuron_records == kNoWeight) continue;
+    if (store_.neurons() == nullptr) {
+      return error(Code::kBadArgument, "store plan: %s: expected slots for its neurons, found none",
+                   directory_.entry(layer.neuron_records).name.c_str());
+    }
+    if (sparse_ == nullptr) {
+      sparse_ = std::make_unique<SparseFfn>(config_, directory_, *store_.neurons(), kernels_, pool_, linear_, *acts_,
+                                            scratch_);
+      sparse_->keep_thresholds(std::move(thresholds_));
+    }
+    EDGE_TRY(sparse_->add(layer));
+  }
+  return {};
 }
 
 Status Decoder::forward(const Batch& batch, KvCache& kv) {
@@ -131,6 +147,7 @@ void Decoder::commit_all(std::span<const BatchPart> parts) {
 }
 
 Status Decoder::check(const Batch& batch, std::span<const BatchPart> parts) const {
+  if (acts_ == nullptr) return error(Code::kBadArgument, "forward: the decoder has given its memory back");
   const int64_t n_rows = static_cast<int64_t>(batch.tokens.size());
   if (n_rows < 1 || n_rows > options_.max_rows || batch.parents.size() != batch.tokens.size()) {
     return error(Code::kBadArgument, "forward: expected 1..%lld rows with a parent each, found %lld rows, %zu parents",

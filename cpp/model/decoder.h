@@ -53,6 +53,11 @@ class Decoder {
                                                  const PackDirectory& directory, WeightStore& store,
                                                  const Kernels& kernels, ThreadPool& pool, Budget& budget);
 
+  // Gives back the decoder's own memory (but for thresholds), between passes; nothing can be computed until reserve().
+  void release();
+  // With other rows of a pass, say. The context stays what it was. The store must hold its plan's neurons.
+  Status reserve(const DecoderOptions& options, Budget& budget);
+
   // Runs the batch and stages its keys and values in `kv`; the caller commits or rolls back. Nothing is staged on error.
   // kCancelled when `interrupted` says so; it is asked once per layer.
   Status forward(const Batch& batch, KvCache& kv);
@@ -129,6 +134,7 @@ class Decoder {
   Scratch scratch_;
   Block score_memory_;  // [score_rows][n_heads][context] floats, then pointers per thread; streamed attention only
   std::unique_ptr<ActRows> acts_;
+  Block thresholds_;                   // sparse_'s, while there is none
   std::unique_ptr<SparseFfn> sparse_;  // null when no layer comes by neuron
 
   // The batch in flight.

@@ -48,6 +48,10 @@ class SparseFfn {
   // Whether to give run() an Ahead of this layer.
   bool looks_ahead(const LayerWeights& layer, int64_t n_rows) const;
 
+  // Thresholds go from one SparseFfn to the next of the same model.
+  Block take_thresholds() { return std::move(thresholds_); }
+  void keep_thresholds(Block thresholds) { thresholds_ = std::move(thresholds); }
+
   // out[n_rows][pad16(hidden)] = down(act(gate(x)) * up(x)), or down(act(up(x))); x is [n_rows][pad16(hidden)].
   // `watch`, where not empty, is told the gates, unless a predictor decides.
   Status run(const LayerWeights& layer, const float* x, int64_t n_rows, float* out, const WatchFfn& watch,

@@ -1,6 +1,7 @@
 #include "store/demand_cache.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "store/wait_timer.h"
 
@@ -48,6 +49,30 @@ DemandCache::DemandCache(const PackDirectory& directory, uint64_t bytes) : direc
 }
 
 DemandCache::~DemandCache() = default;
+
+Status DemandCache::resize(uint64_t demand_bytes, Budget& budget) {
+  const uint64_t bytes = round_up(std::max<uint64_t>(demand_bytes, 1), kReadAlign);
+  expected_.clear();
+  while (flying() || !queue_.empty()) EDGE_TRY(step());
+  // Where not even one expert fits, extents are counted differently.
+  const bool same_extents = expert_bytes_ <= std::min(bytes, memory_.bytes());
+  while (!cached_.empty() && (!same_extents || cached_bytes_ + row_bytes_ > bytes)) drop(*victim(/*demanded=*/true));
+  std::vector<Entries::iterator> behind;
+  for (auto it = cached_.begin(); it != cached_.end(); ++it) {
+    if (it->offset + extent_bytes(it->record) > bytes) behind.push_back(it);
+  }
+  // By offset: the one that lies across the new end moves first, before its place is taken.
+  std::sort(behind.begin(), behind.end(), [](const auto& a, const auto& b) { return a->offset < b->offset; });
+  for (const auto& it : behind) pool_.give_back(it->offset);
+  pool_.resize(bytes);
+  for (const auto& it : behind) {
+    const auto offset = pool_.take(extent_bytes(it->record));
+    if (offset) std::memmove(memory_.data() + *offset, memory_.data() + it->offset, it->record.bytes);
+    it->offset = offset.value_or(UINT64_MAX);
+    if (!offset) drop(it);
+  }
+  return budget.resize(&memory_, bytes);
+}
 
 DemandCache::Record DemandCache::record_of(WeightId weight) const {
   const PackEntry& entry = directory_.entry(weight);

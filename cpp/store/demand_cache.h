@@ -1,6 +1,6 @@
 // Weights read when they are asked for: rows of an embedding, experts of a mixture. The weights of one expert are one
 // record, read and dropped together; which records stay while there is no room for all is ExpertPolicy's to say.
-// One block of memory, fixed at open; no thread of its own.
+// One block of memory; no thread of its own.
 #pragma once
 
 #include <atomic>
@@ -26,6 +26,10 @@ class DemandCache final : public WeightStore {
   static Result<std::unique_ptr<DemandCache>> open(const std::string& path, const PackDirectory& directory,
                                                    uint64_t demand_bytes, const StoreOptions& options, Budget& budget);
   ~DemandCache() override;
+
+  uint64_t bytes() const { return memory_.bytes(); }
+  // Less room, or more; what is worth most stays. No leases may be held. On error the cache is to be thrown away.
+  Status resize(uint64_t demand_bytes, Budget& budget);
 
   // What a lease of `n_rows` rows takes at most while it is being read: the chunks its tiles touch, and the gathered
   // tiles when there are several.

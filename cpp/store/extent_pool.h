@@ -25,6 +25,8 @@ class ExtentPool {
   // Gives back all but the first `bytes` (a multiple of 4096) of an extent.
   void shrink(uint64_t offset, uint64_t bytes) { taken_[offset] = bytes; }
   void give_back(uint64_t offset) { taken_.erase(offset); }
+  // No extent may end behind the new end.
+  void resize(uint64_t bytes) { bytes_ = bytes; }
 
  private:
   uint64_t bytes_;

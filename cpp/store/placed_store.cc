@@ -2,134 +2,191 @@
 
 #include <algorithm>
 
-#include "store/demand_cache.h"
-#include "store/layer_stream.h"
-#include "store/neuron_window.h"
-#include "store/resident.h"
-
 namespace edge {
 namespace {
 
-class PlacedStore final : public WeightStore {
- public:
-  PlacedStore(const PackDirectory& directory, std::vector<Placement> placement)
-      : directory_(directory), placement_(std::move(placement)) {}
-
-  Status open(const std::string& path, const StorePlan& plan, const StoreOptions& options, Budget& budget) {
-    std::vector<WeightId> kept;
-    bool any_demanded = plan.demand_bytes > 0, any_neurons = false;
-    for (size_t i = 0; i < placement_.size(); ++i) {
-      if (directory_.entries()[i].format == WeightFormat::kBytes) continue;
-      if (placement_[i] == Placement::kResident) kept.push_back(static_cast<WeightId>(i));
-      if (placement_[i] == Placement::kDemand) any_demanded = true;
-      if (placement_[i] == Placement::kNeurons) any_neurons = true;
-    }
-    // The fixed parts first: what the budget cannot hold is known before anything is read.
-    if (any_demanded) {
-      EDGE_ASSIGN(demand_, DemandCache::open(path, directory_, plan.demand_bytes, options, budget));
-    }
-    Block ring;
-    if (!plan.stream_order.empty()) {
-      EDGE_ASSIGN(ring, LayerStream::reserve_ring(directory_, plan, options, budget));
-    }
-    if (any_neurons) {
-      EDGE_ASSIGN(neurons_, NeuronWindow::open(path, directory_, plan, options, budget));
-      if (options.progress != nullptr) options.progress->total_bytes += neurons_->load_bytes();
-    }
-    EDGE_ASSIGN(resident_, Resident::load(path, directory_, std::move(kept), options, budget));
-    if (any_neurons) EDGE_TRY(neurons_->load(options.progress));
-    // Last: its thread reads from here on, and would compete with the load.
-    if (!plan.stream_order.empty()) {
-      EDGE_ASSIGN(stream_, LayerStream::open(path, directory_, plan.stream_order, std::move(ring), options));
-    }
-    return {};
+std::vector<WeightId> weights_in(const PackDirectory& directory, const StorePlan& plan, Placement placement) {
+  std::vector<WeightId> found;
+  for (size_t i = 0; i < plan.placement.size(); ++i) {
+    if (directory.entries()[i].format == WeightFormat::kBytes) continue;
+    if (plan.placement[i] == placement) found.push_back(static_cast<WeightId>(i));
   }
+  return found;
+}
 
-  void prefetch(WeightId weight, RowSet rows) override {
-    if (WeightStore* store = route(weight, rows)) store->prefetch(weight, rows);
+void add_traffic(const StoreStats& part, StoreStats* sum) {
+  sum->flash_bytes += part.flash_bytes;
+  sum->load_bytes += part.load_bytes;
+  sum->hits += part.hits;
+  sum->misses += part.misses;
+  sum->wait_seconds += part.wait_seconds;
+  sum->neurons_wanted += part.neurons_wanted;
+  sum->neuron_hits += part.neuron_hits;
+  sum->neuron_bytes += part.neuron_bytes;
+  sum->neuron_requests += part.neuron_requests;
+  sum->neuron_wait_seconds += part.neuron_wait_seconds;
+}
+
+StoreStats stats_of(const WeightStore& part) { return part.stats(); }
+StoreStats stats_of(const NeuronWindow& part) {
+  StoreStats stats;
+  part.add_stats(&stats);
+  return stats;
+}
+
+}  // namespace
+
+PlacedStore::PlacedStore(std::string path, const PackDirectory& directory, const StoreOptions& options, Budget& budget)
+    : path_(std::move(path)), directory_(directory), options_(options), budget_(budget),
+      resident_(std::make_unique<Resident>(directory, budget)) {}
+
+template <typename Part>
+void PlacedStore::retire(std::unique_ptr<Part>& part) {
+  if (part == nullptr) return;
+  std::unique_ptr<Part> gone;
+  std::lock_guard lock(mutex_);
+  add_traffic(stats_of(*part), &past_);
+  gone = std::move(part);
+}
+
+template <typename Part>
+void PlacedStore::install(std::unique_ptr<Part>& part, std::unique_ptr<Part> made) {
+  std::lock_guard lock(mutex_);
+  part = std::move(made);
+}
+
+bool PlacedStore::resize_demand(uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  return demand_->resize(bytes, budget_).ok();
+}
+
+void PlacedStore::release(const StorePlan& plan) {
+  if (is_placed_ && plan == plan_) return;
+  is_placed_ = false;
+  retire(stream_);
+  retire(neurons_);
+  resident_->keep(weights_in(directory_, plan, Placement::kResident));
+  if (demand_ == nullptr || plan.demand_bytes >= demand_->bytes()) return;
+  if (plan.demand_bytes == 0 || !resize_demand(plan.demand_bytes)) retire(demand_);
+}
+
+Status PlacedStore::place(const StorePlan& plan, LoadProgress* progress) {
+  if (is_placed_ && plan == plan_) return {};
+  EDGE_TRY(check(directory_, plan));
+  release(plan);
+  StoreOptions options = options_;
+  options.progress = progress;
+  plan_ = plan;
+  const Status status = place_parts(plan, options);
+  is_placed_ = status.ok();
+  return status;
+}
+
+Status PlacedStore::place_parts(const StorePlan& plan, const StoreOptions& options) {
+  const bool any_demanded = plan.demand_bytes > 0 || !weights_in(directory_, plan, Placement::kDemand).empty();
+  const bool any_neurons = !weights_in(directory_, plan, Placement::kNeurons).empty();
+  // The fixed parts first: what the budget cannot hold is known before anything is read.
+  if (any_demanded && demand_ != nullptr && !resize_demand(plan.demand_bytes)) retire(demand_);
+  if (any_demanded && demand_ == nullptr) {
+    EDGE_ASSIGN(auto made, DemandCache::open(path_, directory_, plan.demand_bytes, options, budget_));
+    install(demand_, std::move(made));
   }
-
-  void expect(std::span<const ExpectedWeight> weights, int64_t n_rows) override {
-    if (weights.empty()) return;
-    WeightStore* const store = route(weights[0].weight, {});
-    const auto is_there = [&](const ExpectedWeight& one) { return route(one.weight, {}) == store; };
-    const bool together = std::all_of(weights.begin(), weights.end(), is_there);
-    if (together && store != nullptr) store->expect(weights, n_rows);
-    else WeightStore::expect(weights, n_rows);
+  Block ring;
+  if (!plan.stream_order.empty()) {
+    EDGE_ASSIGN(ring, LayerStream::reserve_ring(directory_, plan, options, budget_));
   }
-
-  size_t first_ready(std::span<const WeightId> weights) override {
-    WeightStore* const store = route(weights[0], {});
-    return store == nullptr ? 0 : store->first_ready(weights);
+  if (any_neurons) {
+    EDGE_ASSIGN(auto made, NeuronWindow::open(path_, directory_, plan, options, budget_));
+    if (options.progress != nullptr) options.progress->total_bytes += made->load_bytes();
+    install(neurons_, std::move(made));
   }
-
-  Result<Lease> acquire(WeightId weight, RowSet rows) override {
-    if (WeightStore* store = route(weight, rows)) return store->acquire(weight, rows);
-    return error(Code::kBadArgument, "weight %d is not placed in any store", weight);
+  EDGE_TRY(resident_->load(path_, weights_in(directory_, plan, Placement::kResident), options));
+  if (any_neurons) EDGE_TRY(neurons_->load(options.progress));
+  // Last: its thread reads from here on, and would compete with the load.
+  if (!plan.stream_order.empty()) {
+    EDGE_ASSIGN(auto made, LayerStream::open(path_, directory_, plan.stream_order, std::move(ring), options));
+    install(stream_, std::move(made));
   }
+  return {};
+}
 
-  Result<TileLease> acquire_tiles(WeightId weight, int64_t first) override {
-    if (WeightStore* store = route(weight, {})) return store->acquire_tiles(weight, first);
-    return error(Code::kBadArgument, "weight %d is not placed in any store", weight);
+void PlacedStore::prefetch(WeightId weight, RowSet rows) {
+  if (WeightStore* store = route(weight, rows)) store->prefetch(weight, rows);
+}
+
+void PlacedStore::expect(std::span<const ExpectedWeight> weights, int64_t n_rows) {
+  if (weights.empty()) return;
+  WeightStore* const store = route(weights[0].weight, {});
+  const auto is_there = [&](const ExpectedWeight& one) { return route(one.weight, {}) == store; };
+  const bool together = std::all_of(weights.begin(), weights.end(), is_there);
+  if (together && store != nullptr) store->expect(weights, n_rows);
+  else WeightStore::expect(weights, n_rows);
+}
+
+size_t PlacedStore::first_ready(std::span<const WeightId> weights) {
+  WeightStore* const store = route(weights[0], {});
+  return store == nullptr ? 0 : store->first_ready(weights);
+}
+
+Result<Lease> PlacedStore::acquire(WeightId weight, RowSet rows) {
+  if (WeightStore* store = route(weight, rows)) return store->acquire(weight, rows);
+  return error(Code::kBadArgument, "weight %d is not placed in any store", weight);
+}
+
+Result<TileLease> PlacedStore::acquire_tiles(WeightId weight, int64_t first) {
+  if (WeightStore* store = route(weight, {})) return store->acquire_tiles(weight, first);
+  return error(Code::kBadArgument, "weight %d is not placed in any store", weight);
+}
+
+void PlacedStore::rewind() {
+  if (stream_ != nullptr) stream_->rewind();
+  if (neurons_ != nullptr) neurons_->rollback();
+}
+
+void PlacedStore::commit(std::span<const int32_t> path) {
+  if (neurons_ != nullptr) neurons_->commit(path);
+}
+
+StoreStats PlacedStore::stats() const {
+  std::lock_guard lock(mutex_);
+  StoreStats sum = past_;
+  const auto add = [&](const StoreStats& part) {
+    add_traffic(part, &sum);
+    sum.resident_bytes += part.resident_bytes;
+    sum.staging_bytes += part.staging_bytes;
+    sum.pass_expert_bytes += part.pass_expert_bytes;
+  };
+  const auto add_store = [&](const WeightStore* store) {
+    if (store == nullptr) return;
+    const StoreStats part = store->stats();
+    add(part);
+    sum.io_engine = part.io_engine;
+    sum.io_direct = part.io_direct;
+  };
+  add_store(resident_.get());
+  add_store(demand_.get());
+  add_store(stream_.get());
+  if (neurons_ != nullptr) add(stats_of(*neurons_));
+  return sum;
+}
+
+WeightStore* PlacedStore::route(WeightId weight, RowSet rows) const {
+  if (!is_placed_ || weight < 0 || static_cast<size_t>(weight) >= plan_.placement.size()) return nullptr;
+  const PackEntry& entry = directory_.entry(weight);
+  if (entry.format == WeightFormat::kBytes) return nullptr;
+  switch (plan_.placement[static_cast<size_t>(weight)]) {
+    case Placement::kResident: return resident_.get();
+    case Placement::kDemand: return demand_.get();
+    // A few rows of a streamed weight (an embedding that is the head as well) are not worth a pass.
+    case Placement::kStream:
+      return !rows.empty() && is_tile_format(entry.format) ? static_cast<WeightStore*>(demand_.get()) : stream_.get();
+    case Placement::kNeurons:
+    case Placement::kUnused: return nullptr;
   }
+  return nullptr;
+}
 
-  void rewind() override {
-    if (stream_ != nullptr) stream_->rewind();
-    if (neurons_ != nullptr) neurons_->rollback();
-  }
-
-  void commit(std::span<const int32_t> path) override {
-    if (neurons_ != nullptr) neurons_->commit(path);
-  }
-
-  NeuronWindow* neurons() override { return neurons_.get(); }
-
-  StoreStats stats() const override {
-    StoreStats sum = resident_->stats();
-    const auto add = [&](const WeightStore* store) {
-      if (store == nullptr) return;
-      const StoreStats stats = store->stats();
-      sum.flash_bytes += stats.flash_bytes;
-      sum.staging_bytes += stats.staging_bytes;
-      sum.hits += stats.hits;
-      sum.misses += stats.misses;
-      sum.pass_expert_bytes += stats.pass_expert_bytes;
-      sum.wait_seconds += stats.wait_seconds;
-      sum.io_engine = stats.io_engine;
-      sum.io_direct = stats.io_direct;
-    };
-    add(demand_.get());
-    add(stream_.get());
-    if (neurons_ != nullptr) neurons_->add_stats(&sum);
-    return sum;
-  }
-
- private:
-  WeightStore* route(WeightId weight, RowSet rows) const {
-    if (weight < 0 || static_cast<size_t>(weight) >= placement_.size()) return nullptr;
-    const PackEntry& entry = directory_.entry(weight);
-    if (entry.format == WeightFormat::kBytes) return nullptr;
-    switch (placement_[static_cast<size_t>(weight)]) {
-      case Placement::kResident: return resident_.get();
-      case Placement::kDemand: return demand_.get();
-      // A few rows of a streamed weight (an embedding that is the head as well) are not worth a pass.
-      case Placement::kStream:
-        return !rows.empty() && is_tile_format(entry.format) ? static_cast<WeightStore*>(demand_.get()) : stream_.get();
-      case Placement::kNeurons:
-      case Placement::kUnused: return nullptr;
-    }
-    return nullptr;
-  }
-
-  const PackDirectory& directory_;
-  const std::vector<Placement> placement_;
-  std::unique_ptr<Resident> resident_;
-  std::unique_ptr<DemandCache> demand_;
-  std::unique_ptr<LayerStream> stream_;
-  std::unique_ptr<NeuronWindow> neurons_;
-};
-
-Status check_plan(const PackDirectory& directory, const StorePlan& plan) {
+Status PlacedStore::check(const PackDirectory& directory, const StorePlan& plan) {
   if (plan.placement.size() != directory.entries().size()) {
     return error(Code::kBadArgument, "store plan: expected %zu placements, found %zu", directory.entries().size(),
                  plan.placement.size());
@@ -163,14 +220,12 @@ Status check_plan(const PackDirectory& directory, const StorePlan& plan) {
   return {};
 }
 
-}  // namespace
-
-Result<std::unique_ptr<WeightStore>> open_store(const std::string& path, const PackDirectory& directory,
+Result<std::unique_ptr<PlacedStore>> open_store(const std::string& path, const PackDirectory& directory,
                                                 const StorePlan& plan, const StoreOptions& options, Budget& budget) {
-  EDGE_TRY(check_plan(directory, plan));
-  auto store = std::make_unique<PlacedStore>(directory, plan.placement);
-  EDGE_TRY(store->open(path, plan, options, budget));
-  return std::unique_ptr<WeightStore>(std::move(store));
+  EDGE_TRY(PlacedStore::check(directory, plan));
+  auto store = std::make_unique<PlacedStore>(path, directory, options, budget);
+  EDGE_TRY(store->place(plan, options.progress));
+  return store;
 }
 
 }  // namespace edge

@@ -23,25 +23,65 @@ bool warm(const std::string& path, const PackDirectory& directory, const std::ve
 
 }  // namespace
 
-Result<std::unique_ptr<Resident>> Resident::load(const std::string& path, const PackDirectory& directory,
-                                                 std::vector<WeightId> weights, const StoreOptions& options,
-                                                 Budget& budget) {
-  std::sort(weights.begin(), weights.end());  // the directory is in file order
-  std::unique_ptr<Resident> store(new Resident(directory, budget));
-  store->data_.resize(directory.entries().size());
-  uint64_t total_bytes = 0;
-  for (const WeightId weight : weights) total_bytes += directory.entry(weight).stored_bytes;
-  if (options.progress != nullptr) options.progress->total_bytes += total_bytes;
-  if (total_bytes == 0) return store;
-  EDGE_ASSIGN(store->memory_, budget.reserve(total_bytes, "weights"));
-  std::byte* at = store->memory_.data();
-  for (const WeightId weight : weights) {
-    store->data_[static_cast<size_t>(weight)] = at;
-    at += directory.entry(weight).stored_bytes;
+void Resident::keep(std::vector<WeightId> weights) {
+  std::vector<bool> stays(data_.size());
+  for (const WeightId weight : weights) stays[static_cast<size_t>(weight)] = true;
+  uint64_t end = 0;
+  for (size_t i = 0; i < data_.size(); ++i) {
+    if (data_[i] == nullptr) continue;
+    if (stays[i]) {
+      const uint64_t bytes = directory_.entries()[i].stored_bytes;
+      std::byte* const to = memory_.data() + end;
+      if (to != data_[i]) std::memmove(to, data_[i], bytes);
+      data_[i] = to;
+      end += bytes;
+    } else {
+      data_[i] = nullptr;
+    }
   }
-  EDGE_TRY(store->read(path, weights, options));
-  store->stats_.resident_bytes = total_bytes;
-  return store;
+  resident_bytes_ = end;
+  if (end == 0) memory_.release();
+  else if (!budget_.resize(&memory_, end).ok()) return;  // a shorter block is never refused
+}
+
+Status Resident::load(const std::string& path, std::vector<WeightId> weights, const StoreOptions& options) {
+  keep(weights);
+  std::sort(weights.begin(), weights.end());  // the directory is in file order
+  std::vector<WeightId> missing;
+  uint64_t total_bytes = 0, missing_bytes = 0;
+  for (const WeightId weight : weights) {
+    total_bytes += directory_.entry(weight).stored_bytes;
+    if (data_[static_cast<size_t>(weight)] != nullptr) continue;
+    missing.push_back(weight);
+    missing_bytes += directory_.entry(weight).stored_bytes;
+  }
+  if (options.progress != nullptr) options.progress->total_bytes += missing_bytes;
+  if (missing.empty()) return {};
+  const std::byte* const before = memory_.data();
+  if (before == nullptr) {
+    EDGE_ASSIGN(memory_, budget_.reserve(total_bytes, "weights"));
+  } else {
+    EDGE_TRY(budget_.resize(&memory_, total_bytes));
+  }
+  // From the last one on: none is moved over another that has still to move.
+  uint64_t end = total_bytes;
+  for (size_t i = weights.size(); i-- > 0;) {
+    const uint64_t bytes = directory_.entry(weights[i]).stored_bytes;
+    end -= bytes;
+    std::byte*& data = data_[static_cast<size_t>(weights[i])];
+    std::byte* const to = memory_.data() + end;
+    const std::byte* const from = data == nullptr ? to : memory_.data() + (data - before);
+    if (to != from) std::memmove(to, from, bytes);
+    data = to;
+  }
+  const Status status = read(path, missing, options);
+  if (!status.ok()) {
+    for (const WeightId weight : missing) data_[static_cast<size_t>(weight)] = nullptr;
+    keep(weights);
+    return status;
+  }
+  resident_bytes_ = total_bytes;
+  return {};
 }
 
 Status Resident::read(const std::string& path, const std::vector<WeightId>& weights, const StoreOptions& options) {
@@ -53,8 +93,8 @@ Status Resident::read(const std::string& path, const std::vector<WeightId>& weig
     if (how.engine == "auto") how.engine = "pread";
   }
   EDGE_ASSIGN(const std::unique_ptr<BlockReader> reader, open_reader(path, how));
-  stats_.io_engine = reader->engine();
-  stats_.io_direct = reader->direct();
+  io_engine_ = reader->engine();
+  io_direct_ = reader->direct();
 
   std::vector<ReadRun> flying(static_cast<size_t>(reader->depth()));
   std::vector<size_t> free_slots;
@@ -82,7 +122,7 @@ Status Resident::read(const std::string& path, const std::vector<WeightId>& weig
     EDGE_ASSIGN(const ReadCompletion completion, reader->wait());
     const ReadRun& run = flying[completion.tag];
     if (first.ok()) first = completion.status.ok() ? check_run(run, directory_) : completion.status;
-    stats_.load_bytes += run.bytes;
+    load_bytes_ += run.bytes;
     if (options.progress != nullptr) options.progress->done_bytes += run.bytes;
     free_slots.push_back(completion.tag);
   }
@@ -107,8 +147,12 @@ Result<Lease> Resident::acquire(WeightId weight, RowSet rows) {
 }
 
 StoreStats Resident::stats() const {
-  StoreStats stats = stats_;
+  StoreStats stats;
+  stats.resident_bytes = resident_bytes_;
+  stats.load_bytes = load_bytes_;
   stats.hits = hits_.load(std::memory_order_relaxed);
+  stats.io_engine = io_engine_;
+  stats.io_direct = io_direct_;
   return stats;
 }
 

@@ -150,6 +150,8 @@ struct StorePlan {
   uint64_t neuron_staging_bytes = 0;
   // Slots and tables of the window in all, as the plan counted them; refused when it takes more.
   uint64_t neuron_bytes = 0;
+
+  bool operator==(const StorePlan&) const = default;
 };
 
 // Read and written by other threads while the store loads.

@@ -16,7 +16,7 @@ from edge.cli.common import (
     skeleton_option,
     take_load_options,
 )
-from edge.cli.run import summary
+from edge.cli.run import changes, summary
 
 
 @click.command("chat")
@@ -70,3 +70,5 @@ def command(
             else:
                 click.echo()
                 click.echo(summary(last.stats, last.finish_reason or ""), err=True)
+                for line in changes(last.stats):
+                    click.echo(f"[{line}]", err=True)

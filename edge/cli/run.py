@@ -75,7 +75,7 @@ def command(
             sys.stdout.flush()
         click.echo()
         click.echo(summary(last.stats, last.finish_reason or ""), err=True)
-        for line in [*engine.notes, *(details(last.stats) if stats else [])]:
+        for line in [*engine.notes, *changes(last.stats), *(details(last.stats) if stats else [])]:
             click.echo(f"[{line}]", err=True)
 
 
@@ -120,8 +120,21 @@ def summary(stats: dict[str, Any], reason: str) -> str:
     )
 
 
+def changes(stats: dict[str, Any]) -> list[str]:
+    """What became of the budget meanwhile, in one line; none where nothing did."""
+    from edge.live import describe
+
+    found = stats["memory_changes"]
+    if not found:
+        return []
+    rest = f"; {len(found) - 1} changes before it" if len(found) > 1 else ""
+    return [describe(found[-1]) + rest]
+
+
 def details(stats: dict[str, Any]) -> list[str]:
     """What each phase and each drafter did, a line each."""
+    from edge.live import describe
+
     spent = stats["speculation"]
     lines = [
         f"prompt: {stats['prompt_tokens']} tokens, {stats['reused_tokens']} of them known, "
@@ -130,6 +143,7 @@ def details(stats: dict[str, Any]) -> list[str]:
         f"speculation: {spent['passes']} passes over drafts, {spent['plain_passes']} over one token, "
         f"{spent['saved_seconds']:+.3f} s saved",
     ]
+    lines += [describe(change) for change in stats["memory_changes"]]
     for name, found in spent["drafters"].items():
         lines.append(
             f"{name}: {found['accepted']} of {found['tried']} guesses accepted ({found['acceptance']:.0%}), "
