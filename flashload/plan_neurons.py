@@ -160,6 +160,8 @@ class NeuronModel:
         """Share of the wanted neurons that have no slot."""
         held = sum(placement.slots[w.id] for w in self.records)
         share = held / sum(w.rows for w in self.records)
+        if self.active_share > ACTIVE_SHARE:  # where many are wanted, none is wanted much more often than another
+            return 1 - share
         return wanted_share(self.active_share, 1, share) / wanted_share(self.active_share, 1)
 
     def read_bytes(self, placement: NeuronPlacement) -> float:

@@ -201,7 +201,7 @@ def test_a_mixture_and_a_full_context_are_put_in_words(models: Callable[[str], P
 @pytest.mark.parametrize(("weights", "said"), [("keep", "at 16 bits"), ("q4", "at 4 bits (--weights q4)")])
 def test_bits_are_those_of_the_format(weights: str, said: str, models: Callable[[str], Path]) -> None:
     """A table of many words at eight bits does not make four bits eight."""
-    found = planned(models("words"), "--memory", "40GB" if weights == "keep" else "4GB", "--context", 512)
+    found = planned(models("words"), "--memory", "40GB" if weights == "keep" else "3GB", "--context", 512)
     assert said in found["recommendation"]
 
 

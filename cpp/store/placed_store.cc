@@ -24,6 +24,8 @@ void add_traffic(const StoreStats& part, StoreStats* sum) {
   sum->neuron_hits += part.neuron_hits;
   sum->neuron_bytes += part.neuron_bytes;
   sum->neuron_requests += part.neuron_requests;
+  sum->neurons_expected += part.neurons_expected;
+  sum->neuron_expected_hits += part.neuron_expected_hits;
   sum->neuron_wait_seconds += part.neuron_wait_seconds;
 }
 
