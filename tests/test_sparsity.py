@@ -364,7 +364,7 @@ def test_thresholds_are_left_alone_where_they_read_more(made: Path, monkeypatch:
     with PackFile(made) as file:
         model = directory_of(file)
     records = model.neurons.records
-    near = [replace(w, chunk_bytes=512) for w in model.entries]
+    near = [replace(w, chunk_bytes=300) for w in model.entries]
     for slots, pays in ((0, False), (NEURONS // 2, False), (NEURONS, True)):
         held = [slots if w in records else 0 for w in model.entries]
         plan = replace(plan_of(made, 1, False)[0], neuron_slots=held)
