@@ -48,11 +48,13 @@ def wanted_share(active_share: float, rows: int, held_share: float = 0.0) -> flo
 
     A neuron of rank s (0 is the most used, 1 the least) is wanted by a row with probability 3 * active_share *
     (1 - s)**2: for one row this leaves (1 - held_share)**3 of the active ones to be read, which is what was measured.
+    Where more than a third are active, use is as uneven as probabilities can be, down to all being equal.
     """
+    power = min(float(_MISS_POWER), 1 / active_share)
     step = (1 - held_share) / _RANKS
     ranks = (held_share + (i + 0.5) * step for i in range(_RANKS))
-    use = (min(1.0, _MISS_POWER * active_share * (1 - s) ** (_MISS_POWER - 1)) for s in ranks)
-    return sum(1 - (1 - p) ** rows for p in use) * step
+    use = (min(1.0, power * active_share * (1 - s) ** (power - 1)) for s in ranks)
+    return float(sum(1 - (1 - p) ** rows for p in use) * step)
 
 
 def is_extra(name: str) -> bool:
@@ -160,8 +162,6 @@ class NeuronModel:
         """Share of the wanted neurons that have no slot."""
         held = sum(placement.slots[w.id] for w in self.records)
         share = held / sum(w.rows for w in self.records)
-        if self.active_share > ACTIVE_SHARE:  # where many are wanted, none is wanted much more often than another
-            return 1 - share
         return wanted_share(self.active_share, 1, share) / wanted_share(self.active_share, 1)
 
     def read_bytes(self, placement: NeuronPlacement) -> float:

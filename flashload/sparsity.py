@@ -141,9 +141,9 @@ def kept_share(pack: PackFile) -> float:
         )
     facts = pack.metadata.get("sparsity")
     skipped = facts.get("skipped") if isinstance(facts, dict) else None
-    if isinstance(skipped, bool) or not isinstance(skipped, (int, float)) or not 0 <= skipped <= 1:
+    if isinstance(skipped, bool) or not isinstance(skipped, (int, float)) or not 0 <= skipped < 1:
         raise ModelFileError(
-            f"{pack.path}: sparsity: skipped: expected a number of 0 to 1, found {skipped!r}"
+            f"{pack.path}: sparsity: skipped: expected a number from 0 to below 1, found {skipped!r}"
         )
     return 1.0 - skipped
 

@@ -353,6 +353,13 @@ def test_what_rows_want_and_slots_do_not_hold(active: float, held: float, rows: 
     assert wanted_share(active, rows + 1, held) >= missing
 
 
+@given(active=st.floats(0.34, 1.0), held=st.floats(0, 1))
+def test_use_of_many_neurons_is_as_uneven_as_it_can_be(active: float, held: float) -> None:
+    assert wanted_share(active, 1) == pytest.approx(active, rel=1e-2)
+    assert wanted_share(1.0, 1, held) == pytest.approx(1 - held)
+    assert wanted_share(active, 1, held) <= 1 - held + 1e-9
+
+
 @given(st.integers(1000, 20000), st.integers(200, 40000), st.floats(1e-4, 1.0))
 def test_reads_of_records_are_what_is_missing_and_a_little_around(n: int, size: int, missing: float) -> None:
     n_bytes, requests = reads_of(n, size, missing)

@@ -331,9 +331,10 @@ def test_a_window_of_a_model_without_relu_reads_what_has_no_slot(packs: dict[str
         model = directory_of(file).neurons
         half = NeuronPlacement("exact", {w.id: w.rows // 2 for w in model.records}, 0, 0)
         n_bytes = sum(w.rows * w.chunk_bytes for w in model.records)
-        assert model.read_bytes(half) == n_bytes / 2
+        assert model.read_bytes(half) == pytest.approx(n_bytes / 2)
         sparse = directory_of(file).with_thresholds(0.5).neurons
-        assert sparse.read_bytes(half) == n_bytes / 4
+        # The most used are held.
+        assert sparse.read_bytes(half) == pytest.approx(n_bytes / 8, rel=1e-3)
 
 
 def test_a_study_has_room_for_thresholds(tmp_path: Path) -> None:
@@ -349,13 +350,13 @@ def test_a_study_has_room_for_thresholds(tmp_path: Path) -> None:
         assert engine.stats()["peak_bytes"] <= engine.plan.core_bytes
 
 
-@pytest.mark.parametrize("skipped", [None, -0.1, 1.5, "half", True])
+@pytest.mark.parametrize("skipped", [None, -0.1, 1.0, "half", True])
 def test_a_share_that_is_none_is_refused(made: Path, tmp_path: Path, skipped: object) -> None:
     with PackFile(made) as file:
         thresholds = sparsity.read_thresholds(file)
     assert thresholds is not None
     sparsity.add_thresholds(made, tmp_path / "bad.edge", dict(enumerate(thresholds)), {"skipped": skipped})
-    with pytest.raises(ModelFileError, match="sparsity: skipped: expected a number of 0 to 1"):
+    with pytest.raises(ModelFileError, match="sparsity: skipped: expected a number from 0 to below 1"):
         edge.load(tmp_path / "bad.edge", sparsity="on")
 
 
