@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 import edge
+from edge import planning
 from edge.cli import plan_figure
 from edge.planning import ModelPlan
 from flashload.errors import ArgumentError, ModelFileError
@@ -66,7 +68,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     large |= {"vocab_size": 32000, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"}
     for name, family, more in (
         ("7b", "llama", {"num_key_value_heads": 32}),
-        ("words", "llama", {"num_key_value_heads": 8, "vocab_size": 256000, "num_hidden_layers": 16}),
         ("moe", "mixtral", {"num_key_value_heads": 8, "num_local_experts": 8, "num_hidden_layers": 8}),
     ):
         (folder / name).mkdir()
@@ -198,11 +199,15 @@ def test_a_mixture_and_a_full_context_are_put_in_words(models: Callable[[str], P
     assert "(stream, kv)" in text and "kv: keys and values of a full context partly in a file" in text
 
 
-@pytest.mark.parametrize(("weights", "said"), [("keep", "at 16 bits"), ("q4", "at 4 bits (--weights q4)")])
-def test_bits_are_those_of_the_format(weights: str, said: str, models: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("weights", "bits", "said"),
+    [("keep", 16.0, "at 16 bits"), ("keep", 4.83, "at 4 bits"), ("q8", 8.5, "at 8 bits (--weights q8)"),
+     ("q4", 5.03, "at 4 bits (--weights q4)")],
+)  # fmt: skip
+def test_bits_are_those_of_the_format(weights: str, bits: float, said: str, found: ModelPlan) -> None:
     """A table of many words at eight bits does not make four bits eight."""
-    found = planned(models("words"), "--memory", "40GB" if weights == "keep" else "3GB", "--context", 512)
-    assert said in found["recommendation"]
+    option = dataclasses.replace(found.options[0], weights=weights, bits_per_weight=bits)
+    assert planning._bits_text(option) == said
 
 
 def test_equal_weights_are_one_column(models: Callable[[str], Path], tmp_path: Path) -> None:
