@@ -29,8 +29,8 @@ _PAGE_TABLE_SHARE = 512
 #: Parts of layer weights (cpp/store/stream_part.cc) the ring holds at least: two leased together (gate and up, where
 #: they come whole), and a gap where the next does not fit before the end; and how many let the drive run ahead.
 _RING_LEAST, _RING_AHEAD = 3, 4
-#: What is on its way and what the drive brings while held weights are computed with: 16 ms of a fast one. Measured: half
-#: as much costs a tenth of the rate, more brings nothing.
+#: What is on its way and what the drive brings while held weights are computed with: 16 ms of a fast one. Measured:
+#: half as much costs a tenth of the rate, more brings nothing.
 _RING_BYTES = 64 << 20
 _PART_BYTES = 2 << 20
 _SLACK_BYTES = 256 << 10
