@@ -19,6 +19,17 @@ _LOAD = ("memory", "context", "threads", "device", "weights", "io", "kv", "spars
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+memory_option = click.option(
+    "--memory", help="Ceiling for the whole process, such as 2GiB. Default: most of what is free."
+)
+threads_option = click.option("--threads", type=int, help="Compute threads. Default: all cores.")
+weights_option = click.option(
+    "--weights",
+    default="keep",
+    show_default=True,
+    type=click.Choice(["keep", "q8", "q4"]),
+    help="How a checkpoint is packed, when it has to be.",
+)
 kv_option = click.option(
     "--kv",
     default="auto",
@@ -47,21 +58,13 @@ def load_options(function: _F) -> _F:
     """Options of every command that loads a model."""
     for option in reversed(
         [
-            click.option(
-                "--memory", help="Ceiling for the whole process, such as 2GiB. Default: most of what is free."
-            ),
+            memory_option,
             click.option(
                 "--context", type=int, help="Tokens of context. Default: the model's, at most 4096."
             ),
-            click.option("--threads", type=int, help="Compute threads. Default: all cores."),
+            threads_option,
             click.option("--device", default="auto", show_default=True, help="auto or cpu."),
-            click.option(
-                "--weights",
-                default="keep",
-                show_default=True,
-                type=click.Choice(["keep", "q8", "q4"]),
-                help="How a checkpoint is packed, when it has to be.",
-            ),
+            weights_option,
             click.option("--io", default="auto", show_default=True, help="auto, io_uring or pread."),
             kv_option,
             sparsity_option,

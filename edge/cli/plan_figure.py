@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashload.errors import ArgumentError, DiskError
+from edge.cli.figure import png
 
 if TYPE_CHECKING:
     from edge.planning import ModelPlan
@@ -77,17 +77,7 @@ def save_png(plan: ModelPlan, path: Path) -> None:
         ArgumentError: matplotlib is not installed.
         DiskError: the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ArgumentError(
-            "--figure: drawing a PNG needs matplotlib, found none; pip install 'edge[bench]'"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    try:
+    with png(path, "bench", 150, figsize=(7, 4.2)) as (figure, axes):
         for name, options in series(plan).items():
             line = axes.plot(
                 [o.memory_bytes / 1e9 for o in options],
@@ -110,11 +100,6 @@ def save_png(plan: ModelPlan, path: Path) -> None:
             fontsize=7,
         )
         axes.legend(fontsize=8)
-        figure.savefig(path, dpi=150, format="png")
-    except OSError as error:
-        raise DiskError(f"{path}: the figure cannot be written: {error.strerror}") from error
-    finally:
-        pyplot.close(figure)
 
 
 def _shown(plan: ModelPlan) -> Sequence[Option]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashload.errors import ArgumentError, DiskError
+from edge.cli.figure import png
 
 if TYPE_CHECKING:
     from edge.predictor_training import PredictorReport
@@ -18,18 +18,8 @@ def save_png(report: PredictorReport, path: Path) -> None:
         ArgumentError: matplotlib is not installed.
         DiskError: the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ArgumentError(
-            "--figure: drawing a PNG needs matplotlib, found none; pip install 'edge[train]'"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     layers = range(len(report.layers))
-    try:
+    with png(path, "train", 120, nrows=1, ncols=2, figsize=(8, 3.4)) as (figure, (left, right)):
         left.bar(layers, [100 * r.predicted for r in report.layers], label="predicted", color="0.75")
         left.bar(layers, [100 * r.active for r in report.layers], label="open", color="C0", width=0.5)
         left.set(xlabel="layer", ylabel="share of neurons (%)")
@@ -44,8 +34,3 @@ def save_png(report: PredictorReport, path: Path) -> None:
             f"{report.path.name}: {report.held_out_tokens:,} held-out tokens, perplexity x {ratio:.4f}",
             fontsize=9,
         )
-        figure.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise DiskError(f"{path}: the figure cannot be written: {error.strerror}") from error
-    finally:
-        pyplot.close(figure)

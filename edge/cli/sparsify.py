@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge.cli.common import json_option, print_json, progress_bar
+from edge.cli.common import (
+    json_option,
+    memory_option,
+    print_json,
+    progress_bar,
+    threads_option,
+    weights_option,
+)
 from flashload.machine import format_bytes
 
 if TYPE_CHECKING:
@@ -31,15 +38,9 @@ if TYPE_CHECKING:
 @click.option(
     "--held-out-tokens", default=4096, show_default=True, help="Most tokens to measure the loss on."
 )
-@click.option("--memory", help="Ceiling for the whole process, such as 2GiB. Default: most of what is free.")
-@click.option("--threads", type=int, help="Compute threads. Default: all cores.")
-@click.option(
-    "--weights",
-    default="keep",
-    show_default=True,
-    type=click.Choice(["keep", "q8", "q4"]),
-    help="How a checkpoint is packed.",
-)
+@memory_option
+@threads_option
+@weights_option
 @json_option
 def command(
     model: str,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge.cli.common import json_option, print_json, progress_bar
+from edge.cli.common import json_option, print_json, progress_bar, threads_option, weights_option
 from flashload.machine import format_bytes
 
 if TYPE_CHECKING:
@@ -39,14 +39,8 @@ def _ranks(context: click.Context, parameter: click.Parameter, value: str) -> tu
 @click.option(
     "--memory", help="Ceiling of running and of fitting, such as 2GiB. Default: most of what is free."
 )
-@click.option("--threads", type=int, help="Compute threads. Default: all cores.")
-@click.option(
-    "--weights",
-    default="keep",
-    show_default=True,
-    type=click.Choice(["keep", "q8", "q4"]),
-    help="How a checkpoint is packed.",
-)
+@threads_option
+@weights_option
 @click.option(
     "--recall",
     type=float,
