@@ -11,6 +11,7 @@
 #include "kernels/gemv_driver.h"
 #include "kernels/gemv_formats.h"
 #include "kernels/gemv_table.h"
+#include "kernels/prefetch.h"
 
 namespace edge {
 namespace {
@@ -53,7 +54,7 @@ inline void forget_loads() { __asm__ volatile("" ::: "memory"); }
 template <typename V, int first, int last>
 inline void prefetch(const uint8_t* p) {
 #pragma GCC unroll 64
-  for (int line = first; line < last; ++line) V::prefetch(p + 64 * line);
+  for (int line = first; line < last; ++line) prefetch_line(p + 64 * line + V::kPrefetchBytes);
 }
 
 // Formats under one scale for 32 values.

@@ -3,7 +3,7 @@
 //
 // An Isa gives: V (a vector of floats), kLanes, kRows(vectors) = activation rows whose accumulators fit the registers
 // together with `vectors` vectors of the tile, zero(), load(p), store(p, v), fma(a, b, c), add(a, b), set1(x),
-// prefetch(p). A Weight gives: kBytes of one value, load(p) -> Isa::V.
+// kPrefetchBytes. A Weight gives: kBytes of one value, load(p) -> Isa::V.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "kernels/gemv_driver.h"
+#include "kernels/prefetch.h"
 
 namespace edge {
 namespace {
@@ -40,7 +41,7 @@ inline void float_steps(const uint8_t* w, int64_t n, const float* x, int64_t x_s
     const uint8_t* step = w + i * kStepBytes;
     if constexpr (kPrefetch) {
 #pragma GCC unroll 4
-      for (int64_t line = 0; line < kChains * kStepBytes; line += 64) Isa::prefetch(step + line);
+      for (int64_t line = 0; line < kChains * kStepBytes; line += 64) prefetch_line(step + line + Isa::kPrefetchBytes);
     }
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c)

@@ -21,9 +21,6 @@ struct Avx512 {
   static inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static inline V add(V a, V b) { return _mm512_add_ps(a, b); }
   static inline V set1(float x) { return _mm512_set1_ps(x); }
-  static inline void prefetch(const uint8_t* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchBytes), _MM_HINT_T0);
-  }
 };
 
 struct F32 {

@@ -21,7 +21,6 @@ struct Neon {
   static inline V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
   static inline V add(V a, V b) { return vaddq_f32(a, b); }
   static inline V set1(float x) { return vdupq_n_f32(x); }
-  static inline void prefetch(const uint8_t* p) { __builtin_prefetch(p + kPrefetchBytes); }
 };
 
 struct F32 {

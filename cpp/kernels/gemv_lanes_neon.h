@@ -23,8 +23,6 @@ struct Lanes {
   template <typename F>
   static constexpr bool kSigned = true;
 
-  static inline void prefetch(const uint8_t* p) { __builtin_prefetch(p + kPrefetchBytes); }
-
   static inline uint8x16_t u8(Words x) { return vreinterpretq_u8_s32(x); }
   static inline uint16x8_t u16(Words x) { return vreinterpretq_u16_s32(x); }
   static inline int16x8_t s16(Words x) { return vreinterpretq_s16_s32(x); }
