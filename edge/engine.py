@@ -15,10 +15,11 @@ from edge import batch, live, session, speculation
 from edge.completion import Chunk, Completion, collect
 from edge.config import GenerationConfig, config_from
 from edge.meter import Meter
+from edge.prompt import check_context, has_begun, prompt_ids
 from edge.stream import Passes, Stream, Turns
 from edge.tokenizer import Tokenizer
 from edge.writer import Writer
-from flashload.errors import ArgumentError, CancelledError, ContextOverflowError, EdgeError
+from flashload.errors import CancelledError, EdgeError
 from flashload.plan import Plan
 
 Progress = Callable[[int, int], None]
@@ -85,8 +86,7 @@ class Engine:
         """As :meth:`generate`, one :class:`edge.Chunk` per token; the last one carries finish_reason and stats."""
         config = config_from(settings)
         tokens = self._prompt_tokens(prompt)
-        # A text of special tokens alone has not begun: its first word then takes no space before it.
-        continues = not set(tokens) <= set(self.tokenizer.special_ids)
+        continues = has_begun(tokens, self.tokenizer)
         return Stream(self._turns, self._chunks(tokens, config, on_progress, continues))
 
     @overload
@@ -126,7 +126,7 @@ class Engine:
         """Natural log-probability of each token given those before it; None for the first, which nothing precedes."""
         tokens = self._prompt_tokens(text)
         with self._serving() as sequence:
-            self._check_context(len(tokens), 0)
+            check_context(len(tokens), 0, self.plan.context)
             return [None, *sequence.score(tokens)]
 
     def logits(self, prompt: str | Sequence[int]) -> Any:
@@ -253,46 +253,19 @@ class Engine:
                 self._memory.relieve(self)
 
     def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            tokens = self.tokenizer.encode(prompt, add_special_tokens=True)
-        elif isinstance(prompt, Sequence) and all(
-            isinstance(t, int) and not isinstance(t, bool) for t in prompt
-        ):
-            tokens = [int(t) for t in prompt]
-        else:
-            raise ArgumentError(
-                f"prompt: expected text or a list of token ids, found {type(prompt).__name__}"
-            )
-        if not tokens and self.tokenizer.bos_id is not None:
-            tokens = [self.tokenizer.bos_id]
-        if not tokens:
-            raise ArgumentError(
-                "prompt: expected at least one token, found none (and the model has no BOS token)"
-            )
-        out_of_range = [t for t in tokens if not 0 <= t < self.vocab_size]
-        if out_of_range:
-            raise ArgumentError(f"prompt: expected ids in 0..{self.vocab_size - 1}, found {out_of_range[0]}")
-        return tokens
+        return prompt_ids(prompt, self.tokenizer, self.vocab_size)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the model's embedding (at least the tokenizer's vocabulary)."""
         return int(self.metadata["config"]["vocab_size"])
 
-    def _check_context(self, n_prompt: int, max_tokens: int) -> None:
-        if n_prompt + max_tokens > self.plan.context:
-            asked = f"{n_prompt} prompt tokens" + (f" + {max_tokens} to generate" if max_tokens else "")
-            raise ContextOverflowError(
-                f"context: {asked} exceed the context of {self.plan.context} tokens; "
-                "raise it (context=, --context) or drop old text (overflow='shift')"
-            )
-
     def _chunks(
         self, tokens: list[int], config: GenerationConfig, on_progress: Progress | None, continues: bool
     ) -> Generator[Chunk, None, None]:
         """One text, checked now and computed as it is read, by whoever has the turn then."""
         if config.overflow == "error":
-            self._check_context(len(tokens), config.max_tokens or 0)
+            check_context(len(tokens), config.max_tokens or 0, self.plan.context)
         elif len(tokens) >= self.plan.context:
             tokens = tokens[:1] + tokens[len(tokens) - self.plan.context // 2 :]
         limit = config.max_tokens

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import _edge
 
@@ -321,6 +321,7 @@ def load(
     exact: bool = False,
     draft: str | os.PathLike[str] | None = None,
     pressure: str = "auto",
+    backend: str = "edge",
     whole_process: bool = False,
     on_pack: Progress | None = None,
     on_load: Progress | None = None,
@@ -349,6 +350,9 @@ def load(
             which ``Engine.notes`` says; "off" computes them all.
         pressure: "auto" looks, between tokens, at the memory that the machine and the process's cgroup have left, and
             gives some back for as long as others need it (:mod:`edge.pressure`); "off" keeps to the budget.
+        backend: "edge", or another runtime that is installed, "llama.cpp", "onnxruntime" or "mlc": then an
+            :class:`edge.backends.peer.Peer` comes back, which answers the same calls but keeps no budget; of all other
+            parameters it takes ``context`` and ``threads`` alone.
         exact: nothing that changes the text, whatever it costs; the same as ``predictor="off", sparsity="off"``.
         whole_process: the ceiling bounds the whole process, as on the command line.
         on_pack: called with (bytes done, bytes) while a checkpoint is packed.
@@ -362,6 +366,9 @@ def load(
         ModelFileError: the file is malformed, corrupt or not supported.
         ArgumentError: a parameter is out of range.
     """
+    if backend != "edge":
+        given = (memory, device, weights, isa, io, kv, predictor, sparsity, exact, draft, pressure)
+        return _load_peer(model, backend, context, threads, given)
     if device not in _DEVICES:
         raise ArgumentError(f"device: expected one of {', '.join(_DEVICES)}, found {device!r}")
     if predictor not in _PREDICTOR:
@@ -384,6 +391,37 @@ def load(
         return _load(sizing, start, memory, pressure == "auto", on_load)
     finally:
         host.pack.close()
+
+
+_OF_EDGE_ALONE: dict[str, object] = {
+    "memory": None,
+    "device": "auto",
+    "weights": "keep",
+    "isa": "",
+    "io": "auto",
+    "kv": "auto",
+    "predictor": "auto",
+    "sparsity": "off",
+    "exact": False,
+    "draft": None,
+    "pressure": "auto",
+}
+
+
+def _load_peer(
+    model: str | os.PathLike[str],
+    backend: str,
+    context: int | None,
+    threads: int | None,
+    given: tuple[object, ...],
+) -> Engine:
+    from edge.backends import load_peer
+
+    for (name, usual), value in zip(_OF_EDGE_ALONE.items(), given, strict=True):
+        if value != usual:
+            raise ArgumentError(f"{name}: only edge's own engine takes it; leave it out with {backend}")
+    # Callers see one type; what a peer lacks it does not have.
+    return cast("Engine", load_peer(model, backend, context=context, threads=threads))
 
 
 def load_to_study(

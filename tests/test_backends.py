@@ -1,0 +1,278 @@
+"""Other runtimes behind an engine's calls: stand-ins for their packages, and llama.cpp where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import edge
+from edge.backends import BACKENDS
+from edge.backends.peer import LogitsPeer
+from edge.errors import ArgumentError, ContextOverflowError, EdgeError, ModelFileError
+from edge.loading import resolve_model
+from edge.tokenizer import load_tokenizer
+
+STORY = resolve_model("story")
+
+
+class Runner:
+    """Logits by rule: the next token is the last one plus one, with certainty that depends on the length."""
+
+    def __init__(self, vocab_size: int, context: int = 64) -> None:
+        self.vocab_size = vocab_size
+        self.context = context
+        self.fed: list[int] = []
+        self.closed = False
+
+    def restart(self) -> None:
+        self.fed = []
+
+    def feed(self, tokens: Any, every: bool = False) -> Any:
+        rows = []
+        for token in tokens:
+            self.fed.append(token)
+            row = np.zeros(self.vocab_size, np.float32)
+            row[(token + 1) % self.vocab_size] = 5 + len(self.fed) % 3
+            rows.append(row)
+        return np.stack(rows) if every else rows[-1]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def peer() -> Any:
+    tokenizer = load_tokenizer(STORY)
+    with LogitsPeer("stand-in", "1", tokenizer, Runner(tokenizer.vocab_size)) as found:
+        yield found
+
+
+def test_greedy_follows_the_logits(peer: Any) -> None:
+    done = peer.generate([300, 301], max_tokens=5, temperature=0, ignore_eos=True)
+    assert done.tokens == [302, 303, 304, 305, 306]
+    assert done.finish_reason == "length"
+    assert done.text == peer.tokenizer.decode(done.tokens, continues=True)
+    assert done.stats["prompt_tokens"] == 2 and done.stats["generated_tokens"] == 5
+    assert done.stats["backend"] == "stand-in"
+
+
+def test_seed_decides_the_text(peer: Any) -> None:
+    def text(seed: int) -> list[int]:
+        return list(peer.generate([300], max_tokens=12, temperature=3.0, seed=seed, ignore_eos=True).tokens)
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_stream_is_generate_in_pieces(peer: Any) -> None:
+    settings: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    chunks = list(peer.stream([300], **settings))
+    assert "".join(chunk.text for chunk in chunks) == peer.generate([300], **settings).text
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * 6
+    assert chunks[-1].finish_reason == "length"
+
+
+def test_stop_string_ends_the_text(peer: Any) -> None:
+    whole = peer.generate([300], max_tokens=8, temperature=0, ignore_eos=True).text
+    stop = whole[len(whole) // 2 :][:3]
+    done = peer.generate([300], max_tokens=8, temperature=0, ignore_eos=True, stop=stop)
+    assert done.text == whole[: whole.index(stop)]
+    assert done.finish_reason == "stop"
+
+
+def test_cancel_ends_after_a_token(peer: Any) -> None:
+    stream = peer.stream([300], max_tokens=20, temperature=0, ignore_eos=True)
+    next(stream)
+    peer.cancel()
+    rest = list(stream)
+    assert rest[-1].finish_reason == "cancelled" and len(rest) <= 2
+
+
+def test_score_is_the_log_probability_of_each_token(peer: Any) -> None:
+    tokens = [300, 301, 301, *range(400, 500)]
+    peer.context = peer._runner.context = 256
+    scores = peer.score(tokens)
+    norm = math.log(math.exp(6) + peer.vocab_size - 1)
+    assert scores[0] is None and len(scores) == len(tokens)
+    assert scores[1] == pytest.approx(6 - norm, abs=1e-9)  # what the rule foretold, after one token
+    assert scores[2] == pytest.approx(-math.log(math.exp(7) + peer.vocab_size - 1), abs=1e-9)
+
+
+def test_what_does_not_apply_is_refused(peer: Any) -> None:
+    with pytest.raises(ContextOverflowError, match="exceed the context of 64"):
+        peer.generate([300] * 60, max_tokens=5)
+    with pytest.raises(
+        ArgumentError, match="speculation: expected auto or off with stand-in, found 'lookup'"
+    ):
+        peer.generate([300], max_tokens=1, speculation="lookup")
+    with pytest.raises(ArgumentError, match="overflow: expected error with stand-in"):
+        peer.generate([300], max_tokens=1, overflow="shift")
+    with pytest.raises(ArgumentError, match="unknown setting"):
+        peer.generate([300], length=1)
+
+
+def test_closed_is_closed() -> None:
+    tokenizer = load_tokenizer(STORY)
+    runner = Runner(tokenizer.vocab_size)
+    peer = LogitsPeer("stand-in", "1", tokenizer, runner)
+    peer.close()
+    peer.close()
+    assert runner.closed
+    for request in (lambda: peer.generate([300], max_tokens=1), lambda: peer.score([300, 301])):
+        with pytest.raises(EdgeError, match="engine: closed"):
+            request()
+
+
+def test_unknown_backend_is_named() -> None:
+    with pytest.raises(
+        ArgumentError, match=r"backend: expected edge, llama\.cpp, onnxruntime, mlc, found 'tgi'"
+    ):
+        edge.load(STORY, backend="tgi")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_absent_package_is_one_clear_line(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = BACKENDS[backend][1]
+    monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
+    with pytest.raises(
+        ArgumentError, match=f"backend: {backend} needs the package {package}, which"
+    ) as caught:
+        edge.load(STORY, backend=backend)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("memory", "1GiB"), ("weights", "q4"), ("draft", "story"), ("exact", True)]
+)
+def test_what_edge_alone_has_is_refused(name: str, value: object) -> None:
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(
+        ArgumentError, match=rf"{name}: only edge's own engine takes it; leave it out with mlc"
+    ):
+        edge.load(STORY, backend="mlc", **options)
+
+
+@pytest.mark.parametrize(("name", "value"), [("threads", 0), ("context", True), ("context", "long")])
+def test_ranges_are_checked_before_anything_is_loaded(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"{name}: expected 1.."):
+        edge.load(STORY, backend="llama.cpp", **{name: value})
+
+
+class Generator:
+    """Stands for onnxruntime_genai.Generator, with a rule of its own."""
+
+    def __init__(self, model: Any, params: Any) -> None:
+        self.tokens: list[int] = []
+
+    def append_tokens(self, tokens: Any) -> None:
+        assert tokens.dtype == np.int32
+        self.tokens += tokens.tolist()
+
+    def get_logits(self) -> Any:
+        rows = np.zeros((1, 1, 5000), np.float32)
+        rows[0, 0, self.tokens[-1] + 2] = 9
+        return rows
+
+
+def onnx_package(overlays: list[dict[str, Any]]) -> Any:
+    config = SimpleNamespace(
+        clear_providers=lambda: None, overlay=lambda text: overlays.append(json.loads(text))
+    )
+    return SimpleNamespace(
+        __version__="0.0",
+        Config=lambda path: config,
+        Model=lambda config: SimpleNamespace(),
+        GeneratorParams=lambda model: SimpleNamespace(set_search_options=lambda **options: None),
+        Generator=Generator,
+    )
+
+
+def onnx_folder(folder: Path, settings: dict[str, Any]) -> Path:
+    from flashload.format import PackFile
+
+    with PackFile(STORY) as pack:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes(pack.read(name))
+    (folder / "genai_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overlays: list[dict[str, Any]] = []
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", onnx_package(overlays))
+    folder = onnx_folder(tmp_path, {"model": {"vocab_size": 5000, "context_length": 128}})
+    with edge.load(folder, backend="onnxruntime", context=64, threads=2) as peer:
+        done = peer.generate([300], max_tokens=3, temperature=0, ignore_eos=True)
+        assert done.tokens == [302, 304, 306]
+        assert peer.score([300, 302, 304])[1:] == pytest.approx([math.log(1 / (1 + 4999 * math.exp(-9)))] * 2)
+    assert overlays[0]["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 2
+
+
+def test_onnxruntime_refuses_what_it_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", onnx_package([]))
+    with pytest.raises(ArgumentError, match="context: expected at most the model's 128 tokens, found 4096"):
+        folder = onnx_folder(tmp_path, {"model": {"vocab_size": 5000, "context_length": 128}})
+        edge.load(folder, backend="onnxruntime")
+    with pytest.raises(ModelFileError, match=r"genai_config\.json: expected model\.vocab_size"):
+        edge.load(onnx_folder(tmp_path, {"model": {}}), backend="onnxruntime")
+
+
+class MlcEngine:
+    """Stands for mlc_llm.MLCEngine: replies by the rule of the next id, spelled as a server spells it."""
+
+    asked: dict[str, Any]
+
+    def __init__(self, model: str, device: str, mode: str) -> None:
+        self.tokenizer = load_tokenizer(STORY)
+        self.completions = SimpleNamespace(create=self.create)
+
+    def create(self, prompt: list[int], max_tokens: int, **asked: Any) -> Any:
+        MlcEngine.asked = asked
+        for i in range(max_tokens):
+            item = SimpleNamespace(
+                token=self.tokenizer.id_to_token(prompt[-1] + 1 + i), logprob=-0.5, top_logprobs=[]
+            )
+            choice = SimpleNamespace(logprobs=SimpleNamespace(content=[item]))
+            yield SimpleNamespace(choices=[choice, SimpleNamespace(logprobs=None)])
+
+    def terminate(self) -> None:
+        pass
+
+
+def test_mlc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlc_llm", SimpleNamespace(MLCEngine=MlcEngine))
+    with edge.load(onnx_folder(tmp_path, {}), backend="mlc") as peer:
+        done = peer.generate([300], max_tokens=3, temperature=0.5, seed=7, logprobs=0, ignore_eos=True)
+        assert done.tokens == [301, 302, 303]
+        assert [one.logprob for one in done.logprobs or ()] == [-0.5] * 3
+        assert MlcEngine.asked["temperature"] == 0.5 and MlcEngine.asked["seed"] == 7
+        with pytest.raises(ArgumentError, match=r"repetition_penalty: mlc has no such setting, found 1\.3"):
+            peer.generate([300], max_tokens=1, repetition_penalty=1.3)
+        with pytest.raises(ArgumentError, match="score: mlc shows no log-probabilities"):
+            peer.score([300, 301])
+
+
+def test_llama_cpp_writes_what_edge_writes(shared: Path) -> None:
+    try:
+        importlib.import_module("llama_cpp")
+    except ImportError:
+        pytest.skip("llama-cpp-python is not installed")
+    model = next(iter(sorted((shared / "models").glob("*q8_0*.gguf"))), None)
+    if model is None:
+        pytest.skip("no small GGUF file among the shared models")
+    settings: dict[str, Any] = {"max_tokens": 24, "temperature": 0}
+    with edge.load(model) as own, edge.load(model, backend="llama.cpp", context=256, threads=2) as peer:
+        prompt = "Once upon a time there was"
+        assert peer.generate(prompt, **settings).text == own.generate(prompt, **settings).text
+        for theirs, ours in zip(peer.score(prompt)[1:], own.score(prompt)[1:], strict=True):
+            assert theirs == pytest.approx(ours, abs=0.05)
+    with pytest.raises(ModelFileError, match=r"llama\.cpp does not load it"):
+        edge.load(STORY, backend="llama.cpp")
