@@ -54,8 +54,7 @@ class _Pages:
     """The pages of keys and values that texts which run together share."""
 
     def __init__(self, engine: Engine) -> None:
-        stats = engine.stats()
-        self.page_tokens: int = stats["kv_page_tokens"]
+        self.page_tokens = engine._open_core().kv_page_tokens
         self.n_pages = self.of(engine.plan.context)
 
     def of(self, n_tokens: int) -> int:
@@ -170,6 +169,7 @@ def chunks_many(
 ) -> Generator[Chunk, None, None]:
     """The chunks of :func:`stream_many`, computed as they are read, by whoever has the turn then."""
     trunk = engine._begin()
+    engine._prefixes.clear()
     engine._hold_kv()
     try:
         yield from _texts(engine, trunk, tokens, config, max_parallel)

@@ -15,6 +15,7 @@ from edge import batch, live, session, speculation
 from edge.completion import Chunk, Completion, collect
 from edge.config import GenerationConfig, config_from
 from edge.meter import Meter
+from edge.prefixes import Prefixes
 from edge.prompt import check_context, has_begun, prompt_ids
 from edge.stream import Passes, Stream, Turns
 from edge.tokenizer import Tokenizer
@@ -57,6 +58,7 @@ class Engine:
             core, plan.context, self._drafting
         )
         self._memory = memory
+        self._prefixes = Prefixes()
         self._turns = Turns()
         self._passes = Passes()
         self._cancelled = threading.Event()
@@ -188,6 +190,7 @@ class Engine:
         self._turns.take_last(self._cancelled.is_set)
         try:
             with self._passes.between():
+                self._prefixes.clear()
                 self._speculators = None
                 self._drafting = None
                 self._sequence = None
@@ -246,8 +249,18 @@ class Engine:
             with self._passes:
                 self._memory.holds_kv = hold
 
-    def _relieve(self) -> None:
-        """Between passes: gives way where others need memory."""
+    def _at_prefix(self, tokens: list[int]) -> _edge.Sequence:
+        """What a request begins with: the text that shares most with it, of this and earlier requests."""
+        assert self._sequence is not None
+        if self.plan.kv_on_flash is None:
+            self._sequence = self._prefixes.begin(self._sequence, tokens)
+        return self._sequence
+
+    def _relieve(self, n_rows: int = speculation.MOST_ROWS) -> None:
+        """Before a pass: gives way where others need memory, and earlier texts where its rows need pages."""
+        if self._prefixes:
+            with self._passes:
+                self._prefixes.make_room(self._open_core(), n_rows)
         if self._memory is not None:
             with self._passes.between():
                 self._memory.relieve(self)
@@ -283,7 +296,7 @@ class Engine:
         writer: Writer,
         on_progress: Progress | None,
     ) -> Generator[Chunk, None, None]:
-        sequence = self._begin()
+        self._begin()
         settings = speculation.parse(config.speculation)
         speculators = self._speculators if settings is not None else None
         if settings is not None and speculators is not None:
@@ -293,10 +306,11 @@ class Engine:
         sampler = _edge.Sampler(config.sampling(seed), self.vocab_size)
         try:
             with self._passes:
+                sequence = self._at_prefix(tokens)
                 meter.reused = sequence.set_tokens(tokens)
             # The last token's pass belongs to the prompt: its logits are what the first token is drawn from.
             while not writer.ended and sequence.n_pending > 0:
-                self._relieve()
+                self._relieve(min(sequence.n_pending, self.plan.max_rows))
                 with self._passes:
                     sequence.advance()
                 if on_progress is not None:

@@ -76,7 +76,8 @@ class LiveMemory:
     def _apply(self, engine: Engine, sized: Sized, reason: str, on_load: Progress | None) -> None:
         core = engine._open_core()
         change = self._change(sized.plan.memory_bytes, reason) | {"placement": sized.plan.placement}
-        # What goes is given back before anything new is read.
+        # What goes is given back before anything new is read. Pages of one text can go to a drive, shared ones cannot.
+        engine._prefixes.clear()
         drafting = engine._part_with_drafters(keep_draft=sized.draft is not None)
         draft, notes = drafting.draft, list[str]()
         try:

@@ -21,7 +21,7 @@ _OFF = "off"
 _AUTO = "auto"
 #: Tokens of the text that look-ups remember; 16 bytes each.
 LOOKUP_WINDOW_TOKENS = 8192
-_LONGEST_DEPTH, _MOST_ROWS = 16, 128
+_LONGEST_DEPTH, MOST_ROWS = 16, 128
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Speculation:
             )
         for name, low, high in (
             ("depth", 0, _LONGEST_DEPTH),
-            ("max_rows", 2, _MOST_ROWS),
+            ("max_rows", 2, MOST_ROWS),
             ("lookahead_window", 1, 32),
             ("lookahead_n", 2, 8),
             ("lookahead_grams", 1, 32),

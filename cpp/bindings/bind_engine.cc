@@ -129,6 +129,9 @@ void bind(py::module_& module) {
            py::arg("options"), py::arg("progress").none(true) = nullptr,
            "Another budget and the plan made for it, between passes. After an error the old one is in place.")
       .def("stats", &stats)
+      .def_property_readonly("kv_page_tokens", [](Engine& self) { return self.kv_pool().shape().page_tokens; })
+      .def_property_readonly("kv_pages_left", [](Engine& self) { return self.kv_pool().n_pages_left(); },
+                             "Pages of keys and values that no sequence has.")
       .def("set_neuron_thresholds", &set_thresholds, py::arg("thresholds").none(true),
            "[n_layers, intermediate]: neurons with |act(gate)| at or below their threshold count as zero. None ends it. "
            "Keys and values computed before stay as they are.");

@@ -55,6 +55,8 @@ class KvPool {
   // Since the pool was made. From any thread.
   KvTraffic traffic() const;
   KvFlash* flash() { return flash_.get(); }
+  // Pages of the context that no sequence has.
+  int64_t n_pages_left() const { return n_pages_left_; }
   // Null where all pages are in memory.
   KvStream* stream() { return stream_.get(); }
 
