@@ -20,7 +20,7 @@ import _edge
 import numpy as np
 
 from bench import shapes, sparsity
-from bench.random_blocks import F16, Q4_0, Q8_0, BlockType, random_blocks
+from bench.random_blocks import F16, Q4_0, BlockType, random_blocks
 from bench.sparsity import F32
 from bench.synth_hf import write_opt_settings
 from flashload.arch import FAMILIES, DecoderConfig, Keys
@@ -73,7 +73,7 @@ class _Synth:
     def embedding(self) -> Iterator[bytes]:
         """[vocab, hidden]: unit deviation, zero where positions are."""
         rows, cols = self.shape.vocab, self.shape.hidden
-        kind, code, ggml = (Q8_0, WeightFormat.Q8_0, 8) if self.quantised else (F16, WeightFormat.F16, _F16)
+        kind, code, ggml = (Q4_0, WeightFormat.Q4_0, 2) if self.quantised else (F16, WeightFormat.F16, _F16)
         # Per block its scale, or every value: both are what makes it zero.
         zero = self.ours[:: kind.values]
         for first in range(0, rows, _ROWS):
@@ -166,7 +166,7 @@ def write_sparse(path: Path, shape: shapes.Shape, form: str, seed: int = 0) -> i
     Args:
         path: the pack, replaced when it exists.
         shape: an OPT shape with a hidden size of a multiple of 512.
-        form: "q4" (embedding in eight bits) or "f16" (predictors in eight bits).
+        form: "q4" (all matrices, as ``--pure`` files of llama.cpp have them) or "f16" (predictors in eight bits).
         seed: of all random values.
 
     Raises:
@@ -190,7 +190,6 @@ def write_sparse(path: Path, shape: shapes.Shape, form: str, seed: int = 0) -> i
         "predictor": {"rank": [sparsity.rank(i, shape.layers, hidden) for i in range(shape.layers)]},
     }
     blobs = {METADATA: json.dumps(metadata).encode(), **blobs}
-    embed_code = WeightFormat.Q8_0 if synth.quantised else WeightFormat.F16
     code = WeightFormat.Q4_0 if synth.quantised else WeightFormat.F16
     with PackWriter(path) as writer:
 
@@ -210,7 +209,7 @@ def write_sparse(path: Path, shape: shapes.Shape, form: str, seed: int = 0) -> i
 
         for name, blob in blobs.items():
             writer.add(name, WeightFormat.BYTES, 1, len(blob), [blob])
-        writer.add("embed.weight", embed_code, shape.vocab, hidden, synth.embedding())
+        writer.add("embed.weight", code, shape.vocab, hidden, synth.embedding())
         writer.add("embed.position", WeightFormat.F16, shape.context + 2, hidden, [synth.position_rows()])
         ones = np.ones(hidden, np.float32)
         for i in range(shape.layers):

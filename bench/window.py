@@ -8,15 +8,21 @@ figures are of the text, not of the machine. Without ``--text`` the model writes
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench import machine, report
+
+if TYPE_CHECKING:
+    import _edge
 
 _SLACK_BYTES = 64 << 20
 
 
-def _options(path: Path, decoder: dict[str, Any], share: float, mode: str, context: int) -> dict[str, Any]:
+def options_of(path: Path, decoder: dict[str, Any], share: float, mode: str, context: int) -> dict[str, Any]:
+    """Of a core engine with this share of each layer's records in memory; mode: "exact" or "predictor" decides."""
     from flashload.format import PackFile
     from flashload.plan import NEURONS, RESIDENT, UNUSED
 
@@ -61,32 +67,44 @@ def own_texts(path: Path, n_texts: int, n_tokens: int) -> list[list[int]]:
         return [engine.generate("", seed=seed, **settings).tokens for seed in range(n_texts)]
 
 
-def replay(options: dict[str, Any], texts: list[list[int]], half_life: float) -> dict[str, float]:
-    """Decodes the texts one after the other with one window; the first text warms it and is not counted."""
+def replay(
+    options: dict[str, Any],
+    texts: list[list[int]],
+    step: Callable[[_edge.Sequence, list[int], int], None] = lambda sequence, text, i: sequence.advance(),
+) -> dict[str, float]:
+    """Decodes the texts one after the other with one window; the first text warms it and is not counted.
+
+    Args:
+        step: computes token i of a text, the last one of the sequence; called for those that count too.
+    """
     import _edge
 
-    engine = _edge.Engine(options | {"neuron_half_life_tokens": half_life})
+    engine = _edge.Engine(options)
     sequence = _edge.Sequence(engine)
-    before, n_tokens = engine.stats(), 0
+    before, n_tokens, seconds = engine.stats(), 0, 0.0
     for number, text in enumerate(texts):
         if number == 1:
-            before, n_tokens = engine.stats(), 0
-        for i in range(1, len(text) + 1):
-            sequence.set_tokens(text[:i])
-            sequence.advance()
-            n_tokens += 1
+            before, n_tokens, seconds = engine.stats(), 0, 0.0
+        start = time.perf_counter()
+        for i in range(len(text)):
+            sequence.set_tokens(text[: i + 1])
+            step(sequence, text, i)
+        n_tokens += len(text)
+        seconds += time.perf_counter() - start
     after = engine.stats()
     wanted = after["neurons_wanted"] - before["neurons_wanted"]
     return {
+        "tokens_per_second": n_tokens / seconds,
         "wanted_per_token": wanted / n_tokens,
+        "passed_over_per_token": (after["neurons_passed_over"] - before["neurons_passed_over"]) / n_tokens,
         "hit_share": (after["neuron_hits"] - before["neuron_hits"]) / wanted if wanted else 0.0,
         "bytes_per_token": (after["neuron_bytes"] - before["neuron_bytes"]) / n_tokens,
         "requests_per_token": (after["neuron_requests"] - before["neuron_requests"]) / n_tokens,
     }
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Every share of slots under every half-life."""
+def prepare(args: argparse.Namespace) -> tuple[dict[str, Any], list[list[int]], dict[str, Any]]:
+    """The decoder's configuration, the texts, and what a document says of them; of options of :func:`add_options`."""
     from edge.tokenizer import Tokenizer
     from flashload.format import PackFile
 
@@ -102,15 +120,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     document: dict[str, Any] = {
         "machine": machine.facts(),
         "model": args.pack.name,
-        "mode": args.mode,
         "neurons": n_neurons,
         "tokens": sum(map(len, texts)),
         "results": [],
     }
+    return decoder, texts, document
+
+
+def add_options(parser: argparse.ArgumentParser, shares: list[float]) -> None:
+    """A pack, shares of records in memory, and texts."""
+    parser.add_argument("pack", type=Path, help="a pack with neuron records (edge pack --neurons on)")
+    parser.add_argument("--shares", type=float, nargs="+", default=shares)
+    parser.add_argument("--text", type=Path, help="decode this text instead of the model's own")
+    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=200, help="per text")
+    report.add_output(parser)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Every share of slots under every half-life."""
+    decoder, texts, document = prepare(args)
+    document["mode"] = args.mode
     for share in args.shares:
-        options = _options(args.pack, decoder, share, args.mode, max(map(len, texts)) + 8)
+        options = options_of(args.pack, decoder, share, args.mode, max(map(len, texts)) + 8)
         for half_life in args.half_lives:
-            figures = replay(options, texts, half_life)
+            figures = replay(options | {"neuron_half_life_tokens": half_life}, texts)
             document["results"].append({"slot_share": share, "half_life_tokens": half_life} | figures)
     return document
 
@@ -142,14 +176,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pack", type=Path, help="a pack with neuron records (edge pack --neurons on)")
+    add_options(parser, [0.05, 0.1, 0.15, 0.25, 0.5, 0.75])
     parser.add_argument("--mode", choices=("exact", "predictor"), default="exact")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.15, 0.25, 0.5, 0.75])
     parser.add_argument("--half-lives", type=float, nargs="+", default=[0, 4, 16, 32, 64, 256])
-    parser.add_argument("--text", type=Path, help="decode this text instead of the model's own")
-    parser.add_argument("--texts", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=200, help="per text")
-    report.add_output(parser)
     args = parser.parse_args()
     document = measure(args)
     report.put_out(f"window-{args.pack.stem}", document, show, args)

@@ -25,6 +25,7 @@ from flashload.machine import (
 )
 from flashload.plan import Directory, Plan, directory_of, place
 from flashload.plan_kv import KV, choose_kv
+from flashload.plan_neurons import LEAN_KEEP, Guess
 
 if TYPE_CHECKING:
     from edge.draft import DraftModel, Reserved
@@ -39,7 +40,8 @@ _SMALLEST_DEFAULT_CONTEXT = 512
 #: What the same process holds at the same point differs by this much from run to run.
 _JITTER_BYTES = 2 << 20
 _DEVICES = ("auto", "cpu")
-_PREDICTOR: dict[str, bool | str] = {"auto": True, "on": "on", "off": False}
+#: Names of who may decide which neurons are active.
+PREDICTOR: dict[str, Guess] = {"auto": True, "on": "on", "off": False, "lean": LEAN_KEEP}
 SPARSITY = ("off", "on")
 _PRESSURE = ("auto", "off")
 
@@ -215,7 +217,7 @@ def plan_host(
     context: int | None = None,
     threads: int | None = None,
     kv: str = "auto",
-    predictor: bool | str = True,
+    predictor: Guess = True,
 ) -> Plan:
     """Places the weights; see :func:`edge.plan`."""
     # What is free now comes on top of what opening the model took already.
@@ -279,7 +281,7 @@ def place_host(
     context: int | None = None,
     threads: int | None = None,
     kv: str = "auto",
-    predictor: bool | str = True,
+    predictor: Guess = True,
     draft: Callable[[Plan], DraftModel] | None = None,
 ) -> Reserved:
     """The whole budget shared out, as :func:`load` does it: the model, then what speculation takes.
@@ -305,6 +307,22 @@ def place_host(
     return reserve(host, plan, replan, None if draft is None else draft(plan))
 
 
+def guess_of(predictor: str | float) -> Guess:
+    """What a plan makes of the argument ``predictor`` of :func:`load`.
+
+    Raises:
+        ArgumentError: neither a name nor a share between 0 and 1.
+    """
+    if isinstance(predictor, str) and predictor in PREDICTOR:
+        return PREDICTOR[predictor]
+    if isinstance(predictor, float) and 0 < predictor < 1:
+        return predictor
+    names = ", ".join(PREDICTOR)
+    raise ArgumentError(
+        f"predictor: expected one of {names}, or a share between 0 and 1, found {predictor!r}"
+    )
+
+
 def load(
     model: str | os.PathLike[str],
     *,
@@ -316,7 +334,7 @@ def load(
     isa: str = "",
     io: str = "auto",
     kv: str = "auto",
-    predictor: str = "auto",
+    predictor: str | float = "auto",
     sparsity: str = "off",
     exact: bool = False,
     draft: str | os.PathLike[str] | None = None,
@@ -342,7 +360,10 @@ def load(
             file in EDGE_SCRATCH (a folder on a drive; the cache folder when unset); "auto" takes what
             reads less from the drive for a token.
         predictor: "auto" lets the predictor that came with a sparse model guess which neurons are active where memory
-            is too short to know (a small loss); "on" lets it guess wherever memory is, "off" never.
+            is too short to know (a small loss); "on" lets it guess wherever memory is, "off" never. "lean" reads, of
+            what it names and memory does not hold, only the neurons that count most: those that keep 95 % of a layer's
+            energy, or a share given as a number. That is faster, and the text then depends on what memory holds, so on
+            the budget and on the texts before.
         draft: a smaller model of the same vocabulary whose guesses speculation verifies; held in memory inside the
             same budget, or left out with a note (``Engine.notes``) where it does not fit.
         sparsity: "on" leaves out the neurons that the thresholds of the pack say count little (``edge sparsify`` makes
@@ -371,13 +392,13 @@ def load(
         return _load_peer(model, backend, context, threads, given)
     if device not in _DEVICES:
         raise ArgumentError(f"device: expected one of {', '.join(_DEVICES)}, found {device!r}")
-    if predictor not in _PREDICTOR:
-        raise ArgumentError(f"predictor: expected one of {', '.join(_PREDICTOR)}, found {predictor!r}")
     if sparsity not in SPARSITY:
         raise ArgumentError(f"sparsity: expected one of {', '.join(SPARSITY)}, found {sparsity!r}")
     if pressure not in _PRESSURE:
         raise ArgumentError(f"pressure: expected one of {', '.join(_PRESSURE)}, found {pressure!r}")
-    guess = not exact and _PREDICTOR[predictor]
+    guess = guess_of(predictor)
+    if exact:
+        guess = False
     sparse = sparsity == "on" and not exact
     start = time.perf_counter()
     host = prepare(model, weights=weights, whole_process=whole_process, on_pack=on_pack)

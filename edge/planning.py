@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from edge.loading import SPARSITY, Host, default_memory_bytes, place_host, prepare, resolve_model
+from edge.loading import SPARSITY, Host, default_memory_bytes, guess_of, place_host, prepare, resolve_model
 from flashload.cache import cache_folder
 from flashload.curve import Curve, Option
 from flashload.errors import ArgumentError, BudgetError
@@ -16,7 +16,7 @@ from flashload.format import PackFile, is_pack
 from flashload.machine import cpu_count, format_bytes, parse_bytes, rss_bytes
 from flashload.pack import WEIGHTS
 from flashload.plan import Plan, directory_of
-from flashload.plan_neurons import is_neurons
+from flashload.plan_neurons import Guess, is_neurons
 from flashload.probe import Machine, probe
 from flashload.virtual_pack import Outline, VirtualPack, outline
 from quant.formats import TILE_FORMATS
@@ -153,13 +153,22 @@ def _bits(pack: VirtualPack) -> tuple[int, float]:
 
 
 def _curve(
-    option: str, model: Outline, host: Host, machine: Machine, context: int, threads: int, kv: str
+    option: str,
+    model: Outline,
+    host: Host,
+    machine: Machine,
+    context: int,
+    threads: int,
+    kv: str,
+    guess: Guess,
 ) -> Curve:
     pack = model.packs[option]
     packed = host.holding(cast(PackFile, pack))
 
     def make(memory_bytes: int) -> Plan:
-        return place_host(packed, memory=memory_bytes, context=context, threads=threads, kv=kv).plan
+        return place_host(
+            packed, memory=memory_bytes, context=context, threads=threads, kv=kv, predictor=guess
+        ).plan
 
     weight_bytes, bits = _bits(pack)
     return Curve(
@@ -186,6 +195,7 @@ def plan(
     weights: str = "keep",
     kv: str = "auto",
     sparsity: str = "off",
+    predictor: str | float = "auto",
     whole_process: bool = False,
     probe_again: bool = False,
     on_probe: Callable[[], None] | None = None,
@@ -195,7 +205,7 @@ def plan(
     Args:
         model: a pack, a GGUF file, a Hugging Face folder, or one of which only ``config.json`` (and, better,
             ``model.safetensors.index.json``) is there; or a shipped model's name.
-        memory, context, threads, weights, kv, sparsity: as for :func:`edge.load`.
+        memory, context, threads, weights, kv, sparsity, predictor: as for :func:`edge.load`.
         whole_process: the budget bounds the whole process, as on the command line.
         probe_again: measure the machine (2 to 3 seconds) even when its figures are known.
         on_probe: called before the machine is measured.
@@ -212,6 +222,7 @@ def plan(
     _check(context, threads)
     if sparsity not in SPARSITY:
         raise ArgumentError(f"sparsity: expected one of {', '.join(SPARSITY)}, found {sparsity!r}")
+    guess = guess_of(predictor)
     if memory is not None:
         parse_bytes(memory)
     path = resolve_model(model)
@@ -229,7 +240,9 @@ def plan(
     packed = host.holding(cast(PackFile, found.packs[weights]))
     placed: Plan | None = None
     try:
-        placed = place_host(packed, memory=memory_bytes, context=context, threads=threads, kv=kv).plan
+        placed = place_host(
+            packed, memory=memory_bytes, context=context, threads=threads, kv=kv, predictor=guess
+        ).plan
         context, n_threads = placed.context, placed.threads
     except BudgetError:
         context = context or _shortest_context(found.config.max_positions)
@@ -241,7 +254,7 @@ def plan(
     machine = probe(
         place, n_threads, files, force=probe_again, neurons=_has_neurons(found), on_measure=on_probe
     )
-    curves = [_curve(option, found, host, machine, context, n_threads, kv) for option in WEIGHTS]
+    curves = [_curve(option, found, host, machine, context, n_threads, kv, guess) for option in WEIGHTS]
     asked = curves[WEIGHTS.index(weights)]
     options = _options(curves, memory_bytes)
     recommended, words = recommend(curves, memory_bytes)

@@ -9,6 +9,7 @@ from edge.draft import DraftModel, Reserved, open_draft
 from edge.loading import DraftRequest, Host, place_host, scratch_folder
 from edge.speculation import Drafting
 from flashload.plan import Plan
+from flashload.plan_neurons import Guess
 
 if TYPE_CHECKING:
     import _edge
@@ -51,7 +52,7 @@ class Sizing:
         isa: str,
         io: str,
         kv: str,
-        predictor: bool | str,
+        predictor: Guess,
         drafts: DraftRequest | None,
     ) -> None:
         self.host = host

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flashload.errors import ArgumentError, BudgetError
 from flashload.machine import format_bytes
 from flashload.plan_kv import KvOnFlash, kv_on_flash
-from flashload.plan_neurons import ACTIVE_SHARE, NeuronModel, NeuronPlacement, is_extra, is_neurons
+from flashload.plan_neurons import ACTIVE_SHARE, Guess, NeuronModel, NeuronPlacement, is_extra, is_neurons
 
 if TYPE_CHECKING:
     from flashload.format import PackFile
@@ -80,6 +80,8 @@ class Plan:
     placements: list[int] = field(repr=False)
     stream_order: list[int] = field(repr=False)
     neuron_mode: str = ""
+    #: Share of a layer's energy for which records without a slot are read (mode "lean").
+    neuron_keep: float = 1.0
     neuron_bytes: int = 0
     neuron_staging_bytes: int = 0
     neuron_slots: list[int] = field(default_factory=list, repr=False)
@@ -124,6 +126,7 @@ class Plan:
             "demand_bytes": self.demand_bytes,
             "neuron_slots": self.neuron_slots,
             "neuron_bytes": self.neuron_bytes,
+            "neuron_keep": self.neuron_keep,
             "neuron_staging_bytes": self.neuron_staging_bytes,
             "io_engine": "auto",
             "threads": self.threads,
@@ -140,8 +143,8 @@ class Plan:
         """JSON form, without the per-weight lists."""
         keys = (
             "memory_bytes context threads max_rows placement host_bytes resident_bytes stream_bytes ring_bytes "
-            "demand_bytes kv_bytes activation_bytes floor_bytes neuron_mode neuron_bytes neuron_staging_bytes "
-            "slab_bytes expert_slots experts_per_token slack_bytes "
+            "demand_bytes kv_bytes activation_bytes floor_bytes neuron_mode neuron_keep neuron_bytes "
+            "neuron_staging_bytes slab_bytes expert_slots experts_per_token slack_bytes "
             "flash_bytes_per_token"
         )
         return {key: getattr(self, key) for key in keys.split()} | {
@@ -223,7 +226,7 @@ class Directory:
         """The least a demand cache works with: a row's chunks of each table, and two experts."""
         return _row_bytes(self.tables) + _LEAST_EXPERTS * self.expert_bytes
 
-    def least_bytes(self, predictor: bool | str) -> int:
+    def least_bytes(self, predictor: Guess) -> int:
         """Weights, ring and caches at their smallest: the head streamed as well, or (a tiny one) held."""
         streamed = self.ring_with_head_bytes + _row_bytes(self.tied)
         held = _bytes(self.head) + _RING_LEAST * self.largest_bytes
@@ -289,7 +292,7 @@ def make_plan(
     threads: int,
     host_bytes: int,
     host_peak_bytes: int = 0,
-    predictor: bool | str = True,
+    predictor: Guess = True,
     kv: str = "memory",
 ) -> Plan:
     """:func:`place` for weights of which only one plan is made."""
@@ -313,7 +316,7 @@ def place(
     threads: int,
     host_bytes: int,
     host_peak_bytes: int = 0,
-    predictor: bool | str = True,
+    predictor: Guess = True,
     kv: str = "memory",
 ) -> Plan:
     """Places every weight for one budget.
@@ -325,18 +328,18 @@ def place(
         host_bytes: memory already held when loading starts (interpreter, tokenizer).
         host_peak_bytes: the most that was held until then (while the tokenizer was built, or a checkpoint packed).
         predictor: a pack's predictor may decide which neurons are active where memory is short, at a small loss;
-            "on": it decides however much memory there is.
+            "on": it decides however much memory there is; a share: see :data:`flashload.plan_neurons.Guess`.
         kv: "memory"; "flash" keeps a share of the context's keys and values in memory and the rest in a file.
 
     Raises:
         BudgetError: the budget is below the floor; the message names the floor and what would lower it.
-        ArgumentError: predictor "on" for a pack without predictors.
+        ArgumentError: predictor "on" or a share for a pack without predictors.
     """
     import _edge
 
     weights, decoder = model.entries, model.decoder
     guided = predictor == "on"
-    if guided and not model.neurons.predictors:
+    if (guided or isinstance(predictor, float)) and not model.neurons.predictors:
         raise ArgumentError("predictor: expected a pack with predictors, found none (edge train-predictor)")
     whole = model.neurons.whole(guided) if model.neurons.records else None
     dense_bytes = _bytes([w for w in model.weights if w.format != _BLOB])
@@ -418,6 +421,7 @@ def place(
         placements=placements,
         stream_order=[w.id for w in placed.streamed],
         neuron_mode=neurons.mode,
+        neuron_keep=neurons.keep,
         neuron_bytes=neurons.bytes,
         neuron_staging_bytes=neurons.staging_bytes,
         neuron_slots=neuron_slots,
@@ -456,7 +460,7 @@ def _flash_bytes_per_token(model: Directory, placed: _Placed, kv: KvOnFlash | No
     return round(n_bytes)
 
 
-def _window(model: Directory, room_bytes: int, predictor: bool | str) -> _Placed | None:
+def _window(model: Directory, room_bytes: int, predictor: Guess) -> _Placed | None:
     """Records of neurons in slots, everything else in memory; where that is too much, the rest streams as well.
 
     A byte of attention that streams is read for every token, one of a record only when its neuron is active: so slots
@@ -465,9 +469,10 @@ def _window(model: Directory, room_bytes: int, predictor: bool | str) -> _Placed
     neurons = model.neurons
     held_bytes = _bytes(model.fixed) + _bytes(model.layers) + _bytes(model.head)
     modes = neurons.modes(predictor)
+    keep = predictor if isinstance(predictor, float) else 1.0
     slot_room = room_bytes - held_bytes - model.demand_bytes - _SLACK_BYTES
-    fitting = {mode: neurons.window(mode, slot_room) for mode in modes}
-    chosen, guess = fitting.get("exact"), fitting.get("predictor")
+    fitting = {mode: neurons.window(mode, slot_room, keep) for mode in modes}
+    chosen, guess = fitting.get("exact", fitting.get("lean")), fitting.get("predictor")
     if guess is not None and (chosen is None or neurons.predictor_pays(guess, chosen)):
         chosen = guess
     if chosen is not None:
@@ -475,7 +480,7 @@ def _window(model: Directory, room_bytes: int, predictor: bool | str) -> _Placed
         return _Placed("neurons", held_bytes, [], 0, model.demand_bytes, chosen)
     for mode, ahead_bytes in itertools.product(modes, (neurons.ahead_bytes(room_bytes), 0)):
         least_bytes = neurons.least_bytes(mode) + ahead_bytes
-        least = neurons.window(mode, least_bytes)
+        least = neurons.window(mode, least_bytes, keep)
         streaming = _stream(model, room_bytes - least_bytes)
         if least is not None and streaming is not None:
             resident_bytes = streaming.resident_bytes + neurons.resident_bytes(least)

@@ -4,9 +4,10 @@ active, and how many records of each layer have a slot in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 _PAGE_BYTES = 4096
 #: Records on their way in: as many reads as keep a drive busy, less in a small budget.
@@ -24,6 +25,15 @@ ACTIVE_SHARE = 0.1
 _RANKS = 64
 #: A predictor changes the text a little: it has to save a third of the reads.
 _WORTH_A_LOSS = 2 / 3
+#: What ``predictor="lean"`` keeps of a layer's energy; the perplexity it costs: ``python -m bench lean``.
+LEAN_KEEP = 0.95
+#: Of the missing, exp(-10 * loss ** 0.6) are read then: so does the random process of ``bench.sparsity``, with a
+#: seventh of the records in memory and losses of 0.02 to 0.06.
+_LEAN_FACTOR, _LEAN_POWER = 10.0, 0.6
+#: Who may decide which neurons are active: False: never a predictor; True: one where memory is short; "on": always one;
+#: a share: one where records do not all fit, and of those without a slot it reads what keeps that share of a layer's
+#: energy (cpp/model/neuron_price.h).
+Guess: TypeAlias = "bool | str | float"
 
 
 class Weight(Protocol):
@@ -57,6 +67,11 @@ def wanted_share(active_share: float, rows: int, held_share: float = 0.0) -> flo
     return float(sum(1 - (1 - p) ** rows for p in use) * step)
 
 
+def read_share(keep: float) -> float:
+    """Of the neurons without a slot that a predictor names, those that are read to keep a share of the energy."""
+    return math.exp(-_LEAN_FACTOR * (1 - keep) ** _LEAN_POWER)
+
+
 def is_extra(name: str) -> bool:
     """Whether plain runs have no need of an entry: predictors, thresholds and draft heads."""
     return ".predictor." in name or ".sparsity." in name or name.startswith("medusa.")
@@ -72,12 +87,13 @@ class NeuronPlacement:
     """How a pack's neurons live in memory.
 
     Attributes:
-        mode: "exact" (resident gate rows decide, the text is that of the whole model) or "predictor" (a low-rank guess
-            decides; neurons it misses count as zero).
+        mode: "exact" (resident gate rows decide, the text is that of the whole model), "predictor" (a low-rank guess
+            decides; neurons it misses count as zero) or "lean" (the same, and not all it names are read).
         slots: records in memory, by weight id; of the gates all or (not listed) none.
         bytes: slots and the core's tables.
         staging_bytes: where records land that are read on demand; 0 when every record has a slot.
         resident: predictor weights that are loaded.
+        keep: share of a layer's energy for which records are read; below 1 where the mode is "lean".
     """
 
     mode: str
@@ -85,6 +101,7 @@ class NeuronPlacement:
     bytes: int
     staging_bytes: int
     resident: list[int] = field(default_factory=list)
+    keep: float = 1.0
 
 
 class NeuronModel:
@@ -113,8 +130,10 @@ class NeuronModel:
             [w.id for w in self.predictors] if guided else [],
         )
 
-    def modes(self, predictor: bool | str) -> list[str]:
+    def modes(self, predictor: Guess) -> list[str]:
         """What may decide, in the order of preference when memory is short."""
+        if isinstance(predictor, float):
+            return ["lean"]
         if predictor == "on":
             return ["predictor"]
         return ["predictor", "exact"] if predictor and self.predictors else ["exact"]
@@ -129,11 +148,12 @@ class NeuronModel:
         return min(_STAGING_MOST_BYTES, room_bytes // _STAGING_SHARE) // _PAGE_BYTES * _PAGE_BYTES
 
     def window(
-        self, mode: str, room_bytes: int, use: Sequence[float] | None = None
+        self, mode: str, room_bytes: int, keep: float = 1.0, use: Sequence[float] | None = None
     ) -> NeuronPlacement | None:
         """Slots for what fits into ``room_bytes``; None when not even the least does.
 
         Args:
+            keep: of a layer's energy, in mode "lean".
             use: how much each layer's neurons are used, in the order of the layers; None takes them as equal.
         """
         spare = room_bytes - self.least_bytes(mode)
@@ -149,9 +169,9 @@ class NeuronModel:
             held |= {w.id: w.rows for w in self.gates}
         slab_bytes = sum(_page(n * w.chunk_bytes) for w, n in zip(self.records, slots, strict=True))
         gate_bytes = sum(w.stored_bytes for w in self.gates) if mode == "exact" else 0
-        resident = [w.id for w in self.predictors] if mode == "predictor" else []
+        resident = [] if mode == "exact" else [w.id for w in self.predictors]
         return NeuronPlacement(
-            mode, held, slab_bytes + gate_bytes + _tables(self.records, slots), staging, resident
+            mode, held, slab_bytes + gate_bytes + _tables(self.records, slots), staging, resident, keep
         )
 
     def predictor_pays(self, guess: NeuronPlacement, exact: NeuronPlacement) -> bool:
@@ -166,7 +186,8 @@ class NeuronModel:
 
     def read_bytes(self, placement: NeuronPlacement) -> float:
         """Read from the drive for one token."""
-        wanted = self.active_share * (_PREDICTED_PER_ACTIVE if placement.mode == "predictor" else 1)
+        wanted = self.active_share * (1 if placement.mode == "exact" else _PREDICTED_PER_ACTIVE)
+        wanted *= read_share(placement.keep)
         return wanted * self._missing(placement) * sum(w.rows * w.chunk_bytes for w in self.records)
 
     def resident_bytes(self, placement: NeuronPlacement) -> int:

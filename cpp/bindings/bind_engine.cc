@@ -33,6 +33,7 @@ EngineOptions options_from(const py::dict& dict) {
   if (dict.contains("neuron_half_life_tokens")) {
     options.store.neuron_half_life_tokens = dict["neuron_half_life_tokens"].cast<float>();
   }
+  if (dict.contains("neuron_keep")) options.neuron_keep = dict["neuron_keep"].cast<float>();
   options.store.io_engine = dict["io_engine"].cast<std::string>();
   options.n_threads = dict["threads"].cast<int>();
   options.isa = dict["isa"].cast<std::string>();
@@ -73,6 +74,7 @@ py::dict stats(Engine& engine) {
   dict["neuron_hits"] = store.neuron_hits;
   dict["neuron_misses"] = store.neurons_wanted - store.neuron_hits;
   dict["neuron_bytes"] = store.neuron_bytes;
+  dict["neurons_passed_over"] = store.neurons_passed_over;
   dict["neuron_requests"] = store.neuron_requests;
   dict["neurons_expected"] = store.neurons_expected;
   dict["neuron_expected_hits"] = store.neuron_expected_hits;

@@ -15,8 +15,19 @@ KvShape kv_shape(const DecoderConfig& config, const KvOptions& kv) {
 
 DecoderOptions decoder_options(int64_t max_rows, int64_t context, const KvShape& shape, const KvOptions& kv,
                                int64_t score_rows) {
-  if (!kv.on_flash()) return {max_rows, context};
-  return {max_rows, context, score_rows, kv.range_pages * shape.page_tokens};
+  DecoderOptions options;
+  options.max_rows = max_rows;
+  options.context = context;
+  if (!kv.on_flash()) return options;
+  options.score_rows = score_rows;
+  options.range_tokens = kv.range_pages * shape.page_tokens;
+  return options;
+}
+
+DecoderOptions decoder_options(const EngineOptions& options, const KvShape& shape) {
+  DecoderOptions out = decoder_options(options.max_rows, options.context, shape, options.kv, options.score_rows);
+  out.neuron_keep = options.neuron_keep;
+  return out;
 }
 
 Status check_rows(int64_t context, int64_t max_rows) {
@@ -76,10 +87,8 @@ Result<std::unique_ptr<Engine>> Engine::open(EngineOptions options, Engine* part
   EDGE_ASSIGN(engine->kv_pool_, KvPool::create(shape, settings.context, settings.kv, engine->budget_));
   EDGE_ASSIGN(engine->store_, open_store(settings.pack_path, engine->directory_, settings.plan, settings.store,
                                          engine->budget_));
-  const DecoderOptions decoder =
-      decoder_options(settings.max_rows, settings.context, shape, settings.kv, settings.score_rows);
-  EDGE_ASSIGN(engine->decoder_, Decoder::create(settings.decoder, decoder, engine->directory_, *engine->store_,
-                                                *engine->kernels_, *engine->pool_, engine->budget_));
+  EDGE_ASSIGN(engine->decoder_, Decoder::create(settings.decoder, decoder_options(settings, shape), engine->directory_,
+                                                *engine->store_, *engine->kernels_, *engine->pool_, engine->budget_));
   engine->options_.store.progress = nullptr;  // the caller's, and only for the load
   engine->is_placed_ = true;
   Engine* self = engine.get();
@@ -94,6 +103,7 @@ Status Engine::resize(const EngineOptions& wanted) {
   options.plan = wanted.plan;
   options.max_rows = wanted.max_rows;
   options.budget_bytes = wanted.budget_bytes;
+  options.neuron_keep = wanted.neuron_keep;
   options.kv = wanted.kv;
   options.score_rows = wanted.score_rows;
   const KvShape shape = kv_shape(options.decoder, options.kv);
@@ -122,8 +132,7 @@ Status Engine::place(const EngineOptions& options, LoadProgress* progress) {
   budget_.set_limit(options.budget_bytes);
   EDGE_TRY(kv_pool_->settle(shape, options.kv, budget_));
   EDGE_TRY(store_->place(options.plan, progress));
-  EDGE_TRY(decoder_->reserve(
-      decoder_options(options.max_rows, options.context, shape, options.kv, options.score_rows), budget_));
+  EDGE_TRY(decoder_->reserve(decoder_options(options, shape), budget_));
   is_placed_ = true;
   return {};
 }

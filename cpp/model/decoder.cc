@@ -42,8 +42,13 @@ void Decoder::release() {
 }
 
 Status Decoder::reserve(const DecoderOptions& options, Budget& budget) {
+  if (!(options.neuron_keep > 0 && options.neuron_keep <= 1)) {
+    return error(Code::kBadArgument, "neuron_keep: expected a share above 0, at most 1, found %g",
+                 static_cast<double>(options.neuron_keep));
+  }
   release();
   options_ = options;
+  price_.set_keep(options.neuron_keep, config_.n_layers);
   const int64_t visible = options.score_rows > 0 ? 0 : options.context;
   EDGE_ASSIGN(scratch_, Scratch::create(config_, options.max_rows, visible, pool_.size(), budget));
   if (options.score_rows > 0) {
@@ -58,7 +63,7 @@ Status Decoder::reserve(const DecoderOptions& options, Budget& budget) {
     }
     if (sparse_ == nullptr) {
       sparse_ = std::make_unique<SparseFfn>(config_, directory_, *store_.neurons(), kernels_, pool_, linear_, *acts_,
-                                            scratch_);
+                                            scratch_, price_);
       sparse_->keep_thresholds(std::move(thresholds_));
     }
     EDGE_TRY(sparse_->add(layer));

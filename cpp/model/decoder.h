@@ -41,6 +41,9 @@ struct DecoderOptions {
   // Where keys and values lie on a drive: rows whose scores are held at once, and the tokens of one read. 0: in memory.
   int64_t score_rows = 0;
   int64_t range_tokens = 0;
+  // Where a predictor decides: the share of a layer's energy for which neurons without a place in memory are read
+  // (model/neuron_price.h), in (0, 1].
+  float neuron_keep = 1;
 };
 
 class Decoder {
@@ -135,6 +138,7 @@ class Decoder {
   Block score_memory_;  // [score_rows][n_heads][context] floats, then pointers per thread; streamed attention only
   std::unique_ptr<ActRows> acts_;
   Block thresholds_;                   // sparse_'s, while there is none
+  NeuronPrice price_;                  // sparse_'s as well
   std::unique_ptr<SparseFfn> sparse_;  // null when no layer comes by neuron
 
   // The batch in flight.

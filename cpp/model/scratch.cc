@@ -61,6 +61,8 @@ uint64_t carve(Scratch& scratch, std::byte* base, const DecoderConfig& config, i
     scratch.neurons = reinterpret_cast<int32_t*>(each(sizeof(int32_t)));
     scratch.expected = reinterpret_cast<int32_t*>(each(sizeof(int32_t)));
     scratch.computed = reinterpret_cast<bool*>(each(sizeof(bool)));
+    scratch.score_bin = reinterpret_cast<uint8_t*>(each(sizeof(uint8_t)));
+    scratch.score_row = reinterpret_cast<uint8_t*>(each(sizeof(uint8_t)));
   }
   const int64_t visible = context, group = config.n_heads / config.n_kv_heads;
   scratch.attention_stride = static_cast<uint64_t>((group * visible * 4 + 2 * visible * 8 + 63) / 64 * 64);

@@ -34,6 +34,8 @@ struct Scratch {
   int32_t* neurons = nullptr;           // [ffn_dim], those that some row uses
   int32_t* expected = nullptr;          // [ffn_dim], those that the next layer will probably use
   bool* computed = nullptr;             // [ffn_dim]
+  uint8_t* score_bin = nullptr;         // [ffn_dim], of the highest score that a predictor gave for a row
+  uint8_t* score_row = nullptr;         // [ffn_dim], the row
   float* cos = nullptr;          // [n_rotary / 2]
   float* sin = nullptr;
   float* logits = nullptr;       // [kLogitRows][vocab_size]

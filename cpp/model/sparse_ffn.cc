@@ -98,6 +98,7 @@ Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t first
   const int64_t hidden = config_.hidden_size, out_stride = pad32(hidden);
   if (guesses(layer)) {
     turn.exact = false;
+    turn.priced = !price_.is_free() && !window_.slots_of(layer.neuron_records).empty();
     EDGE_TRY(predict(layer, x, n_rows, scratch_.gate));
   } else if (const std::byte* rows = window_.whole(layer.neuron_records)) {
     gates(turn, rows + turn.gate_offset, directory_.entry(layer.neuron_records).chunk_bytes);
@@ -124,6 +125,7 @@ Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t first
     add_columns(turn, done, end);
     done = end;
   }
+  if (turn.priced) learn(turn);
   EDGE_ASSIGN(const float* down_bias, linear_.vector(layer.down_bias));
   for (int64_t row = 0; row < n_rows; ++row) {
     float* into = out + row * pad16(hidden);
@@ -219,12 +221,14 @@ Status SparseFfn::expect(const Ahead& ahead, int64_t n_rows) {
   const int64_t n_neurons = config_.intermediate_size, stride = pad16(n_neurons);
   float* const scores = scratch_.gate + n_rows * stride;
   EDGE_TRY(predict(*ahead.layer, ahead.x, n_rows, scores));
+  for (int64_t row = 1; row < n_rows; ++row) {
+    for (int32_t i = 0; i < n_neurons; ++i) scores[i] = std::max(scores[i], scores[row * stride + i]);
+  }
+  const float price = price_of(*ahead.layer, scores);
   size_t n = 0;
   for (int32_t i = 0; i < n_neurons; ++i) {
-    bool likely = false;
-    for (int64_t row = 0; row < n_rows; ++row) likely |= scores[row * stride + i] > 0.0f;
     scratch_.expected[n] = i;
-    n += likely;
+    n += scores[i] > price;
   }
   return window_.expect(ahead.layer->neuron_records, {scratch_.expected, n});
 }
@@ -250,10 +254,13 @@ void SparseFfn::collect(Turn& turn) {
     // What is not a number is active: it has to reach the sum.
     mark([threshold = turn.threshold](float gate, int64_t i) { return !(std::fabs(gate) <= threshold[i]); });
   }
+  if (turn.priced) pass_over(turn);
   size_t n = 0;
   for (int64_t i = 0; i < n_neurons; ++i) {
     if (used[i] == 0) continue;
     used[n] = used[i];
+    scratch_.score_bin[n] = scratch_.score_bin[i];
+    scratch_.score_row[n] = scratch_.score_row[i];
     scratch_.neurons[n++] = static_cast<int32_t>(i);
   }
   turn.n_wanted = n;
@@ -261,6 +268,50 @@ void SparseFfn::collect(Turn& turn) {
   for (int64_t row = 0; row < turn.n_rows; ++row) {
     float* gate = scratch_.gate + row * turn.gate_stride;
     for (size_t i = 0; i < n; ++i) gate[i] = gate[scratch_.neurons[i]];
+  }
+}
+
+float SparseFfn::price_of(const LayerWeights& layer, const float* highest) const {
+  const std::span<const int32_t> slots = window_.slots_of(layer.neuron_records);
+  if (price_.is_free() || slots.empty()) return 0.0f;
+  NeuronPrice::Counts n_predicted{}, n_missing{};
+  for (size_t i = 0; i < slots.size(); ++i) {
+    if (!(highest[i] > 0.0f)) continue;
+    const uint8_t bin = NeuronPrice::bin_of(highest[i]);
+    ++n_predicted[bin];
+    n_missing[bin] += slots[i] < 0;
+  }
+  return price_.price(layer.index, n_predicted, n_missing);
+}
+
+void SparseFfn::pass_over(const Turn& turn) {
+  // Whoever uses a neuron is known by now: the first row of scores makes room for the highest.
+  const WeightId records = turn.layer->neuron_records;
+  const std::span<const int32_t> slots = window_.slots_of(records);
+  float* const highest = scratch_.gate;
+  std::fill_n(scratch_.score_row, slots.size(), uint8_t{0});
+  for (int64_t row = 1; row < turn.n_rows; ++row) {
+    const float* scores = scratch_.gate + row * turn.gate_stride;
+    for (size_t i = 0; i < slots.size(); ++i) {
+      if (!(scores[i] > highest[i])) continue;
+      highest[i] = scores[i];
+      scratch_.score_row[i] = static_cast<uint8_t>(row);
+    }
+  }
+  const float price = price_of(*turn.layer, highest);
+  for (size_t i = 0; i < slots.size(); ++i) {
+    if (scratch_.neuron_rows[i] == 0) continue;
+    scratch_.score_bin[i] = NeuronPrice::bin_of(highest[i]);
+    if (slots[i] >= 0 || highest[i] > price) continue;
+    window_.pass_over(records, static_cast<int32_t>(i), scratch_.neuron_rows[i]);
+    scratch_.neuron_rows[i] = 0;
+  }
+}
+
+void SparseFfn::learn(const Turn& turn) {
+  for (size_t i = 0; i < turn.n_wanted; ++i) {
+    const float* values = scratch_.gate + scratch_.score_row[i] * turn.gate_stride;
+    price_.saw(turn.layer->index, scratch_.score_bin[i], values[i]);
   }
 }
 

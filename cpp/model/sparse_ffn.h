@@ -4,6 +4,9 @@
 //
 // Where thresholds are set, a neuron is active when |act(gate)| is above its own: a loss, which makes other functions than
 // relu sparse (CATS, arXiv 2404.08763; one for a layer there, one for each neuron here).
+//
+// Where a predictor decides, neurons may have a price (neuron_price.h): those without a slot whose score is not above it
+// are passed over, another loss. Which those are depends on what is in memory, so then the text does too.
 #pragma once
 
 #include <span>
@@ -16,6 +19,7 @@
 #include "model/decoder_config.h"
 #include "model/ffn_rows.h"
 #include "model/linear.h"
+#include "model/neuron_price.h"
 #include "model/scratch.h"
 #include "model/weights.h"
 #include "store/neuron_window.h"
@@ -26,9 +30,9 @@ class SparseFfn {
  public:
   // The references must outlive it.
   SparseFfn(const DecoderConfig& config, const PackDirectory& directory, NeuronWindow& window, const Kernels& kernels,
-            ThreadPool& pool, Linear& linear, ActRows& acts, const Scratch& scratch)
+            ThreadPool& pool, Linear& linear, ActRows& acts, const Scratch& scratch, NeuronPrice& price)
       : config_(config), directory_(directory), window_(window), kernels_(kernels), pool_(pool), linear_(linear),
-        acts_(acts), scratch_(scratch) {}
+        acts_(acts), scratch_(scratch), price_(price) {}
 
   // Takes a layer in: its predictor decides where the plan loaded it, else its gate rows do. kBadArgument for neither.
   Status add(const LayerWeights& layer);
@@ -68,6 +72,7 @@ class SparseFfn {
     int64_t gate_offset;   // in a record
     int64_t up_offset;
     int64_t down_offset;
+    bool priced;           // some of what a predictor names may be passed over
     bool exact;            // gates are known for all neurons; else a predictor says which records to read
     const float* gate_bias;  // null: none
     const float* up_bias;
@@ -91,6 +96,12 @@ class SparseFfn {
   bool guesses(const LayerWeights& layer) const;
   // The neurons that any row uses, their gates moved together.
   void collect(Turn& turn);
+  // Leaves those out of neuron_rows that are not worth a read; where nothing has a price, none.
+  void pass_over(const Turn& turn);
+  // The price of a layer for the highest scores of a pass, [neurons]; 0 where nothing has one.
+  float price_of(const LayerWeights& layer, const float* highest) const;
+  // What became of the neurons that were computed.
+  void learn(const Turn& turn);
   // scratch.gate[row][i] = act(gate) * up of the wanted neurons [begin, end) whose records are here and not yet used;
   // of rows that do not use a neuron nothing is said.
   void values(const Turn& turn, size_t begin, size_t end);
@@ -107,6 +118,7 @@ class SparseFfn {
   Linear& linear_;
   ActRows& acts_;
   const Scratch& scratch_;
+  NeuronPrice& price_;
   Block thresholds_;
   std::vector<bool> guessed_;  // by layer
 };

@@ -25,10 +25,28 @@ constexpr uint64_t kTryAgain = 64;
 
 }  // namespace
 
-NeuronWindow::Layer* NeuronWindow::find(WeightId weight) {
+const NeuronWindow::Layer* NeuronWindow::find(WeightId weight) const {
   const bool known = weight >= 0 && static_cast<size_t>(weight) < layer_of_.size() &&
                      layer_of_[static_cast<size_t>(weight)] >= 0;
   return known ? &layers_[static_cast<size_t>(layer_of_[static_cast<size_t>(weight)])] : nullptr;
+}
+
+std::span<const int32_t> NeuronWindow::slots_of(WeightId weight) const {
+  const Layer* const layer = find(weight);
+  if (layer == nullptr || layer->is_whole()) return {};
+  return {layer->slot_of, static_cast<size_t>(layer->n_neurons)};
+}
+
+void NeuronWindow::touch(Layer& layer, int32_t neuron, uint64_t rows) {
+  if (layer.used_by[neuron] == 0) layer.touched[layer.n_touched++] = neuron;
+  layer.used_by[neuron] |= rows != 0 ? rows : 1;
+}
+
+void NeuronWindow::pass_over(WeightId weight, int32_t neuron, uint64_t rows) {
+  Layer* const layer = find(weight);
+  if (layer == nullptr || layer->is_whole() || neuron < 0 || neuron >= layer->n_neurons) return;
+  touch(*layer, neuron, rows);
+  ++n_passed_over_;
 }
 
 Status NeuronWindow::check_order(const Layer& layer, std::span<const int32_t> neurons) {
@@ -62,8 +80,7 @@ Status NeuronWindow::want(WeightId weight, std::span<const int32_t> neurons, std
     const int32_t neuron = neurons[i];
     int64_t slot = neuron;
     if (!layer.is_whole()) {
-      if (layer.used_by[neuron] == 0) layer.touched[layer.n_touched++] = neuron;
-      layer.used_by[neuron] |= rows[i] != 0 ? rows[i] : 1;
+      touch(layer, neuron, rows[i]);
       slot = layer.slot_of[neuron];
     }
     found[i] = slot < 0 ? nullptr : layer.slots + static_cast<uint64_t>(slot) * layer.record_bytes;

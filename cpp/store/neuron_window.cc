@@ -243,6 +243,7 @@ void NeuronWindow::add_stats(StoreStats* stats) const {
   stats->wait_seconds += wait_seconds;
   stats->neurons_wanted += n_wanted_;
   stats->neuron_hits += n_hits_;
+  stats->neurons_passed_over += n_passed_over_;
   stats->neuron_requests += n_requests_;
   stats->neurons_expected += n_expected_;
   stats->neuron_expected_hits += n_expected_hits_;

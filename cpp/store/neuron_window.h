@@ -15,6 +15,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/budget.h"
@@ -53,6 +54,11 @@ class NeuronWindow {
   // A guess of what the next want() asks, of `weight` (ascending): what is missing is read as far as there is room. It
   // changes no answer; a wrong guess costs a read. kBadArgument, kDiskError (of the engine, not of a guess).
   Status expect(WeightId weight, std::span<const int32_t> neurons);
+  // The slot of each neuron, -1: none; empty where all have theirs.
+  std::span<const int32_t> slots_of(WeightId weight) const;
+  // Says that rows (as in want()) would use a neuron of an entry in kNeurons and go without, for it has no slot: it earns
+  // worth all the same, so that what is often passed over gets a slot once it is read.
+  void pass_over(WeightId weight, int32_t neuron, uint64_t rows);
   // Whether a guess of this weight is worth making: it does not have all its slots, and the last guesses were good.
   bool expects(WeightId weight);
   // Waits for the next group: fills `found` up to the index it returns. Records of the group before may go, except
@@ -122,7 +128,9 @@ class NeuronWindow {
   Status load_layer(Layer& layer, LoadProgress* progress);
   Status open_reader_again();
   void give_slots(Layer& layer);
-  Layer* find(WeightId weight);
+  const Layer* find(WeightId weight) const;
+  Layer* find(WeightId weight) { return const_cast<Layer*>(std::as_const(*this).find(weight)); }
+  static void touch(Layer& layer, int32_t neuron, uint64_t rows);
   static Status check_order(const Layer& layer, std::span<const int32_t> neurons);
   // Uses what was expected of this turn, and lets go of the rest.
   void match_guesses();
@@ -184,7 +192,7 @@ class NeuronWindow {
   float guess_worth_ = 1;     // share of the guesses read that were wanted, of the last few turns
   uint64_t n_asked_ = 0;      // expects() while guesses were not worth it
 
-  std::atomic<uint64_t> n_wanted_{0}, n_hits_{0}, n_requests_{0}, flash_bytes_{0}, wait_ns_{0};
+  std::atomic<uint64_t> n_wanted_{0}, n_hits_{0}, n_passed_over_{0}, n_requests_{0}, flash_bytes_{0}, wait_ns_{0};
   std::atomic<uint64_t> n_expected_{0}, n_expected_hits_{0};
   std::unique_ptr<BlockReader> reader_;  // last: destroyed first, while what it reads into still stands
 };

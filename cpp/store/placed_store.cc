@@ -23,6 +23,7 @@ void add_traffic(const StoreStats& part, StoreStats* sum) {
   sum->neurons_wanted += part.neurons_wanted;
   sum->neuron_hits += part.neuron_hits;
   sum->neuron_bytes += part.neuron_bytes;
+  sum->neurons_passed_over += part.neurons_passed_over;
   sum->neuron_requests += part.neuron_requests;
   sum->neurons_expected += part.neurons_expected;
   sum->neuron_expected_hits += part.neuron_expected_hits;

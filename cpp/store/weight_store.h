@@ -76,6 +76,7 @@ struct StoreStats {
   // Of the neuron window; its bytes and its waiting are in the sums above as well.
   uint64_t neurons_wanted = 0;
   uint64_t neuron_hits = 0;
+  uint64_t neurons_passed_over = 0;  // would have been wanted as well, and were not worth a read
   uint64_t neuron_bytes = 0;     // read from the drive
   uint64_t neuron_requests = 0;  // reads of one or more neighbours
   uint64_t neurons_expected = 0;      // read before they were wanted

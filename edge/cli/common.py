@@ -15,7 +15,7 @@ from flashload.plan_kv import KV
 if TYPE_CHECKING:
     from edge.engine import Engine
 
-_LOAD = ("memory", "context", "threads", "device", "weights", "io", "kv", "sparsity")
+_LOAD = ("memory", "context", "threads", "device", "weights", "io", "kv", "sparsity", "predictor")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -45,6 +45,30 @@ sparsity_option = click.option(
     help="Leave out the neurons that count little, as edge sparsify found them.",
 )
 
+
+class _Predictor(click.ParamType[str | float]):
+    """A name, or a share as a number."""
+
+    name = "auto|on|off|lean|SHARE"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> str | float:
+        try:
+            return float(value)
+        except ValueError:
+            return str(value)
+
+
+predictor_option = click.option(
+    "--predictor",
+    default="auto",
+    show_default=True,
+    type=_Predictor(),
+    help="Who says which neurons of a sparse model count: its predictor where memory is short, always, never; lean: "
+    "it does, and only so many are read as keep this share of the energy (0.95).",
+)
+
 skeleton_option = click.option(
     "--skeleton",
     default="off",
@@ -68,6 +92,7 @@ def load_options(function: _F) -> _F:
             click.option("--io", default="auto", show_default=True, help="auto, io_uring or pread."),
             kv_option,
             sparsity_option,
+            predictor_option,
         ]
     ):
         function = option(function)

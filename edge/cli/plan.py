@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge.cli.common import json_option, kv_option, print_json, sparsity_option
+from edge.cli.common import json_option, kv_option, predictor_option, print_json, sparsity_option
 from flashload.machine import format_bytes
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ _PARTS = (
 )
 @kv_option
 @sparsity_option
+@predictor_option
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Write the curve as a PNG.")
 @click.option("--probe", "probe_again", is_flag=True, help="Measure drive and memory again (2 to 3 seconds).")
 @json_option
@@ -55,6 +56,7 @@ def command(
     weights: str,
     kv: str,
     sparsity: str,
+    predictor: str | float,
     figure: Path | None,
     probe_again: bool,
     as_json: bool,
@@ -77,6 +79,7 @@ def command(
         weights=weights,
         kv=kv,
         sparsity=sparsity,
+        predictor=predictor,
         whole_process=True,
         probe_again=probe_again,
         on_probe=say,

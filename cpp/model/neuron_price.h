@@ -1,0 +1,44 @@
+// What reading a neuron is worth, by the score that a predictor gave it: the energy (act(gate) * up)^2 that neurons of that
+// score turned out to have. Down columns of a layer are taken to be equally long. From that follows a price: the score up to
+// which those that have no place in memory may be passed over, so that a stated share of a layer's energy is kept.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace edge {
+
+class NeuronPrice {
+ public:
+  // Scores above zero, four bins an octave from 2^-10 to 2^6; what lies beyond goes to the first and the last.
+  static constexpr size_t kBins = 64;
+  static uint8_t bin_of(float score);
+
+  // keep: share of the energy, above 0; 1: everything is read. What was learnt stays.
+  void set_keep(float keep, int64_t n_layers) {
+    keep_ = keep;
+    if (keep < 1) layers_.resize(static_cast<size_t>(n_layers));
+  }
+  bool is_free() const { return !(keep_ < 1); }
+
+  // A neuron of that bin was computed, and this is what became of it.
+  void saw(int64_t layer, uint8_t bin, float value);
+
+  // The highest score that a neuron may have and be passed over, where `n_predicted` have a score of each bin and
+  // `n_missing` of these no place in memory; 0 while nothing is known. Of a bin that was seen too rarely the next one's
+  // energy is taken, which is more.
+  using Counts = std::array<uint32_t, kBins>;
+  float price(int64_t layer, const Counts& n_predicted, const Counts& n_missing) const;
+
+ private:
+  struct Seen {
+    float n = 0;
+    float energy = 0;
+  };
+  float keep_ = 1;
+  std::vector<std::array<Seen, kBins>> layers_;
+};
+
+}  // namespace edge
