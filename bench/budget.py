@@ -174,7 +174,7 @@ def show(document: dict[str, Any]) -> None:
         rows.append(
             (
                 f"{p['percent']:g} % = {p['limit_bytes'] / 1e9:.2f} GB",
-                p["system"] + (" (lossy)" if p.get("neuron_mode") == "predictor" else ""),
+                p["system"] + (" (lossy)" if report.is_lossy(p) else ""),
                 f"{p['survived']}/{p['runs']}",
                 report.spread_text(p["tokens_per_second"]),
                 report.figure(p["ceiling_tokens_per_second"]),
@@ -210,7 +210,7 @@ def show(document: dict[str, Any]) -> None:
     ]
     for name in dict.fromkeys(p["system"] for p in document["points"]):
         notes.append(f"{name}: {peers.SYSTEMS[name].says}")
-    if any(p.get("neuron_mode") == "predictor" for p in document["points"]):
+    if any(report.is_lossy(p) for p in document["points"]):
         notes.append(
             "lossy: a predictor decides which neurons count, and leaves some out that the model would use"
         )

@@ -53,6 +53,13 @@ SYSTEMS = {
         "its own placement inside the limit; a sparse model's predictor may decide where memory is short",
         lossy=True,
     ),
+    "edge-lean": System(
+        "edge_decode.py",
+        "edge",
+        {"predictor": "lean"},
+        "where memory is short, of what the predictor names only as much is read as keeps 95 % of a layer's energy",
+        lossy=True,
+    ),
     "edge-exact": System(
         "edge_decode.py", "edge", {"predictor": "off"}, "the same, and the text is that of the whole model"
     ),

@@ -134,6 +134,11 @@ def _limit(point: dict[str, Any]) -> float:
     return float(point["limit_bytes"])
 
 
+def is_lossy(point: dict[str, Any]) -> bool:
+    """Whether a predictor decided which neurons count in a cell."""
+    return point.get("neuron_mode") in ("predictor", "lean")
+
+
 def plot_speed_over_memory(document: dict[str, Any], path: Path) -> None:
     """tok/s of each system over the memory limit, with what pin-and-stream allows; PNG at ``path``."""
     import matplotlib
@@ -162,11 +167,7 @@ def plot_speed_over_memory(document: dict[str, Any], path: Path) -> None:
             above = [r["high"] - r["median"] for r in rates]
             x = [p["limit_bytes"] / 1e9 for p in alive]
             axes.errorbar(x, middle, yerr=(below, above), marker="o", capsize=3, label=system, color=colour)
-            lossy = [
-                (a, b)
-                for a, b, p in zip(x, middle, alive, strict=True)
-                if p.get("neuron_mode") == "predictor"
-            ]
+            lossy = [(a, b) for a, b, p in zip(x, middle, alive, strict=True) if is_lossy(p)]
             if lossy:
                 axes.plot(
                     *zip(*lossy, strict=True),

@@ -154,7 +154,7 @@ def _sparse(args: argparse.Namespace, shape: shapes.Shape) -> int:
 
     if not (args.check and args.out.exists()):
         start = time.perf_counter()
-        size = synth_sparse.write_sparse(args.out, shape, args.format, args.seed)
+        size = synth_sparse.write_sparse(args.out, shape, args.format, args.seed, args.dense)
         _told(args.out, size, time.perf_counter() - start)
     if args.check:
         sparse_check.show(args.out, sparse_check.check(args.out, args.check))
@@ -181,6 +181,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--format", choices=("q4", "f16"), default="q4", help="of a -sparse model's pack")
+    parser.add_argument(
+        "--dense",
+        action="store_true",
+        help="the shape of a -sparse model in matrices, to compare speeds with",
+    )
     parser.add_argument(
         "--check",
         type=int,

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import _edge
 import numpy as np
@@ -160,7 +161,7 @@ def _config(shape: shapes.Shape) -> tuple[DecoderConfig, dict[str, bytes]]:
     return config, blobs
 
 
-def write_sparse(path: Path, shape: shapes.Shape, form: str, seed: int = 0) -> int:
+def write_sparse(path: Path, shape: shapes.Shape, form: str, seed: int = 0, dense: bool = False) -> int:
     """Writes the pack; returns its bytes.
 
     Args:
@@ -168,6 +169,8 @@ def write_sparse(path: Path, shape: shapes.Shape, form: str, seed: int = 0) -> i
         shape: an OPT shape with a hidden size of a multiple of 512.
         form: "q4" (all matrices, as ``--pure`` files of llama.cpp have them) or "f16" (predictors in eight bits).
         seed: of all random values.
+        dense: feed-forward layers as matrices of plain noise instead of records and predictors: the same bytes to read
+            and the same products, for the speed of the dense model.
 
     Raises:
         ValueError: another shape or format.
@@ -179,16 +182,19 @@ def write_sparse(path: Path, shape: shapes.Shape, form: str, seed: int = 0) -> i
     synth = _Synth(shape, form, seed)
     config, blobs = _config(shape)
     hidden, ffn = shape.hidden, shape.ffn
-    metadata = {
+    metadata: dict[str, Any] = {
         "config": config.to_json(),
         "source": {"kind": "synthetic", "name": f"{shape.name}-sparse", "files": [], "ignored": []},
         "weights": form,
         "conversions": [],
         "generation": {},
         "synthetic": f"random weights, seed {seed}; text means nothing",
-        "calibrated_to": asdict(sparsity.OPT),
-        "predictor": {"rank": [sparsity.rank(i, shape.layers, hidden) for i in range(shape.layers)]},
     }
+    if not dense:
+        metadata["calibrated_to"] = asdict(sparsity.OPT)
+        metadata["predictor"] = {
+            "rank": [sparsity.rank(i, shape.layers, hidden) for i in range(shape.layers)]
+        }
     blobs = {METADATA: json.dumps(metadata).encode(), **blobs}
     code = WeightFormat.Q4_0 if synth.quantised else WeightFormat.F16
     with PackWriter(path) as writer:
@@ -213,7 +219,7 @@ def write_sparse(path: Path, shape: shapes.Shape, form: str, seed: int = 0) -> i
         writer.add("embed.position", WeightFormat.F16, shape.context + 2, hidden, [synth.position_rows()])
         ones = np.ones(hidden, np.float32)
         for i in range(shape.layers):
-            layer, prefix = _Layer(synth, i), f"layers.{i}"
+            prefix = f"layers.{i}"
             norm(f"{prefix}.attn_norm", ones, i)
             for part in "qkvo":
                 # Values keep the scale of the input; averaged over the past they only get smaller.
@@ -223,12 +229,18 @@ def write_sparse(path: Path, shape: shapes.Shape, form: str, seed: int = 0) -> i
                 )
                 vector(f"{prefix}.{part}.bias", np.zeros(hidden, np.float32), i)
             norm(f"{prefix}.ffn_norm", ones, i)
+            vector(f"{prefix}.down.bias", np.zeros(hidden, np.float32), i)
+            if dense:
+                for name, rows, cols in (("up", ffn, hidden), ("down", hidden, ffn)):
+                    tiles = synth.matrix(rows, cols, _SUBLAYER / math.sqrt(cols))
+                    writer.add(f"{prefix}.{name}.weight", code, rows, cols, tiles, i)
+                continue
+            layer = _Layer(synth, i)
             gates = layer.gates()
             writer.add(f"{prefix}.neurons.gates", synth.neuron, ffn, hidden, [gates.tobytes()], i)
             records = layer.records(gates)
             writer.add(f"{prefix}.neurons.records", synth.neuron, ffn, hidden, records, i, neuron_parts=2)
             vector(f"{prefix}.up.bias", -layer.thresholds, i)
-            vector(f"{prefix}.down.bias", np.zeros(hidden, np.float32), i)
             small(f"{prefix}.predictor.down.weight", layer.basis.T, i)
             small(f"{prefix}.predictor.up.weight", layer.weights, i)
             vector(f"{prefix}.predictor.bias", np.float32(layer.law.slack) - layer.thresholds, i)

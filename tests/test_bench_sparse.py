@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("gguf", reason="the benchmarks write GGUF files with the gguf package")
 
+import edge
 from bench import budget, peers, shapes, sparse_check, sparsity, synth, synth_sparse, weights
 from flashload.format import PackFile
 from tests.test_neuron_engine import windowed
@@ -167,6 +168,17 @@ def test_a_dense_pack_cannot_be_checked(packs: dict[str, Path], tmp_path: Path) 
     pack(source, tmp_path / "opt.edge")
     with pytest.raises(ValueError, match="by neuron with predictors"):
         sparse_check.check(tmp_path / "opt.edge")
+
+
+def test_the_dense_twin_has_the_same_bytes_in_matrices(packs: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "dense.edge"
+    synth_sparse.write_sparse(path, SHAPE, "q4", seed=3, dense=True)
+    dense, sparse = weights.read_weights(path), weights.read_weights(packs["q4"])
+    assert dense.extra_bytes == 0 and dense.always_bytes == sparse.always_bytes
+    with PackFile(path) as pack:
+        assert pack.entries["layers.0.up.weight"].rows == SHAPE.ffn and "predictor" not in pack.metadata
+    with edge.load(path, context=32, threads=1) as engine:
+        assert len(engine.generate([5, 6, 7], max_tokens=3, ignore_eos=True).tokens) == 3
 
 
 def test_the_command_writes_once_and_checks(

@@ -8,19 +8,31 @@ import random
 import time
 from typing import Any
 
+import numpy as np
+
 from bench.children.protocol import emit, read_bytes, run
 
 
 def perplexity(engine: Any, path: str) -> float:
-    """Of as much of a text as the context holds; a token's chances are those after all tokens before it."""
+    """Of as much of a text as the context holds; a token's chances are those after all tokens before it.
+
+    Lean, what is read depends on how many rows a pass has: so tokens come one at a time there, as in decoding.
+    """
     with open(path, encoding="utf-8") as file:
         ids = engine.tokenizer.encode(file.read(1 << 16))[: engine.plan.context]
-    scores = [score for score in engine.score(ids) if score is not None]
+    if engine.plan.neuron_mode == "lean":
+        scores = []
+        for i in range(1, len(ids)):
+            logits = engine.logits(ids[:i])
+            top = float(logits.max())
+            scores.append(float(logits[ids[i]] - top - np.log(np.exp(logits - top).sum())))
+    else:
+        scores = [score for score in engine.score(ids) if score is not None]
     return math.exp(-sum(scores) / len(scores))
 
 
 def main(request: dict[str, Any]) -> None:
-    # model, threads, context, prompt_tokens, tokens, seed, limit_bytes (0 = none), predictor ("auto" or "off")
+    # model, threads, context, prompt_tokens, tokens, seed, limit_bytes (0 = none), predictor ("auto", "lean" or "off")
     import edge
 
     options: dict[str, Any] = {"threads": request["threads"], "context": request["context"]}

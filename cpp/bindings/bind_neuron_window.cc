@@ -35,7 +35,10 @@ class NeuronWindowTest {
     if (rows.empty()) rows.assign(neurons.size(), 1);
     std::vector<const std::byte*> found(neurons.size());
     check(window_->want(weight, neurons, rows, found.data()));
-    if (next != kNoWeight && window_->expects(next)) check(window_->expect(next, expected));
+    if (next != kNoWeight && window_->expects(next)) {
+      check(window_->expect(next, expected));
+      check(window_->read_on());
+    }
     const uint64_t record_bytes = directory_.entry(weight).chunk_bytes;
     py::list records, ends;
     for (size_t done = 0; done < neurons.size() && most_groups != 0; --most_groups) {
@@ -56,6 +59,7 @@ class NeuronWindowTest {
     return out;
   }
 
+  void pass_over(WeightId weight, int32_t neuron, uint64_t rows) { window_->pass_over(weight, neuron, rows); }
   void commit(const std::vector<int32_t>& path) { window_->commit(path); }
   void rollback() { window_->rollback(); }
   py::dict stats() const {
@@ -65,6 +69,7 @@ class NeuronWindowTest {
     dict["wanted"] = stats.neurons_wanted;
     dict["hits"] = stats.neuron_hits;
     dict["bytes"] = stats.neuron_bytes;
+    dict["passed_over"] = stats.neurons_passed_over;
     dict["requests"] = stats.neuron_requests;
     dict["expected"] = stats.neurons_expected;
     dict["expected_hits"] = stats.neuron_expected_hits;
@@ -104,6 +109,7 @@ void bind(py::module_& module) {
            py::arg("expected") = std::vector<int32_t>(),
            "(records, ends of the groups they came in) of ascending neurons; `expected` are of the weight read next.")
       .def("held", &NeuronWindowTest::held, py::arg("weight"), py::arg("neurons"), "Which have a slot; changes nothing.")
+      .def("pass_over", &NeuronWindowTest::pass_over, py::arg("weight"), py::arg("neuron"), py::arg("rows") = 1)
       .def("commit", &NeuronWindowTest::commit, py::arg("path"))
       .def("rollback", &NeuronWindowTest::rollback)
       .def("stats", &NeuronWindowTest::stats)

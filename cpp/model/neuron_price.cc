@@ -1,29 +1,15 @@
 #include "model/neuron_price.h"
 
 #include <algorithm>
-#include <bit>
 #include <limits>
 
 namespace edge {
 namespace {
 
-constexpr int kLeastExponent = -10, kBiasOfExponent = 127;
-constexpr int kMantissaBits = 23, kBitsOfBin = 2;  // of the mantissa
 // A bin's mean is taken from so many neurons at least; of more than the most, older ones count less and less.
 constexpr float kEnough = 16, kMost = 1 << 16;
 
-float lower_edge(size_t bin) {
-  const uint32_t first = (kLeastExponent + kBiasOfExponent) << kBitsOfBin;
-  return std::bit_cast<float>((first + static_cast<uint32_t>(bin)) << (kMantissaBits - kBitsOfBin));
-}
-
 }  // namespace
-
-uint8_t NeuronPrice::bin_of(float score) {
-  constexpr int64_t kFirst = (kLeastExponent + kBiasOfExponent) << kBitsOfBin;
-  const int64_t bin = static_cast<int64_t>(std::bit_cast<uint32_t>(score) >> (kMantissaBits - kBitsOfBin)) - kFirst;
-  return static_cast<uint8_t>(std::clamp<int64_t>(bin, 0, kBins - 1));
-}
 
 void NeuronPrice::saw(int64_t layer, uint8_t bin, float value) {
   const float energy = value * value;

@@ -3,7 +3,9 @@
 // which those that have no place in memory may be passed over, so that a stated share of a layer's energy is kept.
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -14,7 +16,10 @@ class NeuronPrice {
  public:
   // Scores above zero, four bins an octave from 2^-10 to 2^6; what lies beyond goes to the first and the last.
   static constexpr size_t kBins = 64;
-  static uint8_t bin_of(float score);
+  static uint8_t bin_of(float score) {
+    const int bin = static_cast<int>(std::bit_cast<uint32_t>(score) >> kShift) - kFirstBin;
+    return static_cast<uint8_t>(std::clamp(bin, 0, static_cast<int>(kBins) - 1));
+  }
 
   // keep: share of the energy, above 0; 1: everything is read. What was learnt stays.
   void set_keep(float keep, int64_t n_layers) {
@@ -33,6 +38,11 @@ class NeuronPrice {
   float price(int64_t layer, const Counts& n_predicted, const Counts& n_missing) const;
 
  private:
+  // A float's exponent and two bits of its mantissa number the bins.
+  static constexpr int kShift = 21, kFirstBin = (127 - 10) << 2;
+  static float lower_edge(size_t bin) {
+    return std::bit_cast<float>(static_cast<uint32_t>(kFirstBin + static_cast<int>(bin)) << kShift);
+  }
   struct Seen {
     float n = 0;
     float energy = 0;

@@ -118,10 +118,10 @@ Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t first
   std::fill_n(scratch_.computed, turn.n_wanted, false);
   std::fill_n(scratch_.neuron_out, n_rows * out_stride, 0.0f);
   // What is in memory is multiplied while the rest arrives; columns are added in order as they become known.
-  values(turn, 0, turn.n_wanted);
+  EDGE_TRY(start(turn));
   for (size_t done = 0; done < turn.n_wanted;) {
     EDGE_ASSIGN(const size_t end, window_.take());
-    values(turn, done, end);
+    values(turn, done, end, [] {});
     add_columns(turn, done, end);
     done = end;
   }
@@ -224,11 +224,16 @@ Status SparseFfn::expect(const Ahead& ahead, int64_t n_rows) {
   for (int64_t row = 1; row < n_rows; ++row) {
     for (int32_t i = 0; i < n_neurons; ++i) scores[i] = std::max(scores[i], scores[row * stride + i]);
   }
-  const float price = price_of(*ahead.layer, scores);
   size_t n = 0;
   for (int32_t i = 0; i < n_neurons; ++i) {
     scratch_.expected[n] = i;
-    n += scores[i] > price;
+    n += scores[i] > 0.0f;
+  }
+  const float price = price_of(*ahead.layer, {scratch_.expected, n}, scores);
+  if (price > 0.0f) {
+    int32_t* const end = std::remove_if(scratch_.expected, scratch_.expected + n,
+                                        [&](int32_t i) { return !(scores[i] > price); });
+    n = static_cast<size_t>(end - scratch_.expected);
   }
   return window_.expect(ahead.layer->neuron_records, {scratch_.expected, n});
 }
@@ -254,15 +259,13 @@ void SparseFfn::collect(Turn& turn) {
     // What is not a number is active: it has to reach the sum.
     mark([threshold = turn.threshold](float gate, int64_t i) { return !(std::fabs(gate) <= threshold[i]); });
   }
-  if (turn.priced) pass_over(turn);
   size_t n = 0;
   for (int64_t i = 0; i < n_neurons; ++i) {
-    if (used[i] == 0) continue;
-    used[n] = used[i];
-    scratch_.score_bin[n] = scratch_.score_bin[i];
-    scratch_.score_row[n] = scratch_.score_row[i];
-    scratch_.neurons[n++] = static_cast<int32_t>(i);
+    scratch_.neurons[n] = static_cast<int32_t>(i);
+    n += used[i] != 0;
   }
+  if (turn.priced) n = pass_over(turn, n);
+  for (size_t i = 0; i < n; ++i) used[i] = used[scratch_.neurons[i]];
   turn.n_wanted = n;
   if (!turn.exact) return;
   for (int64_t row = 0; row < turn.n_rows; ++row) {
@@ -271,41 +274,44 @@ void SparseFfn::collect(Turn& turn) {
   }
 }
 
-float SparseFfn::price_of(const LayerWeights& layer, const float* highest) const {
+float SparseFfn::price_of(const LayerWeights& layer, std::span<const int32_t> predicted, const float* highest) const {
   const std::span<const int32_t> slots = window_.slots_of(layer.neuron_records);
   if (price_.is_free() || slots.empty()) return 0.0f;
   NeuronPrice::Counts n_predicted{}, n_missing{};
-  for (size_t i = 0; i < slots.size(); ++i) {
-    if (!(highest[i] > 0.0f)) continue;
+  for (const int32_t i : predicted) {
     const uint8_t bin = NeuronPrice::bin_of(highest[i]);
     ++n_predicted[bin];
-    n_missing[bin] += slots[i] < 0;
+    n_missing[bin] += slots[static_cast<size_t>(i)] < 0;
   }
   return price_.price(layer.index, n_predicted, n_missing);
 }
 
-void SparseFfn::pass_over(const Turn& turn) {
+size_t SparseFfn::pass_over(const Turn& turn, size_t n_used) {
   // Whoever uses a neuron is known by now: the first row of scores makes room for the highest.
   const WeightId records = turn.layer->neuron_records;
-  const std::span<const int32_t> slots = window_.slots_of(records);
+  const std::span<const int32_t> slots = window_.slots_of(records), used(scratch_.neurons, n_used);
   float* const highest = scratch_.gate;
-  std::fill_n(scratch_.score_row, slots.size(), uint8_t{0});
+  for (const int32_t i : used) scratch_.score_row[i] = 0;
   for (int64_t row = 1; row < turn.n_rows; ++row) {
     const float* scores = scratch_.gate + row * turn.gate_stride;
-    for (size_t i = 0; i < slots.size(); ++i) {
+    for (const int32_t i : used) {
       if (!(scores[i] > highest[i])) continue;
       highest[i] = scores[i];
       scratch_.score_row[i] = static_cast<uint8_t>(row);
     }
   }
-  const float price = price_of(*turn.layer, highest);
-  for (size_t i = 0; i < slots.size(); ++i) {
-    if (scratch_.neuron_rows[i] == 0) continue;
-    scratch_.score_bin[i] = NeuronPrice::bin_of(highest[i]);
-    if (slots[i] >= 0 || highest[i] > price) continue;
-    window_.pass_over(records, static_cast<int32_t>(i), scratch_.neuron_rows[i]);
-    scratch_.neuron_rows[i] = 0;
+  const float price = price_of(*turn.layer, used, highest);
+  size_t n = 0;
+  for (const int32_t i : used) {
+    if (slots[static_cast<size_t>(i)] < 0 && !(highest[i] > price)) {
+      window_.pass_over(records, i, scratch_.neuron_rows[i]);
+      continue;
+    }
+    scratch_.score_bin[n] = NeuronPrice::bin_of(highest[i]);
+    scratch_.score_row[n] = scratch_.score_row[i];
+    scratch_.neurons[n++] = i;
   }
+  return n;
 }
 
 void SparseFfn::learn(const Turn& turn) {
@@ -344,11 +350,23 @@ void SparseFfn::multiply(const Turn& turn, std::span<const int32_t> wanted, int6
   }
 }
 
-void SparseFfn::values(const Turn& turn, size_t begin, size_t end) {
+Status SparseFfn::start(const Turn& turn) {
+  Status status;
+  values(turn, 0, turn.n_wanted, [&] { status = window_.read_on(); });
+  return status;
+}
+
+template <typename Meanwhile>
+void SparseFfn::values(const Turn& turn, size_t begin, size_t end, const Meanwhile& meanwhile) {
   const auto n = static_cast<int64_t>(end - begin);
   const int64_t work_bytes = n * turn.row_bytes * turn.n_rows;
   const int64_t n_pieces = std::clamp<int64_t>(work_bytes / kPieceBytes, 1, pool_.size() * kPiecesPerThread);
-  pool_.parallel(n, (n + n_pieces - 1) / n_pieces, [&](int64_t from, int64_t to, int) {
+  bool is_done = false;  // meanwhile
+  pool_.parallel(n, (n + n_pieces - 1) / n_pieces, [&](int64_t from, int64_t to, int thread) {
+    if (thread == 0 && !is_done) {
+      is_done = true;
+      meanwhile();
+    }
     std::array<int32_t, kDotNeurons> wanted;
     size_t n_here = 0;
     const auto finish = [&] {
@@ -379,6 +397,7 @@ void SparseFfn::values(const Turn& turn, size_t begin, size_t end) {
     }
     if (n_here > 0) finish();
   });
+  if (!is_done) meanwhile();
 }
 
 void SparseFfn::add_columns(const Turn& turn, size_t begin, size_t end) {

@@ -96,15 +96,18 @@ class SparseFfn {
   bool guesses(const LayerWeights& layer) const;
   // The neurons that any row uses, their gates moved together.
   void collect(Turn& turn);
-  // Leaves those out of neuron_rows that are not worth a read; where nothing has a price, none.
-  void pass_over(const Turn& turn);
-  // The price of a layer for the highest scores of a pass, [neurons]; 0 where nothing has one.
-  float price_of(const LayerWeights& layer, const float* highest) const;
+  // Of the neurons that some row would use those that have a slot or are worth a read move to the front; their number.
+  size_t pass_over(const Turn& turn, size_t n_used);
+  // The price of a layer, of the highest scores of a pass [neurons], above zero for those predicted; 0: nothing has one.
+  float price_of(const LayerWeights& layer, std::span<const int32_t> predicted, const float* highest) const;
   // What became of the neurons that were computed.
   void learn(const Turn& turn);
+  // While the other threads multiply what is in memory, this one hands the drive what is missing.
+  Status start(const Turn& turn);
   // scratch.gate[row][i] = act(gate) * up of the wanted neurons [begin, end) whose records are here and not yet used;
-  // of rows that do not use a neuron nothing is said.
-  void values(const Turn& turn, size_t begin, size_t end);
+  // of rows that do not use a neuron nothing is said. `meanwhile` is done by the thread that calls.
+  template <typename Meanwhile>
+  void values(const Turn& turn, size_t begin, size_t end, const Meanwhile& meanwhile);
   // The same for a few of them that all of rows [row, row + n_rows) use.
   void multiply(const Turn& turn, std::span<const int32_t> wanted, int64_t row, int64_t n_rows);
   // scratch.neuron_out += value * down column, for wanted neurons [begin, end) in order.

@@ -18,7 +18,7 @@ constexpr uint64_t kLongestRunBytes = 256 << 10;
 // Records handed out at once: enough to share between threads, few enough that the next reads go on meanwhile.
 constexpr uint64_t kGroupBytes = 128 << 10;
 // Requests handed to the system at once: enough to save calls, few enough that the drive starts early.
-constexpr size_t kBatch = 16;
+constexpr size_t kBatch = 32;
 // Guesses are made while so many of them are wanted afterwards; below that now and then, to see whether they still fail.
 constexpr float kGoodGuesses = 0.5f, kGuessFade = 1.0f / 16;
 constexpr uint64_t kTryAgain = 64;
@@ -92,7 +92,7 @@ Status NeuronWindow::want(WeightId weight, std::span<const int32_t> neurons, std
   n_hits_ += neurons.size() - n_misses_;
   match_guesses();
   give_slots(layer);
-  return pump();
+  return read_on();
 }
 
 void NeuronWindow::match_guesses() {
@@ -137,7 +137,7 @@ Status NeuronWindow::expect(WeightId weight, std::span<const int32_t> neurons) {
   for (const int32_t neuron : neurons) {
     if (layer->slot_of[neuron] < 0) guesses_[n_guesses_++] = {kNoRun, neuron};
   }
-  return pump();
+  return {};
 }
 
 void NeuronWindow::give_slots(Layer& layer) {
@@ -255,7 +255,8 @@ bool NeuronWindow::start(const Layer& layer, Record* records, size_t n, size_t* 
   return *next == n;
 }
 
-Status NeuronWindow::pump() {
+Status NeuronWindow::read_on() {
+  if (layer_ == nullptr) return {};
   for (bool full = true; full;) {
     batch_.clear();
     const bool all = start(*layer_, misses_, n_misses_, &next_miss_, false);
@@ -279,7 +280,7 @@ Result<size_t> NeuronWindow::take() {
   settle();
   if (layer_ == nullptr) return error(Code::kBadArgument, "no neurons are wanted");
   const uint64_t enough = std::min(kGroupBytes, rings_[ring_].bytes / 4);
-  Status status = pump();
+  Status status = read_on();
   for (uint64_t bytes = 0; status.ok() && n_taken_ < n_misses_ && bytes <= enough;) {
     const Miss& miss = misses_[n_taken_];
     if (miss.run == kNoRun && bytes > 0) break;  // it gets its place when these have been used
@@ -298,9 +299,11 @@ Result<size_t> NeuronWindow::take() {
 Status NeuronWindow::land(const Miss& miss) {
   if (miss.run == kNoRun || !run_of(miss.run).landed) {
     const Clock::time_point start = Clock::now();
+    const auto depth = static_cast<size_t>(reader_->depth());
+    const size_t refill_at = depth - std::min(kBatch, (depth + 1) / 2);
     while (miss.run == kNoRun || !run_of(miss.run).landed) {
       EDGE_TRY(wait_one());
-      if (2 * n_flying_ <= static_cast<size_t>(reader_->depth())) EDGE_TRY(pump());
+      if (n_flying_ <= refill_at) EDGE_TRY(read_on());
     }
     wait_ns_ += static_cast<uint64_t>(std::chrono::nanoseconds(Clock::now() - start).count());
   }

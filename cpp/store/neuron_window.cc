@@ -11,7 +11,7 @@ namespace {
 
 constexpr size_t kRowBits = 64;
 // Requests of a few KiB: a drive takes many more of them at once than of long ones.
-constexpr int kRecordDepth = 128;
+constexpr int kRecordDepth = 256;
 
 // Elements of every table a plan needs, so that their sum is known before anything is reserved.
 struct Tables {

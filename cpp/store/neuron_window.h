@@ -51,9 +51,12 @@ class NeuronWindow {
   // Ends the turn of the layer before. kBadArgument, kDiskError.
   Status want(WeightId weight, std::span<const int32_t> neurons, std::span<const uint64_t> rows,
               const std::byte** found);
-  // A guess of what the next want() asks, of `weight` (ascending): what is missing is read as far as there is room. It
-  // changes no answer; a wrong guess costs a read. kBadArgument, kDiskError (of the engine, not of a guess).
+  // A guess of what the next want() asks, of `weight` (ascending): read_on() and take() read what is missing as far as
+  // there is room. It changes no answer; a wrong guess costs a read. kBadArgument.
   Status expect(WeightId weight, std::span<const int32_t> neurons);
+  // Hands reads to the drive while there is room for them: what is wanted, then what is expected. That takes some
+  // microseconds of a thread for each (always the same thread in a turn). kDiskError (of the engine, not of a guess).
+  Status read_on();
   // The slot of each neuron, -1: none; empty where all have theirs.
   std::span<const int32_t> slots_of(WeightId weight) const;
   // Says that rows (as in want()) would use a neuron of an entry in kNeurons and go without, for it has no slot: it earns
@@ -139,8 +142,6 @@ class NeuronWindow {
   const std::byte* staged(const Miss& miss);
   // Copies the records of the last group that earned a slot, and frees where they landed.
   void settle();
-  // Starts reads while there is room for them: what is wanted, then what is expected.
-  Status pump();
   // The same for some records [*next, n) of a layer; false when some are left.
   template <typename Record>
   bool start(const Layer& layer, Record* records, size_t n, size_t* next, bool expected);
