@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from flashload.plan import Plan
     from flashload.probe import Machine
 
-#: Bars of the prediction: tokens per second and peak memory, relative.
-SPEED_BAR, PEAK_BAR = 0.15, 0.03
+#: Bars of the prediction, relative: key of a point -> (how it is called, bar).
+BARS = {
+    "tokens_per_second": ("speed", 0.15),
+    "time_to_first_token_seconds": ("prompt", 0.25),
+    "peak_bytes": ("peak", 0.03),
+}
 #: A machine that changes more than this between two probes, or on which others use more CPUs, checks nothing.
 MOVED_BAR, OTHERS_BAR = 0.15, 0.2
 #: Made when no model is named: kind of model, arguments of ``python -m bench synth``.
@@ -136,10 +140,14 @@ def measure_point(
     name: str, pack: Path, kind: str, memory_bytes: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     """One budget: a probe, a run, a probe, and what they predict."""
+    from flashload.format import PackFile
     from flashload.probe import probe
 
+    with PackFile(pack) as file:
+        formats = {int(entry.format) for entry in file.entries.values()}
+
     def look() -> Machine:
-        return probe(pack.parent, args.threads, [pack], force=True, neurons=kind == "sparse")
+        return probe(pack.parent, args.threads, [pack], force=True, formats=formats)
 
     point = {"model": name, "kind": kind, "memory_bytes": memory_bytes}
     before = look()
@@ -239,8 +247,7 @@ def misses(point: dict[str, Any]) -> list[str]:
     """The bars that a point misses; empty when it passes."""
     if "failure" in point:
         return ["failed"]
-    out = [] if abs(_off(point, "tokens_per_second")) <= SPEED_BAR else ["speed"]
-    return out if abs(_off(point, "peak_bytes")) <= PEAK_BAR else [*out, "peak"]
+    return [name for key, (name, bar) in BARS.items() if abs(_off(point, key)) > bar]
 
 
 def _quiet(point: dict[str, Any]) -> bool:
@@ -281,12 +288,13 @@ def show(document: dict[str, Any]) -> None:
     for kind in dict.fromkeys(p["kind"] for p in document["points"]):
         seen = [p for p in document["points"] if p["kind"] == kind and "failure" not in p]
         passed = sum(not misses(p) for p in seen)
-        worst = max((abs(_off(p, "tokens_per_second")) for p in seen), default=0.0)
-        peak = max((abs(_off(p, "peak_bytes")) for p in seen), default=0.0)
+        largest = [
+            f"{name} {100 * max((abs(_off(p, key)) for p in seen), default=0.0):.1f} % (bar: {100 * bar:.0f})"
+            for key, (name, bar) in BARS.items()
+        ]
         notes.append(
             f"{kind}: {passed} of {sum(p['kind'] == kind for p in document['points'])} budgets within the bars; "
-            f"largest difference {100 * worst:.0f} % in tok/s (bar: {100 * SPEED_BAR:.0f}), "
-            f"{100 * peak:.1f} % in peak memory (bar: {100 * PEAK_BAR:.0f})"
+            f"largest differences: {', '.join(largest)}"
         )
     if restless := [p for p in document["points"] if "failure" not in p and not _quiet(p)]:
         notes.append(
@@ -361,8 +369,9 @@ def main(argv: list[str] | None = None) -> int:
         for memory_bytes in budgets(pack, shares, args):
             point = measure_point(model.stem, pack, kind, memory_bytes, args)
             document["points"].append(point)
-            said = point.get("failure") or "{} tok/s, {}".format(
-                *_pair(point["predicted"]["tokens_per_second"], point["measured"]["tokens_per_second"])
+            said = point.get("failure") or "{} tok/s, {}; prompt {} s, {}".format(
+                *_pair(point["predicted"]["tokens_per_second"], point["measured"]["tokens_per_second"]),
+                *_pair(*(point[side]["time_to_first_token_seconds"] for side in ("predicted", "measured"))),
             )
             print(f"{kind}, {model.stem}, {memory_bytes / 1e9:.2f} GB: {said}", file=sys.stderr)
     report.put_out("plan", document, show, args)

@@ -251,9 +251,8 @@ def plan(
     if found.kind != "pack":
         place = cache_folder()
     files = [] if found.largest_file is None else [found.largest_file]
-    machine = probe(
-        place, n_threads, files, force=probe_again, neurons=_has_neurons(found), on_measure=on_probe
-    )
+    formats = {int(entry.format) for pack in found.packs.values() for entry in pack.entries.values()}
+    machine = probe(place, n_threads, files, force=probe_again, formats=formats, on_measure=on_probe)
     curves = [_curve(option, found, host, machine, context, n_threads, kv, guess) for option in WEIGHTS]
     asked = curves[WEIGHTS.index(weights)]
     options = _options(curves, memory_bytes)

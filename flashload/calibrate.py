@@ -21,6 +21,8 @@ _LAYERS = 6
 _SHORT, _LONG = 16, 512
 _TOKENS = 12
 _MAX_ROWS = 128
+#: A layer wide enough for a prompt to leave the first caches, as those of real models do.
+_WIDE_HIDDEN, _WIDE_INNER, _CHUNKS, _KERNEL_SECONDS = 1024, 2816, 3, 0.02
 #: On a machine that is busy with other things, what has not been timed by then is assumed.
 _DEADLINE_SECONDS = 1.0
 
@@ -35,6 +37,8 @@ class LayerCost:
         vocab_seconds: greedy choice, per word of the vocabulary.
         kv_seconds, kv_head_seconds: attention over one value of the KV cache (a key's or a value's, of one KV head
             and position): ``kv_seconds + group * kv_head_seconds`` with ``group`` query heads per KV head.
+        value_seconds: the small steps of a prompt's row (norms, rounding, activation, sums), for each of the
+            :func:`row_values` that they pass over.
     """
 
     layer_seconds: float
@@ -42,22 +46,32 @@ class LayerCost:
     vocab_seconds: float
     kv_seconds: float
     kv_head_seconds: float
+    value_seconds: float = 0.0
+
+
+def row_values(hidden: int, q_dim: int, kv_dim: int, inner: float) -> float:
+    """Values that the small steps of one layer pass over for one row.
+
+    Two norms and two sums over the hidden state, rounded twice; rotation and rounding of queries, keys and values as
+    f16; an activation of gate and up, rounded.
+    """
+    return 6 * hidden + 2 * q_dim + 3 * kv_dim + 3 * inner
 
 
 #: An ordinary core, for a machine whose temporary folder cannot be written.
-ASSUMED_LAYER = LayerCost(40e-6, 60e-6, 1e-9, 4e-11, 2e-11)
+ASSUMED_LAYER = LayerCost(40e-6, 60e-6, 1e-9, 4e-11, 2e-11, 3e-10)
 
 
-def _config(layers: int, kv_heads: int) -> DecoderConfig:
+def _config(layers: int, kv_heads: int, hidden: int = _HIDDEN, inner: int = _INNER) -> DecoderConfig:
     return DecoderConfig(
         family="llama",
         vocab_size=_VOCAB,
-        hidden_size=_HIDDEN,
+        hidden_size=hidden,
         n_layers=layers,
         n_heads=_HEADS,
         n_kv_heads=kv_heads,
         head_dim=_HEAD_DIM,
-        intermediate_size=_INNER,
+        intermediate_size=inner,
         max_positions=2 * _LONG,
         norm="rms",
         norm_eps=1e-5,
@@ -95,8 +109,10 @@ def _write(path: Path, config: DecoderConfig) -> None:
                 code = WeightFormat.Q4_0
                 shape = (slot.rows, slot.cols)
                 if shape not in made:
-                    values = random.normal(scale=slot.cols**-0.5, size=shape).astype(np.float32)
-                    made[shape] = encode(code, values)
+                    # The same rows over and over: they take no longer to be made, and as long to be multiplied.
+                    n_rows = min(slot.rows, 64)
+                    values = random.normal(scale=slot.cols**-0.5, size=(n_rows, slot.cols)).astype(np.float32)
+                    made[shape] = encode(code, values) * (slot.rows // n_rows)
                 data = made[shape]
             assert len(data) == payload_bytes(code, slot.rows, slot.cols)
             writer.add(slot.name, code, slot.rows, slot.cols, [data], slot.layer)
@@ -140,6 +156,18 @@ class _Timer:
             sequence.set_tokens(self._tokens[: position + i])
             start = time.perf_counter()
             sequence.advance()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    def chunk_seconds(self) -> float:
+        """The fastest of a few prompts of ``_MAX_ROWS`` tokens, in one pass each."""
+        best = float("inf")
+        for i in range(_CHUNKS):
+            # Another first token, so that no prefix is known already.
+            self._sequence.set_tokens([i, *self._tokens[1:_MAX_ROWS]])
+            start = time.perf_counter()
+            while self._sequence.n_pending:
+                self._sequence.advance()
             best = min(best, time.perf_counter() - start)
         return best
 
@@ -187,10 +215,41 @@ def _measure(folder: Path, threads: int) -> LayerCost:
     per_layer = max(0.0, (deep - shallow) / (_LAYERS - 2))
     # Per cached value at 1 and at 4 query heads per KV head.
     by_head = max(0.0, (per_value[1] - per_value[0]) / 3) if len(per_value) > 1 else per_value[0] / 4
+    kv_seconds = max(0.0, per_value[0] - by_head)
     return LayerCost(
         per_layer,
         max(0.0, shallow - 2 * per_layer),
         _vocab_seconds(),
-        max(0.0, per_value[0] - by_head),
+        kv_seconds,
         by_head,
+        _value_seconds(folder / "wide.edge", threads, kv_seconds + by_head),
     )
+
+
+def _value_seconds(path: Path, threads: int, attention_seconds: float) -> float:
+    """What a prompt takes in one layer besides products and attention, per row and value.
+
+    Args:
+        attention_seconds: per cached value, one query head per KV head.
+    """
+    import _edge
+
+    whole = _config(2, _HEADS, _WIDE_HIDDEN, _WIDE_INNER)
+    _write(path, whole)
+    one, two = (
+        _Timer(
+            path, _config(layers, _HEADS, _WIDE_HIDDEN, _WIDE_INNER), len(_slots(whole)), threads
+        ).chunk_seconds()
+        for layers in (1, 2)
+    )
+    products = 0.0
+    for rows, cols in [
+        (slot.rows, slot.cols) for slot in _slots(whole) if slot.is_matrix and slot.layer == 0
+    ]:
+        isa, code = _edge.default_isa(), int(WeightFormat.Q4_0)
+        got = _edge.bench_gemv(isa, code, rows, cols, _MAX_ROWS, 1, threads, _KERNEL_SECONDS)
+        products += min(got["gemv_seconds"])
+    kv_dim = _HEADS * _HEAD_DIM
+    attention = attention_seconds * kv_dim * _MAX_ROWS * (_MAX_ROWS + 1)
+    n_values = _MAX_ROWS * row_values(_WIDE_HIDDEN, kv_dim, kv_dim, _WIDE_INNER)
+    return max(0.0, two - one - products - attention) / n_values

@@ -2,7 +2,7 @@
 
     T_flash = sum over reads of (t0 + bytes / rate), at least bytes / sequential rate
     T_ram   = weights and cached keys and values over the bus, or the kernels' own rate where that is lower,
-              and a fixed cost per layer
+              and a fixed cost per layer, for a prompt per row too
     T_token = max(T_ram, T_flash) + what of the head the stream cannot hide       (reading runs ahead of computing)
 
 An expert that is not at hand is asked for only when its layer has chosen it: its reads hide behind that layer's other
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flashload.calibrate import row_values
 from flashload.estimate_neurons import NeuronCost
 from flashload.plan import RESIDENT, Plan, Weight
 from flashload.plan_kv import KV_BUFFERS
@@ -106,7 +107,7 @@ class _Group:
         out = 0.0
         for code, n_bytes in self.bytes.items():
             compute = self.values[code] * max(rows, 1.0) / machine.macs_per_second(code, max(rows, 1.0))
-            out += share * max(n_bytes / machine.bus_bytes_per_second, compute)
+            out += share * max(machine.memory_seconds(code, n_bytes), compute)
         return out
 
 
@@ -172,6 +173,17 @@ class CostModel:
         dense = self._decoder["n_layers"] - self._n_sparse
         mixture = step * (_ROUTED_STEPS + _EXPERT_STEPS * experts_at_work)
         return float(dense * self._machine.layer.layer_seconds + self._n_sparse * mixture)
+
+    def _small_seconds(self) -> float:
+        """The small steps of a prompt's row in all layers; of a mixture's, in each expert that it uses."""
+        d = self._decoder
+        head_dim, dense = d["head_dim"], d["n_layers"] - self._n_sparse
+        q_dim, kv_dim = d["n_heads"] * head_dim, d["n_kv_heads"] * head_dim
+        values = dense * row_values(d["hidden_size"], q_dim, kv_dim, d["intermediate_size"])
+        # An expert's rows are gathered, and what it gives is added.
+        expert = d["experts_per_token"] * (d["expert_intermediate_size"] + d["hidden_size"])
+        values += self._n_sparse * row_values(d["hidden_size"], q_dim, kv_dim, expert)
+        return float(values * self._machine.layer.value_seconds)
 
     def _token_seconds(self) -> float:
         layer = self._machine.layer
@@ -293,15 +305,21 @@ class CostModel:
     def _prompt_seconds(self, plan: Plan, n_tokens: int, hit: float | None, row_seconds: float) -> float:
         """A prompt in chunks of ``max_rows``; each chunk is one pass over what streams."""
         total = self._head.seconds(self._machine, 1) + self._token_seconds() + n_tokens * row_seconds
+        # What the first pass writes, and the experts that it reads, are in memory that nobody has used yet.
+        new_bytes = plan.activation_bytes + plan.kv_bytes * n_tokens / plan.context
+        if hit is not None and hit < 1:
+            new_bytes += plan.demand_bytes
+        total += new_bytes * self._machine.touch_seconds_per_byte
         for first in range(0, n_tokens, plan.max_rows):
             rows = min(plan.max_rows, n_tokens - first)
-            total += self._chunk_seconds(plan, first, rows, hit)
+            at_hand = hit if first or hit == 1 or hit is None else 0.0
+            total += self._chunk_seconds(plan, first, rows, at_hand)
         return total
 
     def _chunk_seconds(self, plan: Plan, first: int, rows: int, hit: float | None) -> float:
         machine = self._machine
         compute = self._layers.seconds(machine, rows)
-        compute += rows * self._attention_seconds(first + rows / 2)
+        compute += rows * (self._attention_seconds(first + rows / 2) + self._small_seconds())
         at_work, each = 0.0, 0.0
         if self._n_sparse:
             n, k = self._decoder["n_experts"], self._decoder["experts_per_token"]

@@ -161,4 +161,4 @@ class NeuronCost:
     def _seconds(self, n_bytes: float, kind: WeightFormat, value_bytes: float, rows: float) -> float:
         rows = max(rows, 1.0)
         compute = n_bytes / value_bytes * rows / self._machine.macs_per_second(int(kind), rows)
-        return max(n_bytes / self._machine.bus_bytes_per_second, compute)
+        return max(self._machine.memory_seconds(int(kind), n_bytes), compute)

@@ -13,11 +13,9 @@ import json
 import math
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,11 +24,18 @@ from typing import Any
 from flashload.cache import cache_folder
 from flashload.calibrate import LayerCost, measure_layers
 from flashload.pack_layout import xxh3
-from flashload.room import RoomReader
-from quant.formats import TILE_FORMATS, WeightFormat
-from quant.formats.neuron import NEURON_FORMATS, row_bytes
+from flashload.probe_kernels import (
+    NeuronRate,
+    probe_bus,
+    probe_kernels,
+    probe_memory_shares,
+    probe_neurons,
+    probe_touch,
+)
+from quant.formats import TILE_FORMATS
+from quant.formats.neuron import NEURON_FORMATS
 
-_VERSION = 2
+_VERSION = 3
 #: Bytes of one read of a stream (cpp/store/read_run.h), and reads the core keeps in flight (cpp/store).
 READ_BYTES = 1 << 20
 _DEPTH = 32
@@ -41,19 +46,6 @@ _SEQUENTIAL_SECONDS = 0.25
 #: A smaller file is read from one place of the drive only, or from its cache.
 _LEAST_FILE_BYTES = 64 << 20
 _TEMPORARY_BYTES = 64 << 20
-#: Far more than the last cache holds, also one shared with other machines: where this was measured, 128 MiB read a
-#: quarter faster than 1 GiB. Less where memory is scarce.
-_BUS_BYTES, _BUS_LEAST_BYTES, _BUS_SHARE = 1 << 30, 64 << 20, 8
-_BUS_SECONDS = 0.25
-#: A matrix that stays in cache: what a kernel does when memory does not hold it back.
-_KERNEL_ROWS, _KERNEL_COLS = 1024, 1024
-_KERNEL_SECONDS = 0.012
-#: Rows of activations: one token, a small chunk, a full one.
-KERNEL_BATCHES = (1, 8, 128)
-#: Records of three rows, more than the last cache holds, and as many of them as a layer has active.
-_NEURON_BYTES, _NEURON_HIDDEN, _NEURON_ACTIVE = 64 << 20, 2048, 1024
-_NEURON_BATCHES = (1, 8)
-_NEURON_SECONDS = 0.03
 #: A machine changes (other drive, other kernel): a probe this old is measured again.
 _MAX_AGE_SECONDS = 90 * 86400.0
 #: What was measured among more running programs than cores is good for the next calls only.
@@ -93,28 +85,6 @@ class DriveRate:
 
 
 @dataclass(frozen=True)
-class NeuronRate:
-    """Kernels of scattered records of neurons that are in memory and in no cache.
-
-    Attributes:
-        dot: activation rows -> bytes of rows per second, multiplied with all of them.
-        axpy: bytes of columns per second, added for one row.
-    """
-
-    dot: dict[int, float]
-    axpy: float
-
-    def dot_seconds(self, n_bytes: float, rows: float) -> float:
-        """Every activation row with ``n_bytes`` of rows; between the numbers of rows measured in proportion."""
-        known = sorted(self.dot.items())
-        (low, low_rate), (high, high_rate) = known[0], known[-1]
-        if rows >= high:
-            return n_bytes / high_rate * rows / high
-        share = max(0.0, rows - low) / max(1, high - low)
-        return n_bytes * (1 / low_rate + share * (1 / high_rate - 1 / low_rate))
-
-
-@dataclass(frozen=True)
 class Machine:
     """What a plan needs to know of the machine.
 
@@ -122,8 +92,12 @@ class Machine:
         bus_bytes_per_second: sequential read rate of main memory with ``threads`` readers.
         kernels: format code -> activation rows -> multiply-adds per second of weights that are in cache.
         layer: overheads of a decoder's layer and token (see :class:`flashload.calibrate.LayerCost`).
-        neurons: format code of records -> what their kernels do; empty until a model needs it.
+        memory_shares: format code -> share of the bus that products of one row with weights in no cache get.
+        neurons: format code of records -> what their kernels do.
+        touch_seconds_per_byte: the kernel's time to give a program memory it has not used before.
         busy: other programs wanted more than the cores there are while this was measured.
+
+    ``memory_shares`` and ``neurons`` hold the formats that models had which were asked about.
     """
 
     date: str
@@ -135,7 +109,9 @@ class Machine:
     kernels: dict[int, dict[int, float]]
     layer: LayerCost
     drive: DriveRate
+    memory_shares: dict[int, float] = dataclasses.field(default_factory=dict)
     neurons: dict[int, NeuronRate] = dataclasses.field(default_factory=dict)
+    touch_seconds_per_byte: float = 0.0
     busy: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -149,6 +125,17 @@ class Machine:
                 share = math.log(rows / low) / math.log(high / low)
                 return float(low_rate ** (1 - share) * high_rate**share)
         return known[-1][1]
+
+    def memory_seconds(self, weight_format: int, n_bytes: float) -> float:
+        """Products of one row with ``n_bytes`` of weights that lie in memory, as far as memory holds them back."""
+        return n_bytes / (self.bus_bytes_per_second * self.memory_shares.get(weight_format, 1.0))
+
+    def missing(self, formats: Collection[int]) -> list[int]:
+        """Of these formats those that were not measured in memory."""
+        known = {*self.memory_shares, *self.neurons}
+        return [
+            code for code in formats if code not in known and (code in TILE_FORMATS or code in NEURON_FORMATS)
+        ]
 
     def _slowest(self) -> dict[int, float]:
         return min(self.kernels.values(), key=lambda rates: rates[1])
@@ -236,90 +223,6 @@ def _hash_seconds_per_byte() -> float:
     return best / len(data)
 
 
-def probe_kernels(threads: int) -> dict[int, dict[int, float]]:
-    """Multiply-adds per second of every tile format at :data:`KERNEL_BATCHES` rows, weights in cache."""
-    import _edge
-
-    isa = _edge.default_isa()
-    rates: dict[int, dict[int, float]] = {}
-    for code in TILE_FORMATS:
-        rates[int(code)] = {}
-        for rows in KERNEL_BATCHES:
-            got = _edge.bench_gemv(
-                isa, int(code), _KERNEL_ROWS, _KERNEL_COLS, rows, 1, threads, _KERNEL_SECONDS
-            )
-            # Processor time leaves out what the scheduler gave to others, which on a busy machine is most of a pass.
-            best = min(*got["gemv_seconds"], *(s / threads for s in got["gemv_cpu_seconds"] if s > 0))
-            rates[int(code)][rows] = _KERNEL_ROWS * _KERNEL_COLS * rows / best
-    return rates
-
-
-def probe_neurons(threads: int) -> dict[int, NeuronRate]:
-    """Rates of every format of records; about a second."""
-    import _edge
-
-    isa = _edge.default_isa()
-    rates = {}
-    for code in NEURON_FORMATS:
-        n_records = _NEURON_BYTES // (3 * row_bytes(code, _NEURON_HIDDEN))
-        dot, axpy = {}, 0.0
-        for rows in _NEURON_BATCHES:
-            got = _edge.bench_neurons(
-                isa, int(code), _NEURON_HIDDEN, n_records, _NEURON_ACTIVE, rows, threads, _NEURON_SECONDS
-            )
-            dot[rows] = got["bytes"] / min(got["dot_seconds"])
-            axpy = max(axpy, rows * got["bytes"] / min(got["axpy_seconds"]))
-        rates[int(code)] = NeuronRate(dot, axpy)
-    return rates
-
-
-def probe_bus(threads: int) -> float:
-    """Sequential read rate of main memory, bytes per second.
-
-    Measured in a process of its own, whose memory is not this one's; where none can be started, over less memory here.
-    """
-    room = RoomReader().tightest()
-    n_bytes = max(_BUS_LEAST_BYTES, min(_BUS_BYTES, room.left_bytes // _BUS_SHARE if room else 0))
-    code = f"from flashload.probe import read_bus; print(read_bus({threads:d}, {n_bytes:d}))"
-    path = os.pathsep.join(folder for folder in sys.path if folder)
-    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONPATH": path},
-            capture_output=True,
-            check=True,
-            text=True,
-            timeout=30,
-        )
-        return float(done.stdout)
-    return read_bus(threads, _BUS_LEAST_BYTES)
-
-
-def read_bus(threads: int, n_bytes: int) -> float:
-    """Bytes per second, of ``n_bytes`` of memory read by ``threads``."""
-    import _edge
-
-    got = _edge.bench_gemv(
-        _edge.default_isa(),
-        int(WeightFormat.F32),
-        _KERNEL_ROWS,
-        _KERNEL_COLS,
-        1,
-        n_bytes // (4 * _KERNEL_ROWS * _KERNEL_COLS),
-        threads,
-        _BUS_SECONDS,
-    )
-    wall = got["read_bytes"] / _lower_quartile(got["read_seconds"])
-    # Where others hold the cores, no pass has all of its readers at once; what one of them gets is the least there is.
-    alone = _lower_quartile([s for s in got["read_cpu_seconds"] if s > 0] or [math.inf])
-    return float(max(wall, got["read_bytes"] / alone))
-
-
-def _lower_quartile(seconds: Sequence[float]) -> float:
-    """The bus of a shared machine has moments better than anything that lasts."""
-    return sorted(seconds)[len(seconds) // 4]
-
-
 def _machine_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
@@ -386,7 +289,7 @@ def probe(
     threads: int,
     candidates: Sequence[Path] = (),
     force: bool = False,
-    neurons: bool = False,
+    formats: Collection[int] = (),
     on_measure: Callable[[], None] | None = None,
 ) -> Machine:
     """The machine as a plan needs it: from the cache, or measured now (2 to 3 seconds) and cached.
@@ -397,7 +300,7 @@ def probe(
         candidates: files that may be read to measure the drive; without a large one on the same drive a temporary
             file of 64 MiB is written into ``place``.
         force: measure even when the cache has figures.
-        neurons: the kernels of records of neurons are wanted too.
+        formats: of the weights there are: how their kernels do with weights in memory is wanted too.
         on_measure: called before anything is measured.
 
     A drive that cannot be measured (read-only, full) is assumed, and ``drive.note`` says so; nothing is raised.
@@ -410,10 +313,9 @@ def probe(
     kept = cache_folder() / f"probe-{xxh3(json.dumps(key).encode()):016x}.json"
     found = None if force else _cached(kept)
     if found is not None and (found.drive.measured or not os.access(place, os.W_OK)):
-        if found.neurons or not neurons:
-            return found
-        found = dataclasses.replace(found, neurons=probe_neurons(threads))
-        _keep(kept, found)
+        if found.missing(formats):
+            found = _with_formats(found, formats)
+            _keep(kept, found)
         return found
     if on_measure is not None:
         on_measure()
@@ -431,13 +333,24 @@ def probe(
         kernels=probe_kernels(threads),
         layer=layer,
         drive=_read_drive(place, candidates),
-        neurons=probe_neurons(threads) if neurons else {},
+        touch_seconds_per_byte=probe_touch(),
         busy=busy,
         notes=notes,
     )
+    machine = _with_formats(machine, formats)
     if why := _keep(kept, machine):
         machine.notes.append(why)
     return machine
+
+
+def _with_formats(machine: Machine, formats: Collection[int]) -> Machine:
+    """The same, with these formats measured."""
+    missing = machine.missing(formats)
+    shares = probe_memory_shares(machine.threads, [code for code in missing if code in TILE_FORMATS])
+    neurons = probe_neurons(machine.threads, [code for code in missing if code in NEURON_FORMATS])
+    return dataclasses.replace(
+        machine, memory_shares=machine.memory_shares | shares, neurons=machine.neurons | neurons
+    )
 
 
 def _is_busy() -> bool:
@@ -477,6 +390,7 @@ def machine_from(value: dict[str, Any]) -> Machine:
         int(code): {int(rows): float(rate) for rows, rate in rates.items()}
         for code, rates in fields["kernels"].items()
     }
+    fields["memory_shares"] = {int(code): float(share) for code, share in fields["memory_shares"].items()}
     fields["neurons"] = {
         int(code): NeuronRate({int(rows): float(r) for rows, r in rate["dot"].items()}, float(rate["axpy"]))
         for code, rate in fields["neurons"].items()
@@ -486,6 +400,7 @@ def machine_from(value: dict[str, Any]) -> Machine:
     machine = Machine(**fields)
     numbers = [machine.bus_bytes_per_second, machine.drive.bytes_per_second]
     numbers += [machine.drive.sequential_bytes_per_second]
+    numbers += machine.memory_shares.values()
     numbers += [x for rate in machine.neurons.values() for x in (rate.axpy, *rate.dot.values())]
     numbers += [rate for rates in machine.kernels.values() for rate in rates.values()]
     if not all(math.isfinite(x) and x > 0 for x in numbers) or not machine.kernels:

@@ -16,14 +16,14 @@ from tests.neuron_packs import by_neuron, tiny_relu  # noqa: E402
 from tests.tiny import tiny_gguf, tiny_llama_gguf  # noqa: E402
 
 
-def point(speed: float = 1.0, peak: float = 1.0, **more: Any) -> dict[str, Any]:
+def point(speed: float = 1.0, peak: float = 1.0, prompt: float = 1.0, **more: Any) -> dict[str, Any]:
     """Predicted over measured."""
     told = {
         "tokens_per_second": 4.0 * speed,
-        "time_to_first_token_seconds": 1.0,
+        "time_to_first_token_seconds": prompt,
         "flash_bytes_per_token": 0.0,
     }
-    seen = told | {"tokens_per_second": 4.0, "peak_bytes": 1e9}
+    seen = told | {"tokens_per_second": 4.0, "time_to_first_token_seconds": 1.0, "peak_bytes": 1e9}
     about = {"model": "m", "kind": "dense", "memory_bytes": 10**9, "placement": "stream"}
     quiet = {"machine_moved": 0.01, "others_cpus": 0.0}
     return about | quiet | {"predicted": told | {"peak_bytes": 1e9 * peak}, "measured": seen} | more
@@ -39,6 +39,8 @@ def point(speed: float = 1.0, peak: float = 1.0, **more: Any) -> dict[str, Any]:
         (point(0.84), ["speed"]),
         (point(1.0, 1.04), ["peak"]),
         (point(2.0, 0.9), ["speed", "peak"]),
+        (point(prompt=1.2), []),
+        (point(prompt=0.7), ["prompt"]),
         ({"failure": "edge: BudgetError"}, ["failed"]),
     ],
 )
@@ -62,7 +64,9 @@ def test_the_table_counts_and_says_what_was_not_quiet(capsys: pytest.CaptureFixt
               {"model": "m", "kind": "MoE", "memory_bytes": 1, "failure": "edge: too small"}]  # fmt: skip
     plan.show({"points": points, "threads": 2, "context": 64, "prompt_tokens": 32, "machine": facts})
     text = capsys.readouterr().out
-    assert "dense: 1 of 2 budgets within the bars; largest difference 50 % in tok/s" in text
+    assert (
+        "dense: 1 of 2 budgets within the bars; largest differences: speed 50.0 % (bar: 15), prompt" in text
+    )
     assert "MoE: 1 of 2 budgets within the bars" in text and "failed: edge: too small" in text
     assert "not quiet at 1 of 4 points" in text
 

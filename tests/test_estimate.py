@@ -277,6 +277,46 @@ def test_a_prompt_streams_once_per_chunk(case: Callable[..., Case]) -> None:
     assert waits[2] - waits[0] == pytest.approx(3 * each, rel=0.02)
 
 
+def test_a_prompt_pays_for_every_row_and_decode_does_not(case: Callable[..., Case]) -> None:
+    layer = dataclasses.replace(LAYER, value_seconds=1e-9)
+    for name in ("dense", "moe"):
+        plain, small = case(name), case(name, layer=layer)
+        plan = plain.plan(EVERYTHING, 512)
+        one, two, four = (
+            small.model.predict(plan, prompt_tokens=n).time_to_first_token_seconds
+            - plain.model.predict(plan, prompt_tokens=n).time_to_first_token_seconds
+            for n in (32, 64, 128)
+        )
+        assert one > 0 and (two, four) == (pytest.approx(2 * one), pytest.approx(4 * one))
+        told = plain.model.predict(plan).tokens_per_second, small.model.predict(plan).tokens_per_second
+        assert told[0] == told[1]
+
+
+def test_experts_of_the_first_chunk_all_come_from_the_drive(case: Callable[..., Case]) -> None:
+    one = case("moe", drive=DriveRate(0.0, 1e8, 1e8, 1e-4, 0.0))
+    plan = one.plan(250 << 20, 512)
+    experts = sum(w.stored_bytes for w in one.weights if w.expert >= 0)
+    hit = one.model.predict(plan).expert_hit_rate
+    assert plan.placement == "experts" and hit
+    first, second = (
+        one.model.predict(plan, prompt_tokens=n * plan.max_rows).time_to_first_token_seconds for n in (1, 2)
+    )
+    assert first >= experts / 1e8
+    assert second - first == pytest.approx((1 - hit) * experts / 1e8, rel=0.1)
+
+
+def test_memory_that_is_new_is_paid_for_once(case: Callable[..., Case]) -> None:
+    slow, fast = case("dense", touch_seconds_per_byte=1e-9), case("dense", touch_seconds_per_byte=0.0)
+    plan = slow.plan(EVERYTHING, 512)
+    more = [
+        slow.model.predict(plan, prompt_tokens=n).time_to_first_token_seconds
+        - fast.model.predict(plan, prompt_tokens=n).time_to_first_token_seconds
+        for n in (128, 256)
+    ]
+    assert more[0] == pytest.approx(1e-9 * (plan.activation_bytes + plan.kv_bytes / 4))
+    assert more[1] - more[0] == pytest.approx(1e-9 * plan.kv_bytes / 4)
+
+
 def test_the_prompt_is_no_longer_than_the_context(case: Callable[..., Case]) -> None:
     found = case("dense").predict(EVERYTHING, 64)
     assert found.prompt_tokens == 63

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from flashload import calibrate, probe
-from flashload.probe import DriveRate, Machine, NeuronRate, fit_drive
+from flashload import calibrate, probe, probe_kernels
+from flashload.probe import DriveRate, Machine, fit_drive
+from flashload.probe_kernels import NeuronRate
 
 
 @pytest.fixture(autouse=True)
@@ -88,15 +89,15 @@ def test_layers_are_measured() -> None:
 def test_kernels_are_measured_for_every_tile_format() -> None:
     from quant.formats import TILE_FORMATS
 
-    found = probe.probe_kernels(1)
+    found = probe_kernels.probe_kernels(1)
     assert set(found) == {int(code) for code in TILE_FORMATS}
-    assert all(set(rates) == set(probe.KERNEL_BATCHES) for rates in found.values())
+    assert all(set(rates) == set(probe_kernels.KERNEL_BATCHES) for rates in found.values())
     assert all(rate > 0 for rates in found.values() for rate in rates.values())
 
 
 def test_kernels_of_records_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_NEURON_BYTES", 16 << 20)
-    found = probe.probe_neurons(1)
+    monkeypatch.setattr(probe_kernels, "_NEURON_BYTES", 16 << 20)
+    found = probe_kernels.probe_neurons(1)
     assert set(found) == {20, 21, 22}
     for rate in found.values():
         assert rate.axpy > 0 and rate.dot_seconds(1e6, 1) > 0
@@ -113,18 +114,24 @@ class Counted:
     """Stands in for everything slow."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls = self.neuron_calls = 0
+        self.calls = 0
+        self.formats: list[int] = []
         monkeypatch.setattr(probe, "probe_drive", self.drive)
         monkeypatch.setattr(probe, "probe_bus", lambda threads: 2e10)
         monkeypatch.setattr(probe, "probe_kernels", lambda threads: machine().kernels)
         monkeypatch.setattr(probe, "probe_neurons", self.neurons)
+        monkeypatch.setattr(probe, "probe_memory_shares", self.shares)
         monkeypatch.setattr(probe, "measure_layers", lambda threads: (machine().layer, []))
         monkeypatch.setattr(probe, "_TEMPORARY_BYTES", 4 << 20)
         monkeypatch.setattr(probe, "_is_busy", lambda: False)
 
-    def neurons(self, threads: int) -> dict[int, NeuronRate]:
-        self.neuron_calls += 1
-        return {21: NeuronRate({1: 4e10, 8: 1e10}, 2e10)}
+    def neurons(self, threads: int, formats: list[int]) -> dict[int, NeuronRate]:
+        self.formats += formats
+        return {code: NeuronRate({1: 4e10, 8: 1e10}, 2e10) for code in formats}
+
+    def shares(self, threads: int, formats: list[int]) -> dict[int, float]:
+        self.formats += formats
+        return dict.fromkeys(formats, 0.8)
 
     def drive(self, path: Path) -> DriveRate:
         self.calls += 1
@@ -149,11 +156,25 @@ def test_figures_are_kept_until_asked_anew(tmp_path: Path, counted: Counted) -> 
     assert counted.calls == 3
 
 
-def test_records_are_measured_once_when_a_model_has_them(tmp_path: Path, counted: Counted) -> None:
-    assert probe.probe(tmp_path, 2).neurons == {} and counted.neuron_calls == 0
-    assert probe.probe(tmp_path, 2, neurons=True).neurons[21].axpy == 2e10
-    assert probe.probe(tmp_path, 2, neurons=True).neurons == probe.probe(tmp_path, 2).neurons
-    assert (counted.calls, counted.neuron_calls) == (1, 1)
+def test_formats_are_measured_once_when_a_model_has_them(tmp_path: Path, counted: Counted) -> None:
+    assert probe.probe(tmp_path, 2).neurons == {} and counted.formats == []
+    one = probe.probe(tmp_path, 2, formats={4, 21, 100})
+    assert one.neurons[21].axpy == 2e10 and one.memory_shares == {4: 0.8}
+    two = probe.probe(tmp_path, 2, formats={4, 3, 21})
+    assert two.memory_shares == {4: 0.8, 3: 0.8} and probe.probe(tmp_path, 2) == two
+    assert counted.calls == 1 and sorted(counted.formats) == [3, 4, 21]
+
+
+def test_memory_holds_products_back_by_their_share_of_the_bus() -> None:
+    one = machine(memory_shares={4: 0.5})
+    assert one.memory_seconds(4, 1e10) == 2 * one.memory_seconds(3, 1e10) == 1.0
+
+
+def test_shares_of_the_bus_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_kernels, "_SHARE_BYTES", 40 << 20)
+    monkeypatch.setattr(probe_kernels, "_SHARE_SECONDS", 0.01)
+    found = probe_kernels.probe_memory_shares(1, [4, 3])
+    assert set(found) == {3, 4} and all(0 < share <= 1 for share in found.values())
 
 
 def test_the_temporary_file_is_gone_and_small(tmp_path: Path, counted: Counted) -> None:
