@@ -63,6 +63,13 @@ SYSTEMS = {
     "edge-exact": System(
         "edge_decode.py", "edge", {"predictor": "off"}, "the same, and the text is that of the whole model"
     ),
+    "edge-predictor": System(
+        "edge_decode.py",
+        "edge",
+        {"predictor": "on"},
+        "the same, and a sparse model's predictor decides however much memory there is",
+        lossy=True,
+    ),
     "llama.cpp": System(
         "llama_cpp_decode.py",
         "llama_cpp",
@@ -108,6 +115,11 @@ class Request:
     timeout_seconds: float = 1800.0
     text: Path | None = None
 
+    @property
+    def context(self) -> int:
+        """Tokens that the run has room for."""
+        return max(self.prompt_tokens + self.tokens + 16, _TEXT_TOKENS if self.text else 0)
+
     def json(self, options: dict[str, Any]) -> str:
         keys: dict[str, Any] = {
             "model": str(self.model.resolve()),
@@ -117,7 +129,7 @@ class Request:
             "tokens": self.tokens,
             "seed": self.seed,
             "limit_bytes": self.limit_bytes,
-            "context": max(self.prompt_tokens + self.tokens + 16, _TEXT_TOKENS if self.text else 0),
+            "context": self.context,
         }
         if self.text:
             keys["text"] = str(self.text.resolve())
@@ -131,6 +143,9 @@ class Run:
     Attributes:
         result: the child's figures (``decode_tokens_per_second``, ...); None when it did not reach the end.
         failure: why not, in one line; None when it did.
+        outcome: "done", "refused" (edge said that the memory is too little), "killed", "late" (stopped when its time
+            was over) or "failed".
+        partial_tokens_per_second: of one that was late, as far as it came; None when it decoded nothing.
         foreign_cpus: CPUs that other processes kept busy meanwhile, on average.
     """
 
@@ -140,6 +155,8 @@ class Run:
     result: dict[str, Any] | None
     failure: str | None
     foreign_cpus: float
+    outcome: str = "done"
+    partial_tokens_per_second: float | None = None
 
 
 def interpreter(system: System) -> str:
@@ -252,9 +269,14 @@ def entries(
     return present, missing
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """The model arguments that every benchmark of whole models shares."""
-    parser.add_argument("model", type=Path, help="a GGUF file; for edge also a pack or a Hugging Face folder")
+    parser.add_argument(
+        "models" if several else "model",
+        nargs="*" if several else None,
+        type=Path,
+        help="a GGUF file; for edge also a pack or a Hugging Face folder",
+    )
     parser.add_argument("--peer-model", type=Path, help="the GGUF file for the peers, where MODEL is none")
     parser.add_argument(
         "--weights", default="keep", choices=("keep", "q8", "q4"), help="how edge packs MODEL"
@@ -267,7 +289,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for name in ("threads", "tokens", "prompt", "runs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1, found {getattr(args, name)}")
-    for path in filter(None, (args.model, args.peer_model)):
+    for path in filter(None, (*getattr(args, "models", ()), getattr(args, "model", None), args.peer_model)):
         if not path.exists():
             parser.error(f"{path}: no such file")
 
@@ -284,11 +306,27 @@ def _failure(done: Finished, events: list[dict[str, Any]]) -> str:
     if isinstance(done, CgroupResult) and done.killed:
         return f"killed for memory {stage}"
     if done.timed_out:
-        return f"not done after {done.seconds:.0f} s, stopped {stage}"
+        return f"longer than {done.seconds:.0f} s, stopped {stage}"
     if done.returncode < 0:
         return f"died of {signal.Signals(-done.returncode).name} {stage}"
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     return f"exit {done.returncode} {stage}: {last}"
+
+
+def _outcome(done: Finished, failure: str | None) -> str:
+    if failure is None:
+        return "done"
+    if failure.startswith("BudgetError"):
+        return "refused"
+    if isinstance(done, CgroupResult) and done.killed:
+        return "killed"
+    return "late" if done.timed_out else "failed"
+
+
+def _partial_rate(events: list[dict[str, Any]]) -> float | None:
+    """Of the last token that was told with its time."""
+    told = [event for event in events if event["event"] == "token" and event.get("seconds")]
+    return told[-1]["n"] / told[-1]["seconds"] if told else None
 
 
 def _events(stdout: str) -> list[dict[str, Any]]:
@@ -321,13 +359,17 @@ def run(name: str, request: Request) -> Run:
     events = _events(done.stdout)
     found = {event["event"]: event for event in events}
     result = found.get("result") if done.returncode == 0 else None
+    failure = None if result else _failure(done, events)
+    outcome = _outcome(done, failure)
     return Run(
         system=name,
         finished=done,
         loaded=found.get("loaded"),
         result=result,
-        failure=None if result else _failure(done, events),
+        failure=failure,
         foreign_cpus=foreign,
+        outcome=outcome,
+        partial_tokens_per_second=_partial_rate(events) if outcome == "late" else None,
     )
 
 

@@ -135,12 +135,12 @@ def _limit(point: dict[str, Any]) -> float:
 
 
 def is_lossy(point: dict[str, Any]) -> bool:
-    """Whether a predictor decided which neurons count in a cell."""
-    return point.get("neuron_mode") in ("predictor", "lean")
+    """Whether something decided which neurons count that may be wrong."""
+    return point.get("neuron_mode", "") not in ("", "exact")
 
 
 def plot_speed_over_memory(document: dict[str, Any], path: Path) -> None:
-    """tok/s of each system over the memory limit, with what pin-and-stream allows; PNG at ``path``."""
+    """tok/s of each system over the memory limit, with what pin-and-stream allows, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -155,6 +155,8 @@ def plot_speed_over_memory(document: dict[str, Any], path: Path) -> None:
     ]
     label = "pin + stream at the measured drive rate"
     axes.plot([limit / 1e9 for limit in limits], allowed, "--", color="0.5", label=label)
+    speeds = [p["tokens_per_second"]["low"] for p in document["points"] if p["tokens_per_second"]]
+    bottom = min([*speeds, *allowed]) / 2
     for system in dict.fromkeys(p["system"] for p in document["points"]):
         points = sorted((p for p in document["points"] if p["system"] == system), key=_limit)
         alive = [p for p in points if p["tokens_per_second"]]
@@ -180,7 +182,7 @@ def plot_speed_over_memory(document: dict[str, Any], path: Path) -> None:
         if dead:
             axes.plot(
                 dead,
-                [0] * len(dead),
+                [bottom] * len(dead),
                 "X",
                 ms=10,
                 color=colour,
@@ -189,7 +191,9 @@ def plot_speed_over_memory(document: dict[str, Any], path: Path) -> None:
             )
     axes.set_xlabel("memory limit, GB (cgroup, page cache included)")
     axes.set_ylabel("decode, tokens/s")
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=bottom)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_title(f"{document['model']}, {document['full_bytes'] / 1e9:.2f} GB", fontsize=10)
     facts = document["machine"]
     figure_.supxlabel(

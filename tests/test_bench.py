@@ -244,7 +244,7 @@ def test_failures_are_told_in_one_line(pretend: Callable[..., peers.Run], code: 
 
 def test_a_run_over_its_time_is_a_failure(pretend: Callable[..., peers.Run]) -> None:
     run = pretend("import time; time.sleep(60)", timeout_seconds=0.5)
-    assert run.failure is not None and run.failure.startswith("not done after")
+    assert run.failure is not None and run.failure.startswith("longer than") and run.outcome == "late"
 
 
 @pytest.mark.usefixtures("limited")
@@ -283,7 +283,7 @@ def test_bad_arguments_end_with_usage(command: Callable[[list[str]], int], argum
     assert ended.value.code == 2
 
 
-@pytest.mark.parametrize("wrong", ["--budgets=x", "--budgets=0", "--systems=nothing"])
+@pytest.mark.parametrize("wrong", ["--budgets=x", "--budgets=-1", "--systems=nothing"])
 def test_budget_refuses_wrong_lists(wrong: str) -> None:
     with pytest.raises(SystemExit):
         budget.main([__file__, wrong])
@@ -389,27 +389,17 @@ def test_budget_report_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[
     document = document_of([*points, point("llama.cpp", 500, None), point("llama.cpp-mmap", 750, 0.5)])
     budget.show(document)
     out = capsys.readouterr().out
-    assert "0/2" in out and "50 %, llama.cpp: killed for memory while loading" in out and "128 KiB" in out
+    assert (
+        "0/2" in out
+        and "50 % = 0.00 GB, llama.cpp: killed for memory while loading" in out
+        and "128 KiB" in out
+    )
     saved = report.save("budget m/1", document, tmp_path)
     assert saved.parent == tmp_path and json.loads(saved.read_text())["full_bytes"] == 1000
     pytest.importorskip("matplotlib")
     picture = tmp_path / "p.png"
     report.plot_speed_over_memory(document, picture)
     assert picture.read_bytes()[:4] == b"\x89PNG"
-
-
-def test_earlier_points_join_a_document() -> None:
-    document = document_of([point("edge", 500, 2.0)]) | {"benchmark": "budget", "process_bytes": 0}
-    earlier = document_of([point("edge", 500, 1.0), point("naive", 750, 0.3)]) | {
-        "benchmark": "budget",
-        "process_bytes": 0,
-    }
-    budget.join(document, earlier)
-    assert [(p["system"], p["percent"]) for p in document["points"]] == [("naive", 75), ("edge", 50)]
-    assert document["points"][1]["tokens_per_second"]["low"] == 2.0
-    assert document["earlier"][0]["commit"] == earlier["machine"]["commit"]
-    with pytest.raises(ValueError, match="full_bytes: expected 1000, found 999"):
-        budget.join(document, earlier | {"full_bytes": 999})
 
 
 # --- the command

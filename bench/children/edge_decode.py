@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.children.protocol import emit, read_bytes, run
+from bench.children.protocol import Spent, emit, read_bytes, run
+
+#: How often a slow run says how far it came.
+_TOLD_SECONDS = 1.0
 
 
 def perplexity(engine: Any, path: str) -> float:
@@ -32,7 +35,7 @@ def perplexity(engine: Any, path: str) -> float:
 
 
 def main(request: dict[str, Any]) -> None:
-    # model, threads, context, prompt_tokens, tokens, seed, limit_bytes (0 = none), predictor ("auto", "lean" or "off")
+    # model, threads, context, prompt_tokens, tokens, seed, limit_bytes (0 = none), predictor (as edge.load takes it)
     import edge
 
     options: dict[str, Any] = {"threads": request["threads"], "context": request["context"]}
@@ -54,27 +57,33 @@ def main(request: dict[str, Any]) -> None:
     # Ids every vocabulary here has; the first three are control tokens in many of them.
     prompt = [numbers.randrange(3, request["vocab"]) for _ in range(request["prompt_tokens"])]
 
-    def generate(ids: list[int], n: int) -> tuple[list[int], dict[str, Any], int]:
-        """Tokens, figures, and the bytes read until the first token was there."""
+    def generate(ids: list[int], n: int) -> tuple[list[int], dict[str, Any], Spent | None]:
+        """Tokens, figures, and what is spent after the first token."""
         tokens: list[int] = []
         stats: dict[str, Any] = {}
-        until_first = 0
+        spent: Spent | None = None
+        start = told = time.perf_counter()
         # Random weights go round in circles, which look-ups would make much of.
         settings = {"temperature": 0, "ignore_eos": True, "speculation": "off"}
         for chunk in engine.stream(ids, max_tokens=n, **settings):
             if chunk.token is not None:
                 tokens.append(chunk.token)
-            if len(tokens) == 1:
-                until_first = until_first or read_bytes()
+            now = time.perf_counter()
+            if tokens and spent is None:
+                spent, start = Spent(), now
+            elif len(tokens) > 1 and now > told + _TOLD_SECONDS:
+                told = now
+                emit(event="token", n=len(tokens) - 1, seconds=now - start)
             stats = dict(chunk.stats) or stats
-        return tokens, stats, until_first
+        return tokens, stats, spent
 
     # The warm-up prompt differs in its first token, so that no prefix of it can be reused by the timed one.
     generate([3 if prompt[0] != 3 else 4, *prompt[1:]], 1)
     emit(event="warm")
     start = time.perf_counter()
-    tokens, stats, until_first = generate(prompt, request["tokens"] + 1)
+    tokens, stats, spent = generate(prompt, request["tokens"] + 1)
     seconds = time.perf_counter() - start
+    assert spent is not None
     prefill_rate = float(stats["prefill_tokens_per_second"])
     # The second rate is from the outside: whole call less the prefill. The two must agree.
     outside = request["tokens"] / (seconds - len(prompt) / prefill_rate)
@@ -83,9 +92,9 @@ def main(request: dict[str, Any]) -> None:
         decode_tokens_per_second=float(stats["decode_tokens_per_second"]),
         decode_tokens_per_second_outside=outside,
         prefill_tokens_per_second=prefill_rate,
-        read_bytes_per_token=(read_bytes() - until_first) / request["tokens"],
         tokens=tokens,
         info=json.dumps(stats, default=str),
+        **spent.per_token(request["tokens"]),
         perplexity=perplexity(engine, request["text"]) if request.get("text") else None,
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import llama_cpp as lc
 import numpy as np
-from protocol import emit, read_bytes, run
+from protocol import Spent, emit, read_bytes, run
 
 LOAD_MODES = {
     "mmap": lc.LLAMA_LOAD_MODE_MMAP,
@@ -82,7 +82,7 @@ def main(request: dict[str, Any]) -> None:
     start = time.perf_counter()
     token = session.feed(prompt)
     prefill_seconds = time.perf_counter() - start
-    generated, before = [token], read_bytes()
+    generated, spent = [token], Spent()
     start = time.perf_counter()
     for i in range(request["tokens"]):
         token = session.feed([token])
@@ -93,9 +93,9 @@ def main(request: dict[str, Any]) -> None:
         event="result",
         decode_tokens_per_second=request["tokens"] / seconds,
         prefill_tokens_per_second=len(prompt) / prefill_seconds,
-        read_bytes_per_token=(read_bytes() - before) / request["tokens"],
         tokens=generated,
         info=lc.llama_print_system_info().decode(errors="replace").strip(),
+        **spent.per_token(request["tokens"]),
     )
 
 

@@ -11,7 +11,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
+
+#: Energy counters of whole processor packages (Documentation/power/powercap of the kernel); memory and cores are parts.
+ENERGY_COUNTERS = "/sys/class/powercap"
 
 
 def emit(**event: object) -> None:
@@ -22,6 +26,42 @@ def read_bytes() -> int:
     """Bytes this process had fetched from the drive so far."""
     with open("/proc/self/io") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def energy_counters() -> list[tuple[int, int]]:
+    """(microjoules, where it begins again) of every package; empty where none can be read."""
+    found = []
+    for zone in sorted(Path(ENERGY_COUNTERS).glob("*:*")):
+        try:
+            if (zone / "name").read_text().startswith("package"):
+                found.append(
+                    (int((zone / "energy_uj").read_text()), int((zone / "max_energy_range_uj").read_text()))
+                )
+        except (OSError, ValueError):
+            return []
+    return found
+
+
+class Spent:
+    """What decoding takes of drive and socket from here on."""
+
+    def __init__(self) -> None:
+        self._read_bytes = read_bytes()
+        self._energy = energy_counters()
+
+    def per_token(self, n_tokens: int) -> dict[str, float | None]:
+        """``read_bytes_per_token`` and ``joules_per_token`` (of all the machine does; None where none can be read)."""
+        energy = energy_counters()
+        joules = None
+        if energy and len(energy) == len(self._energy):
+            joules = sum(
+                1e-6 * ((now - before) % most)
+                for (now, most), (before, _) in zip(energy, self._energy, strict=True)
+            )
+        return {
+            "read_bytes_per_token": (read_bytes() - self._read_bytes) / n_tokens,
+            "joules_per_token": None if joules is None else joules / n_tokens,
+        }
 
 
 def run(main: Callable[[dict[str, Any]], None]) -> None:
@@ -51,17 +91,17 @@ def time_baseline(request: dict[str, Any], load: Callable[[], Baseline], version
     model.forward(request["prompt_tokens"])
     prefill_seconds = time.perf_counter() - start
     emit(event="warm")
-    before, start = read_bytes(), time.perf_counter()
+    spent, start = Spent(), time.perf_counter()
     for n in range(request["tokens"]):
         model.forward(1)
-        emit(event="token", n=n + 1)
+        emit(event="token", n=n + 1, seconds=time.perf_counter() - start)
     rate = request["tokens"] / (time.perf_counter() - start)
     emit(
         event="result",
         decode_tokens_per_second=rate,
         decode_tokens_per_second_outside=rate,
         prefill_tokens_per_second=request["prompt_tokens"] / prefill_seconds,
-        read_bytes_per_token=(read_bytes() - before) / request["tokens"],
         tokens=[],
         info="",
+        **spent.per_token(request["tokens"]),
     )
