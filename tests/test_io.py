@@ -205,6 +205,29 @@ def test_bench_arguments(options: dict[str, int], path: str) -> None:
         _edge.bench_read(path, **options)
 
 
+def test_a_replay_reads_what_it_is_given(path: str) -> None:
+    pieces = [(0, PAGE), (3 * PAGE, 2 * PAGE), (PAGE, PAGE)]
+    result = _edge.replay_reads(path, pieces, [2, 2, 3], 2)
+    assert (result["requests"], result["bytes"]) == (3, 4 * PAGE) and result["seconds"] > 0
+    many = [(PAGE * (i % 7), PAGE) for i in range(100)]
+    assert _edge.replay_reads(path, many, [100], 8)["requests"] == 100
+
+
+@pytest.mark.parametrize(
+    ("pieces", "ends", "depth"),
+    [([], [], 4), ([(0, PAGE)], [2], 4), ([(0, PAGE)] * 3, [2, 1, 3], 4), ([(0, 0)], [1], 4), ([(0, PAGE)], [1], 0),
+     ([(0, 1 << 30)], [1], 4)],
+)  # fmt: skip
+def test_replay_arguments(pieces: list[tuple[int, int]], ends: list[int], depth: int, path: str) -> None:
+    with pytest.raises(ArgumentError, match="read replay"):
+        _edge.replay_reads(path, pieces, ends, depth)
+
+
+def test_a_replay_past_the_end_is_a_disk_error(path: str) -> None:
+    with pytest.raises(DiskError):
+        _edge.replay_reads(path, [(0, PAGE), (1 << 40, PAGE)], [2], 4)
+
+
 def test_bench_of_a_file_too_small(tmp_path: Path) -> None:
     (tmp_path / "small").write_bytes(bytes(PAGE))
     with pytest.raises(ArgumentError, match="at least"):

@@ -71,16 +71,7 @@ py::bytes read_file(const std::string& path, const std::string& engine, bool dir
   return py::bytes(block.as<char>(), bytes);
 }
 
-py::dict bench(const std::string& path, const std::string& engine, bool direct, uint64_t bytes_per_request, int depth,
-               double seconds, bool sequential) {
-  ReadBenchOptions options;
-  options.reader.engine = engine;
-  options.reader.direct = direct;
-  options.reader.depth = depth;
-  options.bytes_per_request = bytes_per_request;
-  options.sequential = sequential;
-  options.seconds = seconds;
-  const ReadBenchResult result = value(without_gil([&] { return bench_read(path, options); }));
+py::dict as_dict(const ReadBenchResult& result) {
   py::dict dict;
   dict["engine"] = result.engine;
   dict["direct"] = result.direct;
@@ -93,6 +84,27 @@ py::dict bench(const std::string& path, const std::string& engine, bool direct, 
   dict["p99_latency_us"] = result.p99_latency_us;
   dict["cpu_seconds"] = result.cpu_seconds;
   return dict;
+}
+
+py::dict bench(const std::string& path, const std::string& engine, bool direct, uint64_t bytes_per_request, int depth,
+               double seconds, bool sequential) {
+  ReadBenchOptions options;
+  options.reader.engine = engine;
+  options.reader.direct = direct;
+  options.reader.depth = depth;
+  options.bytes_per_request = bytes_per_request;
+  options.sequential = sequential;
+  options.seconds = seconds;
+  return as_dict(value(without_gil([&] { return bench_read(path, options); })));
+}
+
+py::dict replay(const std::string& path, const std::vector<std::pair<uint64_t, uint64_t>>& pieces,
+                const std::vector<uint64_t>& group_ends, int depth) {
+  ReaderOptions options;
+  options.depth = depth;
+  std::vector<ReadPiece> reads;
+  for (const auto& [offset, bytes] : pieces) reads.push_back({offset, bytes});
+  return as_dict(value(without_gil([&] { return replay_reads(path, options, reads, group_ends); })));
 }
 
 // A store with everything it stands on, held the way a model holds it.
@@ -212,6 +224,8 @@ void bind(py::module_& module) {
              py::arg("bytes_per_request") = 1 << 20, py::arg("depth") = 32, py::arg("seconds") = 1.0,
              py::arg("sequential") = false,
              "Reads with `depth` requests in flight; rates in bytes per second, times in us.");
+  module.def("replay_reads", &replay, py::arg("path"), py::arg("pieces"), py::arg("group_ends"), py::arg("depth") = 32,
+             "Reads (offset, bytes) pieces with `depth` in flight, all of a group before the next; as bench_read.");
   module.def("io_engines", [] { return availability(io_engines()); },
              "name, available, reason of every I/O engine, in the order `auto` tries them.");
   module.def("page_cached", &page_cached, py::arg("path"), py::arg("offset"), py::arg("bytes"),

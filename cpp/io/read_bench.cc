@@ -25,6 +25,7 @@ uint64_t next_random(uint64_t* state) {
 }
 
 constexpr size_t kMaxLatencies = 1 << 20;
+constexpr uint64_t kMostPieceBytes = 16 << 20;
 
 }  // namespace
 
@@ -82,6 +83,47 @@ Result<ReadBenchResult> bench_read(const std::string& path, const ReadBenchOptio
   const auto p99 = latencies_us.begin() + static_cast<ptrdiff_t>(latencies_us.size() * 99 / 100);
   std::nth_element(latencies_us.begin(), p99, latencies_us.end());
   result.p99_latency_us = *p99;
+  return result;
+}
+
+Result<ReadBenchResult> replay_reads(const std::string& path, const ReaderOptions& options,
+                                     std::span<const ReadPiece> pieces, std::span<const uint64_t> group_ends) {
+  using Clock = std::chrono::steady_clock;
+  uint64_t largest = 0;
+  for (const ReadPiece& piece : pieces) largest = std::max(largest, piece.bytes);
+  if (!std::is_sorted(group_ends.begin(), group_ends.end()) || group_ends.empty() || group_ends.back() != pieces.size() ||
+      largest == 0 || largest > kMostPieceBytes || options.depth < 1 || options.depth > 1024) {
+    return error(Code::kBadArgument, "read replay: expected ascending groups that end with the last of 1 or more pieces, "
+                                     "pieces of up to 16 MiB, depth 1 to 1024");
+  }
+  const uint64_t slot_bytes = round_up(largest, kReadAlign);
+  const auto depth = static_cast<uint64_t>(options.depth);
+  Budget budget(slot_bytes * depth);
+  EDGE_ASSIGN(const Block buffers, budget.reserve(slot_bytes * depth, "io"));
+  EDGE_ASSIGN(const std::unique_ptr<BlockReader> reader, open_reader(path, options));
+  ReadBenchResult result;
+  result.engine = reader->engine();
+  result.direct = reader->direct();
+  result.align = reader->align();
+  const double cpu_start = cpu_now();
+  const Clock::time_point start = Clock::now();
+  uint64_t sent = 0;
+  const auto send = [&](uint64_t slot) {
+    const ReadPiece& piece = pieces[sent++];
+    result.bytes += piece.bytes;
+    return reader->submit({piece.offset, piece.bytes, buffers.data() + slot * slot_bytes, slot});
+  };
+  for (const uint64_t end : group_ends) {
+    for (uint64_t slot = 0; slot < depth && sent < end; ++slot) EDGE_TRY(send(slot));
+    while (result.n_requests < end) {
+      EDGE_ASSIGN(const ReadCompletion completion, reader->wait());
+      EDGE_TRY(completion.status);
+      ++result.n_requests;
+      if (sent < end) EDGE_TRY(send(completion.tag));
+    }
+  }
+  result.seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  result.cpu_seconds = cpu_now() - cpu_start;
   return result;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 
 #include "io/block_reader.h"
@@ -29,5 +30,16 @@ struct ReadBenchResult {
 
 // Keeps `depth` requests in flight until the time is over. Buffers come from their own budget of depth x bytes.
 Result<ReadBenchResult> bench_read(const std::string& path, const ReadBenchOptions& options);
+
+struct ReadPiece {
+  uint64_t offset = 0;
+  uint64_t bytes = 0;
+};
+
+// Reads given pieces, all of a group before the next group begins, as the layers of a pass ask for them. Pieces of group i
+// are those from group_ends[i - 1] to group_ends[i]; offsets and bytes are multiples of the file's finest read. Latencies
+// are left out.
+Result<ReadBenchResult> replay_reads(const std::string& path, const ReaderOptions& options,
+                                     std::span<const ReadPiece> pieces, std::span<const uint64_t> group_ends);
 
 }  // namespace edge
