@@ -58,6 +58,8 @@ def measure(case: Case, threads: int, cells: Cells) -> dict[str, Any]:
             asked = budget_cells.asked_of(system, request, rounds)
             point = cells.find(name, asked)
             if point is None:
+                if percent == BELOW_FLOOR:  # which is a little different every time, and the same cell
+                    request = _below_floor(request)
                 point = budget_cells.measure_cell(
                     system, request, entry.weights, percent, rounds, case.process_bytes
                 )
@@ -86,7 +88,7 @@ def _request(
     by_edge = peers.SYSTEMS[system].child == "edge_decode.py"
     if percent == BELOW_FLOOR and not by_edge:
         return None
-    request = peers.Request(
+    return peers.Request(
         entry.path,
         threads,
         min(entry.weights.vocab for entry in entries.values()),
@@ -96,9 +98,10 @@ def _request(
         timeout_seconds=case.count(system, "timeout"),
         text=case.text if by_edge else None,
     )
-    if percent != BELOW_FLOOR:
-        return request
-    floor = budget_cells.floor_bytes(entry.path, request.context, threads)
+
+
+def _below_floor(request: peers.Request) -> peers.Request:
+    floor = budget_cells.floor_bytes(request.model, request.context, request.threads)
     return dataclasses.replace(request, limit_bytes=int(BELOW_FLOOR_SHARE * floor))
 
 

@@ -162,9 +162,11 @@ def drive_rate(
     Returns ``bytes_per_second``, ``bytes``, ``direct`` (False where the file system refuses O_DIRECT: then
     the file is dropped from the page cache first, and the rate includes the kernel's copy).
     """
-    size = min(n_bytes, path.stat().st_size // request_bytes * request_bytes)
-    if size == 0:
-        raise ValueError(f"{path}: smaller than one request of {request_bytes} bytes")
+    # A small file is read in one request.
+    request_bytes = min(request_bytes, path.stat().st_size // 4096 * 4096)
+    if request_bytes == 0:
+        raise ValueError(f"{path}: smaller than one page of 4096 bytes")
+    size = min(n_bytes, path.stat().st_size) // request_bytes * request_bytes
     buffers = _aligned_buffers(threads, request_bytes)
     direct = True
     try:

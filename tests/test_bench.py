@@ -317,7 +317,7 @@ def test_bandwidth_and_drive_give_rates(tmp_path: Path) -> None:
     rate = machine.drive_rate(file, threads=3)
     assert rate["bytes"] == 5 * MB and rate["bytes_per_second"] > 0
     (tmp_path / "small").write_bytes(b"x")
-    with pytest.raises(ValueError, match="smaller than one request"):
+    with pytest.raises(ValueError, match="smaller than one page"):
         machine.drive_rate(tmp_path / "small")
 
 

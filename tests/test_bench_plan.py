@@ -105,7 +105,8 @@ def test_one_point(
     (one,) = document["points"]
     assert one["kind"] == "MoE" and len(one["predictions"]) == len(one["machine"]) == 2
     assert one["measured"]["peak_bytes"] > 0 and one["measured"]["tokens_per_second"] > 0
-    assert one["predicted"]["flash_bytes_per_token"] > 0
+    # So small a model may fit into what processes differ by.
+    assert (one["predicted"]["flash_bytes_per_token"] > 0) == (one["placement"] != "resident")
 
 
 @pytest.mark.slow
