@@ -4,14 +4,15 @@ Each round writes every prompt once without speculation and once with each setti
 that a machine whose speed drifts moves all alike; a setting's gain is taken against the plain run of its own round.
 Texts are compared token for token: a setting that changes one is a fault and ends the benchmark.
 
-A setting ``oracle:RATE:DEPTH`` guesses DEPTH tokens ahead, each right with probability RATE, from the plain run's text
-and in no time: what a drafter of that acceptance would gain on this machine, whatever the model knows.
+``--scripted RATE`` (a setting ``scripted:RATE:DEPTH``) guesses DEPTH tokens ahead, each right with probability RATE,
+from the plain run's text and in no time: what a drafter of that acceptance would gain on this machine, whatever the
+model knows.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from statistics import median
 from typing import Any
 
 from bench import machine, report
+from bench.scripted import guessing, scripted
 
 #: Kind of text -> prompts. Stories are what a small model knows; the second kind repeats itself, as edits and
 #: answers about a given text do.
@@ -45,31 +47,23 @@ def _one(engine: Any, prompt: list[int], setting: str, plain: list[int], args: a
         "seed": args.seed,
         "ignore_eos": True,
     }
-    if not setting.startswith("oracle:"):
+    if not setting.startswith("scripted:"):
         return engine.generate(prompt, speculation=setting, **asked)
-    from unittest.mock import patch
-
-    import _edge
-
-    from edge.speculation import Speculators
-
     rate, depth = float(setting.split(":")[1]), int(setting.split(":")[2])
-    text = [*prompt, *plain]
-
-    def propose(tokens: list[int], max_nodes: int) -> list[tuple[int, int]]:
-        # Chances belong to places of the text, so that every run meets the same.
-        ahead = range(len(tokens), min(len(tokens) + depth, len(text)))
-        right = [random.Random(1000 * args.seed + place).random() < rate for place in ahead]
-        guesses = [
-            text[place] if ok else (text[place] + 1) % 1000 for place, ok in zip(ahead, right, strict=True)
-        ]
-        return [(token, i) for i, token in enumerate(guesses[: max_nodes - 1])]
-
-    speculator = _edge.Speculator(engine._core)
-    speculator.add_callback(propose)
-    speculator.configure(depth=depth, max_rows=depth + 1)
-    with patch.object(Speculators, "configured", lambda self, settings: speculator):
+    with guessing(scripted([*prompt, *plain], rate, depth, engine.vocab_size, args.seed), depth, depth + 1):
         return engine.generate(prompt, speculation="auto", **asked)
+
+
+def _texts(args: argparse.Namespace) -> dict[str, Sequence[str]]:
+    """Kind of text -> prompts: ours, or the first turns of a file of questions by their category."""
+    found: dict[str, list[str]] = {}
+    if args.questions is None:
+        found = {kind: list(prompts) for kind, prompts in PROMPTS.items()}
+    else:
+        for line in Path(args.questions).read_text().splitlines():
+            question = json.loads(line)
+            found.setdefault(question["category"], []).append(question["turns"][0])
+    return {k: v[: args.prompts] for k, v in found.items() if not args.kind or k in args.kind}
 
 
 def _drafters(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -94,12 +88,14 @@ def measure(engine: Any, settings: Sequence[str], args: argparse.Namespace) -> d
     """
     facts = machine.facts()
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    texts = _texts(args)
     for number in range(args.runs):
-        for kind, prompts in PROMPTS.items():
+        for kind, prompts in texts.items():
             seconds: dict[str, float] = dict.fromkeys(settings, 0.0)
             done: dict[str, list[Any]] = {setting: [] for setting in settings}
             for text in prompts:
                 prompt = engine.tokenizer.encode(text, add_special_tokens=True)
+                prompt = prompt[-max(1, engine.plan.context - args.tokens) :]
                 plain: list[int] = []
                 for setting in settings:
                     completion = _one(engine, prompt, setting, plain, args)
@@ -145,7 +141,7 @@ def measure(engine: Any, settings: Sequence[str], args: argparse.Namespace) -> d
             }
             for (kind, setting), found in runs.items()
         ],
-        "pass_ms": pass_ms(engine, args),
+        "pass_ms": pass_ms(engine, args) if args.passes else [],
     }
 
 
@@ -190,14 +186,19 @@ def show(document: dict[str, Any]) -> None:
                 drafters or "-",
             )
         )
-    first = document["pass_ms"][0][1]
+    first = document["pass_ms"][0][1] if document["pass_ms"] else 0
     costs = ", ".join(f"{rows}: {ms:.3g} ({ms / first:.2f}x)" for rows, ms in document["pass_ms"] if first)
     title = (
         f"{document['model']}, draft {document['draft'] or '-'}, {document['placement']}, "
         f"{document['threads']} threads, temperature {document['temperature']}; median [smallest..largest]"
     )
     columns = ("text", "speculation", "tok/s", "gain over off", "tokens/pass", "guesses accepted")
-    notes = [f"a pass over m rows, ms (against one row): {costs}", *document["notes"]]
+    notes = [f"a pass over m rows, ms (against one row): {costs}"] if costs else []
+    if any(r["speculation"].startswith("scripted:") for r in document["results"]):
+        notes.append(
+            "scripted:RATE:DEPTH: guesses right with that probability, in no time and with no memory"
+        )
+    notes += document["notes"]
     report.print_table(title, columns, rows, [*notes, report.machine_line(document["machine"])])
 
 
@@ -210,7 +211,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each text")
     parser.add_argument("--runs", type=int, default=5, help="rounds")
-    parser.add_argument("--passes", type=int, default=24, help="passes for each row of the cost table")
+    parser.add_argument(
+        "--passes", type=int, default=24, help="passes for each row of the cost table; 0: none"
+    )
+    parser.add_argument("--prompts", type=int, help="of each kind of text, at most")
+    parser.add_argument("--kind", action="append", default=[], help="kind of text; repeatable, default: all")
+    parser.add_argument(
+        "--questions", help="JSON lines with category and turns (Spec-Bench), in place of our prompts"
+    )
+    parser.add_argument(
+        "--scripted", action="append", default=[], metavar="RATE", help="repeatable; see above"
+    )
+    parser.add_argument("--depth", type=int, default=7, help="how far ahead --scripted guesses")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
@@ -225,7 +237,8 @@ def main(argv: list[str] | None = None) -> int:
         args.model, memory=args.memory, context=args.context, threads=args.threads, draft=args.draft
     ) as engine:
         there = [name for name in DRAFTERS if engine.can_draft(name)]
-        settings = ["off", *(args.setting or ["auto", *there])]
+        asked = [*args.setting, *(f"scripted:{rate}:{args.depth}" for rate in args.scripted)]
+        settings = ["off", *(asked or ["auto", *there])]
         document = measure(engine, settings, args)
     report.put_out("speculation-" + document["model"], document, show, args)
     return 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,23 @@ import _edge
 import pytest
 
 import edge
-from edge import speculation
+from bench.scripted import Nodes, Propose, chain, guessing, oracle
 from edge.tokenizer import Tokenizer
 from flashload.errors import BudgetError
 from flashload.format import PackFile
 from flashload.plan import make_plan, weights_of
 
-Nodes = Sequence[tuple[int, int]]
-Propose = Callable[[list[int], int], Nodes]
+__all__ = [
+    "CONTEXT",
+    "PLACEMENTS",
+    "Nodes",
+    "Propose",
+    "chain",
+    "guessing",
+    "open_engine",
+    "oracle",
+    "with_guesses",
+]
 
 PLACEMENTS = ("resident", "stream", "experts")
 CONTEXT = 96
@@ -45,34 +52,7 @@ def open_engine(path: Path, placement: str, context: int = CONTEXT, threads: int
         return edge.Engine(core, plan, Tokenizer(pack.vocab()), pack.metadata, 0.0)
 
 
-@contextmanager
-def guessing(propose: Propose, depth: int = 16, max_rows: int = 33) -> Iterator[None]:
-    """While it lasts all guesses are what `propose` says, whatever is asked for."""
-
-    def configured(self: Any, settings: speculation.Speculation, begins: bool = True) -> _edge.Speculator:
-        if begins or self._speculator is None:
-            self.forget()
-            self._speculator = _edge.Speculator(self._core)
-            self._speculator.add_callback(propose)
-            self._speculator.configure(depth=depth, max_rows=max_rows)
-        return self._speculator
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speculation.Speculators, "configured", configured)
-        yield
-
-
 def with_guesses(engine: edge.Engine, propose: Propose, prompt: Any, **settings: Any) -> edge.Completion:
     """A completion whose guesses are all from `propose`."""
     with guessing(propose):
         return engine.generate(prompt, speculation="auto", **settings)
-
-
-def chain(tokens: Sequence[int]) -> Nodes:
-    """A tree without branches: (token, parent) pairs below the root, which is 0."""
-    return [(token, i) for i, token in enumerate(tokens)]
-
-
-def oracle(text: Sequence[int], depth: int) -> Propose:
-    """Guesses the next `depth` tokens of a text known beforehand."""
-    return lambda tokens, _: chain(text[len(tokens) : len(tokens) + depth])

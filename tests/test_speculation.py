@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import pytest
 
 import edge
+from bench.scripted import adversaries, half_right, wrong
 from edge import speculation
 from edge.errors import ArgumentError, ContextOverflowError, EdgeError
 from tests.speculating import (
     CONTEXT,
     PLACEMENTS,
-    Propose,
     chain,
     guessing,
     open_engine,
@@ -63,36 +62,6 @@ def engine(engines: dict[str, edge.Engine]) -> edge.Engine:
     return engines["resident"]
 
 
-def wrong(text: list[int], depth: int) -> Propose:
-    """Never right: every guess is the token after the right one."""
-    return lambda tokens, _: chain([(t + 1) % VOCAB for t in text[len(tokens) : len(tokens) + depth]])
-
-
-def at_random(seed: int) -> Propose:
-    def propose(tokens: list[int], max_nodes: int) -> list[tuple[int, int]]:
-        choose = random.Random(seed * 1000 + len(tokens))
-        n = choose.randrange(max_nodes + 5)
-        return [(choose.randrange(-2, VOCAB + 3), choose.randrange(-1, i + 2)) for i in range(n)]
-
-    return propose
-
-
-def half_right(text: list[int]) -> Propose:
-    """A tree whose path is right for a while, with wrong siblings before and behind it, and doubles."""
-
-    def propose(tokens: list[int], _: int) -> list[tuple[int, int]]:
-        right = text[len(tokens) : len(tokens) + 1 + len(tokens) % 4]
-        nodes: list[tuple[int, int]] = []
-        parent = 0
-        for token in right:
-            nodes += [((token + 3) % VOCAB, parent), (token, parent), ((token + 5) % VOCAB, parent)]
-            nodes += [(token, parent)]
-            parent = len(nodes) - 2
-        return nodes
-
-    return propose
-
-
 def sequence_of(engine: edge.Engine) -> list[int]:
     assert engine._sequence is not None
     return list(engine._sequence.tokens)
@@ -106,15 +75,7 @@ def test_no_drafter_changes_the_text(engines: dict[str, edge.Engine], placement:
         asked = {"max_tokens": 40, "ignore_eos": True, "logprobs": 3, **settings}
         plain = engine.generate(prompt, speculation="off", **asked)
         text = prompt + plain.tokens
-        drafters = {
-            "oracle": oracle(text, 5),
-            "wrong": wrong(text, 4),
-            "half right": half_right(text),
-            "random": at_random(1),
-            "empty": lambda tokens, _: [],
-            "root again": lambda tokens, _: [(tokens[-1], 0)] * 9,
-        }
-        for name, propose in drafters.items():
+        for name, propose in adversaries(text, VOCAB).items():
             found = with_guesses(engine, propose, prompt, **asked)
             assert found.tokens == plain.tokens, name
             assert found.text == plain.text and found.finish_reason == plain.finish_reason
@@ -154,7 +115,7 @@ def test_an_oracle_gives_depth_and_one_tokens_a_pass(engine: edge.Engine, depth:
 def test_what_is_always_wrong_gives_a_token_a_pass(engine: edge.Engine) -> None:
     plain = engine.generate([1, 5], max_tokens=21, ignore_eos=True, speculation="off", **GREEDY)
     found = with_guesses(
-        engine, wrong([1, 5, *plain.tokens], 3), [1, 5], max_tokens=21, ignore_eos=True, **GREEDY
+        engine, wrong([1, 5, *plain.tokens], 3, VOCAB), [1, 5], max_tokens=21, ignore_eos=True, **GREEDY
     )
     done = found.stats["speculation"]
     assert done["tokens_per_pass"] == 1 and done["drafters"]["callback"]["accepted"] == 0
@@ -212,9 +173,15 @@ def test_what_follows_goes_on_from_the_same_state(engine: edge.Engine) -> None:
     turn = [1, 5, 9, *first.tokens, 30, 31]
     plain = engine.generate(turn, max_tokens=20, ignore_eos=True, speculation="off", logprobs=2, **DRAWN)
     expected = engine.logits(turn)
-    with_guesses(engine, half_right(turn), [1, 5, 9], max_tokens=20, ignore_eos=True, **DRAWN)
+    with_guesses(engine, half_right(turn, VOCAB), [1, 5, 9], max_tokens=20, ignore_eos=True, **DRAWN)
     found = with_guesses(
-        engine, half_right(turn + plain.tokens), turn, max_tokens=20, ignore_eos=True, logprobs=2, **DRAWN
+        engine,
+        half_right(turn + plain.tokens, VOCAB),
+        turn,
+        max_tokens=20,
+        ignore_eos=True,
+        logprobs=2,
+        **DRAWN,
     )
     # The last token drawn had no pass of its own.
     assert found.stats["reused_tokens"] == len(turn) - 3
@@ -292,7 +259,7 @@ def test_keys_and_values_on_a_drive(packs: dict[str, Path], engine: edge.Engine)
         for settings in SETTINGS.values():
             asked: dict[str, Any] = {"max_tokens": 80, "ignore_eos": True, "logprobs": 2, **settings}
             plain = engine.generate([1, 5, 9], speculation="off", **asked)
-            found = with_guesses(flash, half_right([1, 5, 9, *plain.tokens]), [1, 5, 9], **asked)
+            found = with_guesses(flash, half_right([1, 5, 9, *plain.tokens], VOCAB), [1, 5, 9], **asked)
             assert (found.tokens, found.logprobs) == (plain.tokens, plain.logprobs)
 
 
