@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 
 #include "speculate/medusa_drafter.h"
 #include "speculate/model_drafter.h"
@@ -31,6 +32,7 @@ constexpr int64_t kHorizon = 256;
 constexpr double kMeasureMs = 25;
 constexpr uint64_t kMeasureBytes = 64 << 20;
 constexpr int64_t kMeasureRows = 16;
+constexpr int64_t kOwnTextTopK = 20;
 
 double now_ms() {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -239,31 +241,56 @@ Status Speculator::propose(Sequence& sequence, Sampler& sampler, int64_t room) {
   return {};
 }
 
+// A text that the model would write: rows that share experts or neurons cost what those of drafts do. As long as time
+// allows, and at least two tokens.
+Result<std::vector<int32_t>> Speculator::own_text(KvCache& kv, double until_ms) {
+  Decoder& decoder = engine_.decoder();
+  const int64_t vocab = decoder.config().vocab_size, most = std::min(engine_.options().context, 2 * kMeasureRows);
+  SamplingConfig config;
+  config.top_k = kOwnTextTopK;
+  Sampler sampler(config, vocab, &engine_.budget());
+  std::vector<int32_t> tokens{static_cast<int32_t>(std::min<int64_t>(1, vocab - 1))};
+  while (static_cast<int64_t>(tokens.size()) < most && (tokens.size() < 2 || now_ms() < until_ms)) {
+    const int32_t parent = -1, row = 0;
+    EDGE_TRY(decoder.forward({{&tokens.back(), 1}, {&parent, 1}}, kv));
+    const Status status = decoder.logits({&row, 1}, [&](size_t, std::span<float> logits) -> Status {
+      EDGE_ASSIGN(const SampledToken token, sampler.sample(logits, tokens, tokens.size()));
+      tokens.push_back(token.token);
+      return {};
+    });
+    if (!status.ok()) {
+      kv.rollback();
+      engine_.store().rewind();
+      return status;
+    }
+    decoder.commit_all(kv);
+  }
+  return tokens;
+}
+
 Status Speculator::measure() {
   const EngineOptions& options = engine_.options();
   const bool in_memory = options.plan.stream_order.empty() && options.plan.demand_bytes == 0;
   if (!in_memory || engine_.store().stats().resident_bytes > kMeasureBytes) return {};
   Decoder& decoder = engine_.decoder();
   const double start = now_ms();
-  const int64_t most = std::min({decoder.max_rows(), options.context, kMeasureRows});
   KvCache kv(engine_.kv_pool());
-  // Different tokens: rows that share experts or neurons would look cheaper than they are.
-  std::vector<int32_t> tokens(static_cast<size_t>(most)), rows(tokens.size()), parents(tokens.size());
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    tokens[i] = static_cast<int32_t>((7 * i + 1) % static_cast<size_t>(decoder.config().vocab_size));
-    rows[i] = static_cast<int32_t>(i);
-    parents[i] = static_cast<int32_t>(i) - 1;
-  }
+  EDGE_ASSIGN(const std::vector<int32_t> tokens, own_text(kv, start + kMeasureMs / 2));
+  const int64_t most = std::min({decoder.max_rows(), static_cast<int64_t>(tokens.size()), kMeasureRows});
+  kv.truncate(static_cast<int64_t>(tokens.size()) - most);
+  const std::span<const int32_t> last = std::span(tokens).last(static_cast<size_t>(most));
+  std::vector<int32_t> rows(last.size()), parents(last.size());
+  std::iota(rows.begin(), rows.end(), 0);
+  std::iota(parents.begin(), parents.end(), -1);
   const auto pass = [&](size_t n) -> Result<double> {
     const double begin = now_ms();
-    EDGE_TRY(decoder.forward({std::span(tokens).first(n), std::span(parents).first(n)}, kv));
+    EDGE_TRY(decoder.forward({last.first(n), std::span(parents).first(n)}, kv));
     const Status status = decoder.logits(std::span(rows).first(n), [](size_t, std::span<float>) { return Status(); });
     kv.rollback();
     engine_.store().rewind();
     EDGE_TRY(status);
     return now_ms() - begin;
   };
-  EDGE_ASSIGN([[maybe_unused]] const double cold_ms, pass(1));
   // One row whatever it takes: without it the controller knows nothing.
   for (int64_t n = 1; n <= most && (n == 1 || now_ms() - start < kMeasureMs); n *= 2) {
     for (int i = 0; i < 3; ++i) {

@@ -81,6 +81,7 @@ class Speculator {
   };
 
   void follow(Sequence& sequence);
+  Result<std::vector<int32_t>> own_text(KvCache& kv, double until_ms);
   Status propose(Sequence& sequence, Sampler& sampler, int64_t room);
   void enable(Turn& turn) const;
   Status ask(Turn& turn, DraftContext context, int64_t depth, bool reads_for_free);
