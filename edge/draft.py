@@ -1,4 +1,5 @@
-"""What speculation takes of the budget: a draft model of the same vocabulary, the model's own heads, look-up tables.
+"""What speculation takes of the budget: a draft model of the same vocabulary, or a copy of the model at fewer bits; the
+model's own heads, look-up tables.
 
 None of it may cost the model its place: what would move weights to the drive, or does not fit, is left out with a note.
 """
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 PlanHost = Callable[["Host", int], Plan]
 
+#: What ``draft=`` is for a model that drafts for itself.
+SELF = "self"
+#: How often a copy at 4 bits is taken to be right, how deep it guesses, and what the memory bus brings in the time of a
+#: byte from a fast drive.
+_COPY_ACCEPTANCE, _COPY_DEPTH, _BUS_OVER_DRIVE = 0.85, 8, 8
+#: A copy must promise this much: it takes memory that other things could have.
+_WORTHWHILE = 1.1
 #: Look-ups keep two positions in each of two tables for a token.
 _LOOKUP_TOKEN_BYTES = 16
 #: Rounding of blocks, and the state of a drafter.
@@ -41,11 +49,15 @@ class DraftModel:
     Attributes:
         options: what the core's engine is opened with.
         bytes: its share of the budget.
+        weight_bytes: read for a guess.
+        is_copy: it is the model itself at fewer bits.
     """
 
     name: str
     options: dict[str, Any]
     bytes: int
+    weight_bytes: int
+    is_copy: bool
 
 
 @dataclass(frozen=True)
@@ -107,14 +119,18 @@ def open_draft(
     isa: str,
     on_pack: Progress | None = None,
 ) -> DraftModel:
-    """A draft model placed in memory whole.
+    """A draft model placed in memory whole; "self" is a copy of the model, made once.
 
     Raises:
         ArgumentError: no such model, or another vocabulary.
+        UnsupportedModelError: no copy can be made that is smaller.
     """
     from edge.loading import open_pack
+    from flashload.cache import ensure_copied
 
-    with open_pack(draft, weights=weights, on_pack=on_pack) as pack:
+    is_copy = draft == SELF
+    path = ensure_copied(target, on_pack) if is_copy else draft
+    with open_pack(path, weights=weights, on_pack=on_pack) as pack:
         check_vocabulary(target, pack)
         model = directory_of(pack)
         decoder = model.decoder
@@ -127,7 +143,25 @@ def open_draft(
         )
         options = placed.engine_options(pack.path, decoder, io_engine=io, isa=isa)
     taken = placed.core_bytes + placed.core_bytes // _PAGE_TABLE_SHARE
-    return DraftModel(str(draft), options, taken)
+    return DraftModel(str(draft), options, taken, placed.resident_bytes, is_copy)
+
+
+def copy_pays(alone: Plan, beside: Plan, copy_bytes: int) -> bool:
+    """Whether a copy wins back what its memory costs: the model has less, and reads more from the drive.
+
+    Args:
+        alone, beside: the model's plans without a copy and with one.
+        copy_bytes: what one guess reads from memory.
+    """
+
+    def pass_cost(plan: Plan) -> float:
+        return max(_BUS_OVER_DRIVE * plan.flash_bytes_per_token, plan.resident_bytes + plan.stream_bytes)
+
+    tokens, best = 1.0, 0.0
+    for depth in range(1, _COPY_DEPTH + 1):
+        tokens += _COPY_ACCEPTANCE**depth
+        best = max(best, tokens / (pass_cost(beside) + depth * copy_bytes))
+    return best * pass_cost(alone) > _WORTHWHILE
 
 
 def open_draft_core(draft: DraftModel, target: _edge.Engine) -> _edge.Engine:
@@ -168,7 +202,13 @@ def reserve(host: Host, plan: Plan, replan: PlanHost, draft: DraftModel | None) 
         return None if plan.placement == "resident" != found.placement else found
 
     if draft is not None:
-        if (found := fits(draft.bytes)) is not None:
+        found = fits(draft.bytes)
+        if found is not None and draft.is_copy and not copy_pays(plan, found, draft.weight_bytes):
+            reserved.notes.append(
+                f"draft {draft.name} left out: with {format_bytes(draft.bytes)} less for the model, more would be "
+                "read from the drive than its guesses save"
+            )
+        elif found is not None:
             taken += draft.bytes
             reserved = replace(reserved, plan=found, draft=draft)
         else:

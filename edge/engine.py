@@ -168,7 +168,7 @@ class Engine:
             self._speculators.measure()
 
     def can_draft(self, drafter: str) -> bool:
-        """Whether ``speculation=drafter`` has what it needs: a draft model, or heads that came with the model."""
+        """Whether ``speculation=drafter`` has what it needs: a draft model, a copy, heads that came with the model."""
         return self._drafting is not None and self._drafting.has(drafter)
 
     @property
@@ -234,7 +234,8 @@ class Engine:
         """Gives the drafters' memory back; returns what is left to draft with."""
         assert self._speculators is not None and self._drafting is not None
         self._speculators.forget()
-        self._drafting = speculation.Drafting(self._drafting.draft if keep_draft else None)
+        draft, is_copy = self._drafting.draft, self._drafting.draft_is_copy
+        self._drafting = speculation.Drafting(draft if keep_draft else None, draft_is_copy=is_copy)
         return self._drafting
 
     def _settle(self, plan: Plan, drafting: speculation.Drafting) -> None:

@@ -37,7 +37,11 @@ class Sized:
     def drafting(self, draft: _edge.Engine | None, *notes: str) -> Drafting:
         """What the engine drafts with; ``draft`` is the open core of :attr:`draft`."""
         return Drafting(
-            draft, self.reserved.medusa, bool(self.plan.stream_order), (*self.reserved.notes, *notes)
+            draft,
+            self.reserved.medusa,
+            bool(self.plan.stream_order),
+            (*self.reserved.notes, *notes),
+            self.draft is not None and self.draft.is_copy,
         )
 
 

@@ -15,7 +15,7 @@ from flashload.errors import ArgumentError, BudgetError, UnsupportedModelError
 if TYPE_CHECKING:
     import _edge
 
-DRAFTERS = ("lookup", "draft", "medusa", "lookahead")
+DRAFTERS = ("lookup", "draft", "self", "medusa", "lookahead")
 ACCEPTANCES = ("coupling", "rejection", "typical")
 _OFF = "off"
 _AUTO = "auto"
@@ -30,9 +30,9 @@ class Speculation:
 
     Attributes:
         drafters: who guesses: "lookup" (what followed the same words before), "draft" (the smaller model given to
-            :func:`edge.load`), "medusa" (heads that came with the model), "lookahead" (the model's own n-grams, at the
-            price of many rows a pass). Empty: all there are, lookahead only where weights stream. Their guesses are
-            merged into one tree.
+            :func:`edge.load`), "self" (a copy of the model at fewer bits, from ``draft="self"``), "medusa" (heads
+            that came with the model), "lookahead" (the model's own n-grams, at the price of many rows a pass). Empty:
+            all there are, lookahead only where weights stream. Their guesses are merged into one tree.
         acceptance: "coupling" gives the very tokens of the plain run. "rejection" is exact in distribution, but its
             tokens depend on what was drafted. "typical" is lossy: it takes what is likely enough.
         depth: how far ahead each guesses; 0 leaves depth and tree to the controller, which turns drafters off that
@@ -104,16 +104,18 @@ class Drafting:
     """What an engine has to draft with, besides the text itself.
 
     Attributes:
-        draft: the core of a draft model.
+        draft: the core of a draft model, or of a copy of the model.
         medusa: whether the model's heads may be loaded.
         streams: whether weights come from the drive in every pass, so that rows cost next to nothing.
         notes: why something that was asked for is missing.
+        draft_is_copy: which of the two it is.
     """
 
     draft: _edge.Engine | None = None
     medusa: bool = False
     streams: bool = False
     notes: tuple[str, ...] = ()
+    draft_is_copy: bool = False
 
     def by_default(self, drafter: str) -> bool:
         """Whether "auto" uses it."""
@@ -121,11 +123,18 @@ class Drafting:
 
     def has(self, drafter: str) -> bool:
         """Whether it can be used at all."""
-        return {"draft": self.draft is not None, "medusa": self.medusa}.get(drafter, True)
+        drafts = self.draft is not None
+        there = {
+            "draft": drafts and not self.draft_is_copy,
+            "self": drafts and self.draft_is_copy,
+            "medusa": self.medusa,
+        }
+        return there.get(drafter, True)
 
 
 _MISSING = {
     "draft": "a draft model: load the model with draft=",
+    "self": "a copy of the model: load it with draft='self'",
     "medusa": "a model that comes with Medusa heads",
 }
 
@@ -191,7 +200,7 @@ class Speculators:
             self._speculator = _edge.Speculator(self._core)
         drafters = []
         # A draft model first: under rejection what was drawn from a distribution comes before mere guesses.
-        for name in ("draft", "medusa", "lookup", "lookahead"):
+        for name in ("draft", "self", "medusa", "lookup", "lookahead"):
             wanted = name in settings.drafters or (not settings.drafters and self._drafting.by_default(name))
             if wanted and self._drafting.has(name) and self._make(name, settings, begins):
                 drafters.append(name)
@@ -217,8 +226,8 @@ class Speculators:
         if name in self._made and self._made[name] == key:
             return True
         try:
-            if name == "draft" and self._drafting.draft is not None:
-                speculator.add_draft(self._drafting.draft)
+            if name in ("draft", "self") and self._drafting.draft is not None:
+                speculator.add_draft(self._drafting.draft, name == "self")
             elif name == "medusa":
                 speculator.add_medusa()
             elif name == "lookup":

@@ -16,6 +16,7 @@ from flashload import pack_layout as layout
 from flashload.errors import ArgumentError, DiskError, ModelFileError
 from flashload.format import PackFile, is_pack
 from flashload.pack import WEIGHTS, Progress, pack
+from flashload.pack_copy import copy_pack
 from flashload.rawfile import RawFile
 from flashload.read_gguf import shard_paths
 
@@ -114,16 +115,31 @@ def ensure_packed(path: str | Path, weights: str = "keep", progress: Progress | 
         raise ArgumentError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
     if not path.exists():
         raise ModelFileError(f"{path}: no such file or folder")
+    return _made(cache_key(path, weights), lambda packed: pack(path, packed, weights, progress), progress)
+
+
+def ensure_copied(source: PackFile, progress: Progress | None = None) -> Path:
+    """The copy of a pack at fewer bits (:mod:`flashload.pack_copy`), made now if the cache has none.
+
+    Raises:
+        UnsupportedModelError: the pack is one by neuron, or has as few bits already.
+        CorruptError, DiskError: as of reading and writing packs.
+    """
+    return _made(cache_key(source.path, "copy"), lambda copy: copy_pack(source, copy, progress), progress)
+
+
+def _made(name: str, make: Callable[[Path], object], progress: Progress | None) -> Path:
+    """A pack of the cache folder, made where it is not there whole."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"{folder}: the cache folder cannot be made: {error.strerror}") from error
-    packed = folder / cache_key(path, weights)
+    packed = folder / name
     if _is_whole(packed):
         return packed
     waiting = None if progress is None else lambda: progress(0, 0)
     with _locked(packed.with_suffix(".lock"), waiting):
         if not _is_whole(packed):
-            pack(path, packed, weights, progress)
+            make(packed)
     return packed

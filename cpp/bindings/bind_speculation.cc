@@ -115,7 +115,8 @@ const Binding kBinding("speculation", [](py::module_& module) {
              self.add(value(LookupDrafter::create(window_tokens, self.budget())));
            })
       .def("add_draft",
-           [](Speculator& self, Engine& draft) { check(self.add_draft(draft)); }, py::keep_alive<1, 2>())
+           [](Speculator& self, Engine& draft, bool is_copy) { check(self.add_draft(draft, is_copy)); },
+           py::arg("draft"), py::arg("is_copy") = false, py::keep_alive<1, 2>())
       .def("add_medusa", [](Speculator& self) { check(run([&] { return self.add_medusa(); })); })
       .def("add_lookahead",
            [](Speculator& self, int64_t window, int64_t n, int64_t n_grams) {

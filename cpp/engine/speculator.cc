@@ -74,12 +74,12 @@ void Speculator::add(std::unique_ptr<Drafter> drafter) {
   turns_.push_back(std::move(turn));
 }
 
-Status Speculator::add_draft(Engine& draft) {
+Status Speculator::add_draft(Engine& draft, bool is_copy) {
   // A cancelled request ends in the draft model's layers too.
   draft.decoder().interrupted = engine_.decoder().interrupted;
   EDGE_ASSIGN(auto drafter, ModelDrafter::create(draft.decoder(), draft.kv_pool(), draft.options().context,
                                                  static_cast<int32_t>(engine_.decoder().config().vocab_size),
-                                                 draft.budget()));
+                                                 is_copy, draft.budget()));
   add(std::move(drafter));
   return {};
 }

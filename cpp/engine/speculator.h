@@ -51,7 +51,8 @@ class Speculator {
   // Takes the place of a drafter of the same name.
   void add(std::unique_ptr<Drafter> drafter);
   // draft: an engine of the same vocabulary, opened with this one as its partner; it must outlive the speculator.
-  Status add_draft(Engine& draft);
+  // is_copy: it is the same model at fewer bits.
+  Status add_draft(Engine& draft, bool is_copy);
   // The heads of the engine's own pack, read into its budget. kUnsupported: it has none, or its output head streams.
   Status add_medusa();
   // Times passes over 1, 2, 4, 8 and 16 rows and what the drafters' guesses take, in a few milliseconds; nothing for

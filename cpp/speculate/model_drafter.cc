@@ -20,16 +20,17 @@ constexpr size_t kDrawnChildren = 2;
 }  // namespace
 
 Result<std::unique_ptr<ModelDrafter>> ModelDrafter::create(Decoder& decoder, KvPool& pool, int64_t context,
-                                                           int32_t vocab_size, Budget& budget) {
-  std::unique_ptr<ModelDrafter> drafter(new ModelDrafter(decoder, pool, context, vocab_size));
+                                                           int32_t vocab_size, bool is_copy, Budget& budget) {
+  std::unique_ptr<ModelDrafter> drafter(new ModelDrafter(decoder, pool, context, vocab_size, is_copy));
   EDGE_ASSIGN(drafter->logits_, budget.reserve(static_cast<uint64_t>(vocab_size) * sizeof(float), "speculation"));
   return drafter;
 }
 
 double ModelDrafter::prior(int i) const {
   constexpr double kFirst[kLevels] = {0.15, 0.35, 0.5, 0.65, 0.8, 0.92};
+  constexpr double kCopy[kLevels] = {0.4, 0.6, 0.75, 0.85, 0.92, 0.97};
   constexpr double kSecond[kLevels] = {0.08, 0.15, 0.25, 0.35, 0.4, 0.4};
-  return i < kLevels ? kFirst[i] : kSecond[i - kLevels];
+  return i >= kLevels ? kSecond[i - kLevels] : is_copy_ ? kCopy[i] : kFirst[i];
 }
 
 uint8_t ModelDrafter::source_of(double logprob, bool second) const {

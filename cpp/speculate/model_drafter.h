@@ -1,5 +1,6 @@
 // Drafts with a smaller model of the same vocabulary (Leviathan et al. 2023). It draws with the request's own sampler
-// and noise, so where the two models' distributions are close, so are their tokens.
+// and noise, so where the two models' distributions are close, so are their tokens. Or with a copy of the target at fewer
+// bits, which is right more often.
 #pragma once
 
 #include <memory>
@@ -16,9 +17,9 @@ class ModelDrafter final : public Drafter {
  public:
   // The draft model's parts must outlive the drafter. vocab_size: the target's; `context` tokens fit the draft's cache.
   static Result<std::unique_ptr<ModelDrafter>> create(Decoder& decoder, KvPool& pool, int64_t context,
-                                                      int32_t vocab_size, Budget& budget);
+                                                      int32_t vocab_size, bool is_copy, Budget& budget);
 
-  const char* name() const override { return "draft"; }
+  const char* name() const override { return is_copy_ ? "self" : "draft"; }
   void restart() override { n_agreed_ = 0; }
   Status propose(const DraftContext& context, DraftTree& tree) override;
   uint8_t n_sources() const override { return 2 * kLevels; }
@@ -30,8 +31,8 @@ class ModelDrafter final : public Drafter {
  private:
   static constexpr int kLevels = 6;  // by the draft's own probability of its guess; then the same for second guesses
 
-  ModelDrafter(Decoder& decoder, KvPool& pool, int64_t context, int32_t vocab_size)
-      : decoder_(decoder), kv_(pool), context_(context), vocab_size_(vocab_size) {}
+  ModelDrafter(Decoder& decoder, KvPool& pool, int64_t context, int32_t vocab_size, bool is_copy)
+      : decoder_(decoder), kv_(pool), context_(context), vocab_size_(vocab_size), is_copy_(is_copy) {}
 
   uint8_t source_of(double logprob, bool second) const;
   Status pass(std::span<const int32_t> tokens, bool wants_logits);
@@ -45,6 +46,7 @@ class ModelDrafter final : public Drafter {
   KvCache kv_;
   int64_t context_;
   int32_t vocab_size_;
+  bool is_copy_;
   SamplingConfig config_;  // of the request, without reports
   std::unique_ptr<Sampler> sampler_;
   std::vector<int32_t> tokens_;  // those with keys and values

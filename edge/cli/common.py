@@ -134,7 +134,7 @@ def sampling_options(function: _F) -> _F:
                 "--speculation",
                 default="auto",
                 show_default=True,
-                help="auto, off, or one of lookup, draft, medusa, lookahead.",
+                help="auto, off, or one of lookup, draft, self, medusa, lookahead.",
             ),
         ]
     ):

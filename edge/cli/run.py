@@ -32,7 +32,10 @@ _DEFAULT_TOKENS = 256
     "--file", "prompt_file", type=click.File("r"), help="Read the prompt from a file (- for stdin)."
 )
 @load_options
-@click.option("--draft", help="A smaller model of the same vocabulary, whose guesses speculation verifies.")
+@click.option(
+    "--draft",
+    help="A smaller model of the same vocabulary, whose guesses speculation verifies; self: a copy of it.",
+)
 @sampling_options
 @skeleton_option
 @click.option("--logprobs", type=int, help="Report each token's log-probability and this many alternatives.")
