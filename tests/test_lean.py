@@ -175,8 +175,5 @@ def test_what_is_passed_over_earns_a_slot(tmp_path: Path) -> None:
                 window.pass_over(WEIGHTS[0], 9)
             check(window, 0, [0, 1, 2, 3] if token < 5 else [9])
             window.commit([0])
-        for _ in range(2):
-            check(window, 0, [0, 1, 2, 3])
-            window.commit([0])
         assert window.held(WEIGHTS[0], [9]) == [often]
         assert window.stats()["passed_over"] == (6 if often else 0)
