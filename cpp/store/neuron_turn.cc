@@ -15,7 +15,8 @@ using Clock = std::chrono::steady_clock;
 constexpr uint64_t kGapBytes = 16 << 10;
 // Long enough for the sequential rate when nearly everything is missing.
 constexpr uint64_t kLongestRunBytes = 256 << 10;
-// Records handed out at once: enough to share between threads, few enough that the next reads go on meanwhile.
+// Records handed out at once, unless more are here: enough to share between threads, few enough that the next reads go on
+// meanwhile.
 constexpr uint64_t kGroupBytes = 128 << 10;
 // Requests handed to the system at once: enough to save calls, few enough that the drive starts early.
 constexpr size_t kBatch = 32;
@@ -281,9 +282,10 @@ Result<size_t> NeuronWindow::take() {
   if (layer_ == nullptr) return error(Code::kBadArgument, "no neurons are wanted");
   const uint64_t enough = std::min(kGroupBytes, rings_[ring_].bytes / 4);
   Status status = read_on();
-  for (uint64_t bytes = 0; status.ok() && n_taken_ < n_misses_ && bytes <= enough;) {
+  for (uint64_t bytes = 0; status.ok() && n_taken_ < n_misses_;) {
     const Miss& miss = misses_[n_taken_];
-    if (miss.run == kNoRun && bytes > 0) break;  // it gets its place when these have been used
+    // What has no run yet gets its place when these have been used; what has landed need not wait for them.
+    if (bytes > 0 && (miss.run == kNoRun || (bytes > enough && !run_of(miss.run).landed))) break;
     status = land(miss);
     bytes += layer_->record_bytes;
     n_taken_ += status.ok();
