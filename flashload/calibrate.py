@@ -22,7 +22,8 @@ _SHORT, _LONG = 16, 512
 _TOKENS = 12
 _MAX_ROWS = 128
 #: A layer wide enough for a prompt to leave the first caches, as those of real models do.
-_WIDE_HIDDEN, _WIDE_INNER, _CHUNKS, _KERNEL_SECONDS = 1024, 2816, 3, 0.02
+_WIDE_LAYERS, _WIDE_HIDDEN, _WIDE_INNER = 2, 1024, 2816
+_CHUNKS, _KERNEL_SECONDS = 8, 0.02
 #: On a machine that is busy with other things, what has not been timed by then is assumed.
 _DEADLINE_SECONDS = 1.0
 
@@ -227,29 +228,23 @@ def _measure(folder: Path, threads: int) -> LayerCost:
 
 
 def _value_seconds(path: Path, threads: int, attention_seconds: float) -> float:
-    """What a prompt takes in one layer besides products and attention, per row and value.
+    """What a prompt takes in a layer besides products and attention, per row and value.
 
     Args:
         attention_seconds: per cached value, one query head per KV head.
     """
     import _edge
 
-    whole = _config(2, _HEADS, _WIDE_HIDDEN, _WIDE_INNER)
-    _write(path, whole)
-    one, two = (
-        _Timer(
-            path, _config(layers, _HEADS, _WIDE_HIDDEN, _WIDE_INNER), len(_slots(whole)), threads
-        ).chunk_seconds()
-        for layers in (1, 2)
-    )
+    config = _config(_WIDE_LAYERS, _HEADS, _WIDE_HIDDEN, _WIDE_INNER)
+    slots = _slots(config)
+    _write(path, config)
+    chunk = _Timer(path, config, len(slots), threads).chunk_seconds()
     products = 0.0
-    for rows, cols in [
-        (slot.rows, slot.cols) for slot in _slots(whole) if slot.is_matrix and slot.layer == 0
-    ]:
+    for rows, cols in ((slot.rows, slot.cols) for slot in slots if slot.is_matrix and slot.layer == 0):
         isa, code = _edge.default_isa(), int(WeightFormat.Q4_0)
         got = _edge.bench_gemv(isa, code, rows, cols, _MAX_ROWS, 1, threads, _KERNEL_SECONDS)
         products += min(got["gemv_seconds"])
     kv_dim = _HEADS * _HEAD_DIM
     attention = attention_seconds * kv_dim * _MAX_ROWS * (_MAX_ROWS + 1)
     n_values = _MAX_ROWS * row_values(_WIDE_HIDDEN, kv_dim, kv_dim, _WIDE_INNER)
-    return max(0.0, two - one - products - attention) / n_values
+    return max(0.0, chunk / _WIDE_LAYERS - products - attention) / n_values
