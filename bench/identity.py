@@ -38,18 +38,9 @@ _GOES_ON = (
 )  # fmt: skip
 #: Shipped models -> what drafts for them; others draft for themselves.
 _DRAFTS = {"story": "story-draft", "story-draft": None, "story-moe": "story-draft"}
-#: Budgets, as shares of what lies between the floor and everything in memory.
-_SHARES = (1.0, 0.5)
+#: Budgets that are tried until not all is in memory, as shares of what lies between the floor and everything.
+_SHARES = (0.5, 0.35, 0.2, 0.1, 0.0)
 _CONTEXT = 400
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model in one placement."""
-
-    model: str
-    share: float
-    draft: str | None
 
 
 @dataclass
@@ -92,26 +83,25 @@ def asked(number: int, n_tokens: int, plain: str = "") -> dict[str, Any]:
     return config
 
 
-def _budget(case: Case, load: dict[str, Any]) -> int:
+def engines(model: str, draft: str | None) -> Iterator[Any]:
+    """A model with everything in memory, then with less: streamed, windowed, or with a cache of experts."""
     import edge
     from edge.errors import BudgetError
 
+    load: dict[str, Any] = {"context": _CONTEXT, "exact": True, "pressure": "off"}
     try:
-        edge.load(case.model, memory=1, **load).close()
+        edge.load(model, memory=1, **load).close()
     except BudgetError as refusal:
         floor = refusal.floor_bytes
-    with edge.load(case.model, **load) as engine:
+    with edge.load(model, draft=draft, **load) as engine:
+        yield engine
+    with edge.load(model, **load) as engine:
         full = int(engine.plan.predicted_peak_bytes)
-    return int(floor + case.share * (full - floor))
-
-
-def _open(case: Case) -> Any:
-    import edge
-
-    load: dict[str, Any] = {"context": _CONTEXT, "exact": True, "pressure": "off", "draft": case.draft}
-    if case.share == 1.0:
-        return edge.load(case.model, **load)
-    return edge.load(case.model, memory=_budget(case, load | {"draft": None}), **load)
+    for share in _SHARES:
+        with edge.load(model, memory=int(floor + share * (full - floor)), draft=draft, **load) as engine:
+            if engine.plan.placement != "resident":
+                yield engine
+                return
 
 
 def _drafters(engine: Any) -> dict[str, Any]:
@@ -180,20 +170,18 @@ def run(args: argparse.Namespace) -> Found:
     end = time.monotonic() + 60 * args.minutes
     for path in args.model or _DRAFTS:
         model, texts = Path(path).stem, list[Any]()
-        for share in _SHARES:
-            with _open(Case(path, share, _DRAFTS.get(path, "self"))) as engine:
-                texts = texts or _plain(engine, args)
-                with log.open("a") if log is not None else nullcontext() as file:
-                    for entry in compare(engine, texts, model, found, args.tokens):
-                        found.add(entry)
-                        if file is not None:
-                            print(json.dumps(entry), file=file, flush=True)
-                        if time.monotonic() > end:
-                            return found
-                where = f"{model} {engine.plan.placement}"
+        for engine in engines(path, _DRAFTS.get(path, "self")):
+            texts = texts or _plain(engine, args)
+            with log.open("a") if log is not None else nullcontext() as file:
+                for entry in compare(engine, texts, model, found, args.tokens):
+                    found.add(entry)
+                    if file is not None:
+                        print(json.dumps(entry), file=file, flush=True)
+                    if time.monotonic() > end:
+                        return found
+            n, n_tokens = sum(found.texts.values()), sum(found.tokens.values())
             print(
-                f"{where} done: {sum(found.texts.values())} texts, {sum(found.tokens.values())} tokens equal",
-                file=sys.stderr,
+                f"{model} {engine.plan.placement} done: {n} texts, {n_tokens} tokens equal", file=sys.stderr
             )
     return found
 

@@ -47,6 +47,32 @@ RUN_KEYS = (
 )
 
 
+def test_samples_are_the_texts_of_their_seeds(gguf_file: Path) -> None:
+    command = ("run", gguf_file, "the cat", "-n", 6, "--context", 128, "--ignore-eos", "--json")
+    together = json.loads(edge(*command, "--seed", 5, "--samples", 3).stdout)["samples"]
+    alone = [json.loads(edge(*command, "--seed", 5 + i).stdout) for i in range(3)]
+    assert [one["tokens"] for one in together] == [one["tokens"] for one in alone]
+    assert [one["seed"] for one in together] == [5, 6, 7]
+    shown = edge(*command[:-1], "--seed", 5, "--samples", 3)
+    assert [line for line in shown.stdout.splitlines() if line.startswith("--- ")] == [
+        f"--- {i} of 3, seed {4 + i}" for i in (1, 2, 3)
+    ]
+    assert alone[1]["text"] in shown.stdout and shown.stderr.count("tok/s") == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--speculation", "lookup"), "speculation auto or off"),
+        (("--skeleton", "on"), "skeleton off"),
+        (("--overflow", "shift"), "expected 'error'"),
+    ],
+)
+def test_what_several_samples_cannot_have_is_one_line(gguf_file: Path, options: Any, why: str) -> None:
+    done = edge("run", gguf_file, "x", "-n", 2, "--context", 64, "--samples", 2, *options, check=False)
+    assert done.returncode != 0 and why in done.stderr.splitlines()[-1]
+
+
 def test_run_json(gguf_file: Path) -> None:
     done = edge(
         "run", gguf_file, "the cat", "-n", 8, "--temperature", 0, "--memory", "256MiB", "--context", 64,

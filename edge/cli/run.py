@@ -29,6 +29,12 @@ _DEFAULT_TOKENS = 256
     "-n", "--max-tokens", type=int, help="Tokens to generate. Default: 256, less if the context ends before."
 )
 @click.option(
+    "--samples",
+    type=click.IntRange(1, 256),
+    default=1,
+    help="Continue the prompt so many times, all at once.",
+)
+@click.option(
     "--file", "prompt_file", type=click.File("r"), help="Read the prompt from a file (- for stdin)."
 )
 @load_options
@@ -46,6 +52,7 @@ def command(
     prompt: str,
     prompt_file: Any,
     max_tokens: int | None,
+    samples: int,
     stats: bool,
     skeleton: str,
     as_json: bool,
@@ -54,6 +61,8 @@ def command(
     """Continue PROMPT with MODEL (a pack, a GGUF file, a Hugging Face folder, or a shipped model's name)."""
     if prompt_file is not None:
         prompt = prompt_file.read()
+    if samples > 1 and skeleton != "off":
+        raise click.UsageError("--samples: expected --skeleton off for several texts")
     load = take_load_options(options) | {"draft": options.pop("draft")}
     with load_engine(model, as_json, load) as engine:
         if max_tokens is None:
@@ -63,6 +72,11 @@ def command(
             from edge.cli.skeleton import run_answer
 
             run_answer(engine, prompt, skeleton, stats, as_json, max_tokens=max_tokens, **options)
+            return
+        if samples > 1:
+            from edge.cli.samples import run_samples
+
+            run_samples(engine, prompt, samples, as_json, max_tokens=max_tokens, **options)
             return
         with progress_bar("prompt", as_json, unit_bytes=False) as on_progress:
             chunks = engine.stream(prompt, max_tokens=max_tokens, on_progress=on_progress, **options)
