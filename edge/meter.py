@@ -56,6 +56,7 @@ class Meter:
             "flash_bytes": after["flash_bytes"] - self._before["flash_bytes"],
             "flash_bytes_per_token": flash // passes if passes else 0,
             "flash_wait_seconds": after["wait_seconds"] - self._before["wait_seconds"],
+            **{key: after[key] - self._before[key] for key in ("experts_guessed", "experts_guessed_right")},
             "peak_memory_bytes": peak_rss_bytes(),
             "budget_bytes": plan.memory_bytes,
             "placement": plan.placement,

@@ -376,7 +376,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answer(
-    path: Path, records: float | None, max_rows: int, threads: int = 1
+    path: Path, records: float | None, max_rows: int, threads: int = 1, **more: Any
 ) -> tuple[list[Any], dict[str, Any]]:
     """Greedy tokens with their logprobs, and the store's stats; `records` of room for experts, None = all resident."""
     file = PackFile(path)
@@ -401,6 +401,7 @@ def answer(
             isa="ref",
             max_rows=max_rows,
             budget_bytes=1 << 30,
+            **more,
         )
     )
     sequence = _edge.Sequence(engine)

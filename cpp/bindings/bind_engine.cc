@@ -34,6 +34,7 @@ EngineOptions options_from(const py::dict& dict) {
     options.store.neuron_half_life_tokens = dict["neuron_half_life_tokens"].cast<float>();
   }
   if (dict.contains("neuron_keep")) options.neuron_keep = dict["neuron_keep"].cast<float>();
+  if (dict.contains("expert_guess_layers")) options.store.expert_guess_layers = dict["expert_guess_layers"].cast<int>();
   options.store.io_engine = dict["io_engine"].cast<std::string>();
   options.n_threads = dict["threads"].cast<int>();
   options.isa = dict["isa"].cast<std::string>();
@@ -70,6 +71,8 @@ py::dict stats(Engine& engine) {
   dict["misses"] = store.misses;
   dict["pass_expert_bytes"] = store.pass_expert_bytes;
   dict["wait_seconds"] = store.wait_seconds;
+  dict["experts_guessed"] = store.experts_guessed;
+  dict["experts_guessed_right"] = store.experts_guessed_right;
   dict["neurons_wanted"] = store.neurons_wanted;
   dict["neuron_hits"] = store.neuron_hits;
   dict["neuron_misses"] = store.neurons_wanted - store.neuron_hits;

@@ -159,6 +159,10 @@ class StoreTest {
     for (size_t i = 0; i < weights.size(); ++i) expected.push_back({weights[i], i < rows.size() ? rows[i] : 1});
     without_gil([&] { store_->expect(expected, n_rows); });
   }
+  bool guesses(WeightId weight, int distance) { return store_->guesses(weight, distance); }
+  void guess(const std::vector<WeightId>& weights, int distance) {
+    without_gil([&] { store_->guess(weights, distance); });
+  }
   size_t first_ready(const std::vector<WeightId>& weights) {
     return without_gil([&] { return store_->first_ready(weights); });
   }
@@ -177,6 +181,8 @@ class StoreTest {
     dict["misses"] = stats.misses;
     dict["pass_expert_bytes"] = stats.pass_expert_bytes;
     dict["wait_seconds"] = stats.wait_seconds;
+    dict["experts_guessed"] = stats.experts_guessed;
+    dict["experts_guessed_right"] = stats.experts_guessed_right;
     dict["io_engine"] = stats.io_engine;
     dict["io_direct"] = stats.io_direct;
     return dict;
@@ -293,6 +299,8 @@ void bind(py::module_& module) {
       .def("prefetch", &StoreTest::prefetch, py::arg("weight"), py::arg("rows") = std::vector<int32_t>())
       .def("expect", &StoreTest::expect, py::arg("weights"), py::arg("rows") = std::vector<int32_t>(),
            py::arg("n_rows") = 1)
+      .def("guesses", &StoreTest::guesses, py::arg("weight"), py::arg("distance") = 1)
+      .def("guess", &StoreTest::guess, py::arg("weights"), py::arg("distance") = 1)
       .def("first_ready", &StoreTest::first_ready, py::arg("weights"))
       .def("rewind", &StoreTest::rewind)
       .def("stats", &StoreTest::stats)

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -42,6 +43,8 @@ class BlockReader {
   virtual Status submit_all(std::span<const ReadRequest> requests);
   // Waits for one queued read; completions come in any order. kBadArgument when none is in flight.
   virtual Result<ReadCompletion> wait() = 0;
+  // The same of a read that is here already; none when all are still on their way. Never blocks.
+  virtual Result<std::optional<ReadCompletion>> poll() = 0;
 
   virtual const char* engine() const = 0;  // "io_uring" or "pread"
   virtual bool direct() const = 0;         // O_DIRECT

@@ -114,11 +114,11 @@ void PieceQueue::finish_if_done(uint32_t index) {
   --n_open_;
 }
 
-bool PieceQueue::take(ReadCompletion* completion) {
-  if (finished_.empty()) return false;
-  *completion = std::move(finished_.front());
+std::optional<ReadCompletion> PieceQueue::take() {
+  if (finished_.empty()) return std::nullopt;
+  ReadCompletion completion = std::move(finished_.front());
   finished_.pop_front();
-  return true;
+  return completion;
 }
 
 }  // namespace edge

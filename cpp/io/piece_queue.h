@@ -33,8 +33,8 @@ class PieceQueue {
   bool next(Piece* piece);
   // `result`: bytes read, or -errno.
   void landed(const Piece& piece, int64_t result);
-  // One finished request; false when there is none.
-  bool take(ReadCompletion* completion);
+  // One finished request; none when there is none.
+  std::optional<ReadCompletion> take();
 
   size_t n_open() const { return n_open_; }  // requests added and not finished
   bool has_finished() const { return !finished_.empty(); }

@@ -51,10 +51,14 @@ class PreadReader final : public BlockReader {
     std::unique_lock lock(mutex_);
     if (queue_.n_open() == 0 && !queue_.has_finished()) return error(Code::kBadArgument, "wait: no read is in flight");
     done_.wait(lock, [&] { return queue_.has_finished(); });
-    ReadCompletion completion;
-    queue_.take(&completion);
     bytes_read_ = queue_.bytes_landed();
-    return completion;
+    return std::move(*queue_.take());
+  }
+
+  Result<std::optional<ReadCompletion>> poll() override {
+    std::lock_guard lock(mutex_);
+    bytes_read_ = queue_.bytes_landed();
+    return queue_.take();
   }
 
   const char* engine() const override { return "pread"; }

@@ -42,12 +42,16 @@ class UringReader final : public BlockReader {
   }
 
   Result<ReadCompletion> wait() override {
-    ReadCompletion completion;
-    while (!queue_.take(&completion)) {
+    for (;;) {
+      if (std::optional<ReadCompletion> completion = queue_.take()) return std::move(*completion);
       if (queue_.n_open() == 0) return error(Code::kBadArgument, "wait: no read is in flight");
       EDGE_TRY(turn(1));
     }
-    return completion;
+  }
+
+  Result<std::optional<ReadCompletion>> poll() override {
+    if (!queue_.has_finished()) EDGE_TRY(turn(0));
+    return queue_.take();
   }
 
   const char* engine() const override { return "io_uring"; }

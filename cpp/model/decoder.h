@@ -119,6 +119,13 @@ class Decoder {
   int64_t first_visible(int64_t layer, int64_t position) const;    // the first position a row there sees
   int64_t n_staged_visible(int64_t layer, int64_t row) const;      // rows of the batch that it sees, itself included
   Status ffn(const LayerWeights& layer, const float* x, int64_t n_rows, float* out);
+  // A row that chose an expert.
+  struct Choice {
+    int64_t row;
+    float weight;
+  };
+  Status route(const LayerWeights& layer, const float* x, std::vector<std::vector<Choice>>* chosen);
+  Status guess_experts(int64_t layer);
   Status mixture(const LayerWeights& layer, const float* x);
   Status by_neuron(int64_t layer);
   Status norm(WeightId weight, WeightId bias, const float* x, int64_t x_stride, int64_t n_rows, float* out);

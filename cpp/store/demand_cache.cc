@@ -11,6 +11,9 @@ namespace {
 unsigned long long ull(uint64_t value) { return value; }
 
 constexpr int kMaxRecordWeights = 32;  // bits of Cached::unused
+// Runs of 1 MiB in flight: what keeps a drive busy while something is computed, and lands early enough to be checked
+// while the next ones fly.
+constexpr int kDepth = 16;
 
 }  // namespace
 
@@ -18,15 +21,16 @@ Result<std::unique_ptr<DemandCache>> DemandCache::open(const std::string& path, 
                                                        uint64_t demand_bytes, const StoreOptions& options,
                                                        Budget& budget) {
   demand_bytes = round_up(std::max<uint64_t>(demand_bytes, 1), kReadAlign);
-  std::unique_ptr<DemandCache> store(new DemandCache(directory, demand_bytes));
+  std::unique_ptr<DemandCache> store(new DemandCache(directory, demand_bytes, options.expert_guess_layers));
   EDGE_ASSIGN(store->memory_, budget.reserve(demand_bytes, "demand cache"));
-  EDGE_ASSIGN(store->reader_, open_reader(path, reader_options(options)));
+  EDGE_ASSIGN(store->reader_, open_reader(path, reader_options(options, kDepth)));
   store->flights_.resize(static_cast<size_t>(store->reader_->depth()));
   for (size_t slot = 0; slot < store->flights_.size(); ++slot) store->free_flights_.push_back(slot);
   return store;
 }
 
-DemandCache::DemandCache(const PackDirectory& directory, uint64_t bytes) : directory_(directory), pool_(bytes) {
+DemandCache::DemandCache(const PackDirectory& directory, uint64_t bytes, int guess_layers)
+    : directory_(directory), pool_(bytes), guess_layers_(std::min(guess_layers, kGuessLayers)) {
   int n_experts = 0;
   size_t n_entries = 0;
   for (size_t i = 0; i < directory.entries().size(); ++i) {
@@ -53,10 +57,11 @@ DemandCache::~DemandCache() = default;
 Status DemandCache::resize(uint64_t demand_bytes, Budget& budget) {
   const uint64_t bytes = round_up(std::max<uint64_t>(demand_bytes, 1), kReadAlign);
   expected_.clear();
-  while (flying() || !queue_.empty()) EDGE_TRY(step());
+  guesses_.clear();
+  while (reading() || !queue_.empty()) EDGE_TRY(step());
   // Where not even one expert fits, extents are counted differently.
   const bool same_extents = expert_bytes_ <= std::min(bytes, memory_.bytes());
-  while (!cached_.empty() && (!same_extents || cached_bytes_ + row_bytes_ > bytes)) drop(*victim(/*demanded=*/true));
+  while (!cached_.empty() && (!same_extents || cached_bytes_ + row_bytes_ > bytes)) drop(*victim(Need::kDemanded));
   std::vector<Entries::iterator> behind;
   for (auto it = cached_.begin(); it != cached_.end(); ++it) {
     if (it->offset + extent_bytes(it->record) > bytes) behind.push_back(it);
@@ -108,61 +113,91 @@ uint64_t DemandCache::extent_bytes(const Record& record) const {
 }
 
 Status DemandCache::pump() {
-  while (!queue_.empty() && !free_flights_.empty()) {
-    Load* const load = queue_.front();
+  while (!free_flights_.empty()) {
+    Load* const load = !queue_.empty() ? queue_.front() : next_guess();
+    if (load == nullptr) break;
     const size_t slot = free_flights_.back();
-    flights_[slot] = {load, std::move(load->waiting.back())};
+    flights_[slot] = {load, std::move(load->waiting.back()), {}};
     load->waiting.pop_back();
-    if (load->waiting.empty()) queue_.pop_front();
     const Status submitted = reader_->submit(flights_[slot].run.request(slot));
     if (!submitted.ok()) {
       load->status = submitted;
-      if (!load->waiting.empty()) queue_.pop_front();
       load->waiting.clear();
-      return submitted;
     }
+    if (load->waiting.empty() && !load->parked) queue_.pop_front();
+    if (!submitted.ok()) return submitted;
     free_flights_.pop_back();
     ++load->n_flying;
   }
   return {};
 }
 
-Status DemandCache::step() {
-  EDGE_TRY(pump());
-  EDGE_ASSIGN(const ReadCompletion completion, reader_->wait());
-  Flight& flight = flights_[completion.tag];
+void DemandCache::collect(ReadCompletion completion) {
+  landed_.push_back(std::move(flights_[completion.tag]));
+  landed_.back().status = std::move(completion.status);
+  free_flights_.push_back(completion.tag);
+}
+
+void DemandCache::check_landed() {
+  const auto is_wanted = [](const Flight& one) { return !one.load->parked; };
+  auto found = std::find_if(landed_.begin(), landed_.end(), is_wanted);
+  if (found == landed_.end()) found = landed_.begin();
+  const Flight flight = std::move(*found);
+  landed_.erase(found);
   Load& load = *flight.load;
   --load.n_flying;
-  free_flights_.push_back(completion.tag);
   flash_bytes_ += flight.run.bytes;
   for (size_t n = 0; n < flight.run.spans.size(); ++n) {
-    const Status status = completion.status.ok() ? check_span(flight.run, n, directory_) : completion.status;
+    const Status status = flight.status.ok() ? check_span(flight.run, n, directory_) : flight.status;
     if (!status.ok()) load.failures.emplace_back(flight.run.spans[n].weight, status);
   }
   if (load.landed()) std::vector<ReadRun>().swap(load.waiting);
+}
+
+Status DemandCache::step() {
+  EDGE_TRY(read_on());
+  if (landed_.empty()) {
+    EDGE_ASSIGN(ReadCompletion completion, reader_->wait());
+    collect(std::move(completion));
+    EDGE_TRY(read_on());  // they tend to land together
+  }
+  check_landed();
+  return {};
+}
+
+Status DemandCache::read_on() {
+  while (n_flying() > 0) {
+    EDGE_ASSIGN(std::optional<ReadCompletion> completion, reader_->poll());
+    if (!completion) break;
+    collect(std::move(*completion));
+  }
   return pump();
 }
 
-std::optional<DemandCache::Entries::iterator> DemandCache::victim(bool demanded) {
-  std::optional<Entries::iterator> least, least_expected;
+std::optional<DemandCache::Entries::iterator> DemandCache::victim(Need need) {
+  std::optional<Entries::iterator> least, least_guessed, least_expected;
   double least_worth = 0;
   // From the least recently used on: it goes first among equals.
   for (auto it = cached_.end(); it != cached_.begin();) {
     --it;
-    if (it->n_leases > 0 || !it->load.landed()) continue;
-    if (expected(*it)) {
-      if (!least_expected) least_expected = it;
+    if (need == Need::kGuessed && it->use == expectation_) continue;
+    if (it->n_leases > 0 || it->load.n_flying > 0 || (!it->load.landed() && !it->load.parked)) continue;
+    if (kept(*it)) {
+      std::optional<Entries::iterator>& first = expected(*it) ? least_expected : least_guessed;
+      if (!first) first = it;
       continue;
     }
     const int layer = policy_layer(it->record.first);
-    if (layer < 0) return it;
+    if (layer < 0 || !it->load.landed()) return it;
     const double worth = policy_->worth(layer, directory_.entry(it->record.first).expert);
     if (!least || worth < least_worth) {
       least = it;
       least_worth = worth;
     }
   }
-  return least || !demanded ? least : least_expected;
+  if (!least && need >= Need::kExpected) least = least_guessed;
+  if (!least && need == Need::kDemanded) least = least_expected;
+  return least;
 }
 
 void DemandCache::drop(Entries::iterator cached) {
@@ -176,17 +211,18 @@ void DemandCache::release(Entries::iterator cached) {
   if (--cached->n_leases == 0 && cached->stale) drop(cached);
 }
 
-Result<uint64_t> DemandCache::make_room(uint64_t bytes, uint64_t spare_bytes, const PackEntry& entry, bool demanded) {
+Result<uint64_t> DemandCache::make_room(uint64_t bytes, uint64_t spare_bytes, const PackEntry& entry, Need need) {
   for (;;) {
     if (cached_bytes_ + bytes + spare_bytes <= memory_.bytes()) {
       if (const auto offset = pool_.take(bytes)) return *offset;
     }
-    const auto old = victim(demanded);
-    if (spare_bytes > 0 && (!old || expected(**old))) {
+    const auto old = victim(need);
+    if (spare_bytes > 0 && (!old || kept(**old))) {
       spare_bytes = 0;
     } else if (old) {
       drop(*old);
-    } else if (demanded && flying()) {
+    } else if (need == Need::kDemanded && reading()) {
+      guesses_.clear();  // which would take the room
       EDGE_TRY(step());  // what is being fetched ahead can be dropped once it has landed
     } else {
       return error(Code::kOverBudget,
@@ -196,16 +232,16 @@ Result<uint64_t> DemandCache::make_room(uint64_t bytes, uint64_t spare_bytes, co
   }
 }
 
-Result<DemandCache::Entries::iterator> DemandCache::start(const Record& record, bool demanded) {
+Result<DemandCache::Entries::iterator> DemandCache::start(const Record& record, Need need) {
   const PackEntry& first = directory_.entry(record.first);
   const uint64_t bytes = extent_bytes(record);
-  EDGE_ASSIGN(const uint64_t offset, make_room(bytes, row_bytes_, first, demanded));
+  EDGE_ASSIGN(const uint64_t offset, make_room(bytes, row_bytes_, first, need));
   cached_.emplace_front();
   const auto cached = cached_.begin();
   cached->record = record;
   cached->offset = offset;
   cached->unused = record.n_weights == kMaxRecordWeights ? UINT32_MAX : (uint32_t{1} << record.n_weights) - 1;
-  cached->expectation = expectation_;
+  if (need != Need::kGuessed) cached->expectation = expectation_;
   cached_bytes_ += bytes;
   by_first_.emplace(record.first, cached);
   std::vector<ReadRun>& runs = cached->load.waiting;
@@ -219,8 +255,9 @@ Result<DemandCache::Entries::iterator> DemandCache::start(const Record& record, 
   }
   runs.push_back(std::move(run));
   std::reverse(runs.begin(), runs.end());
-  if (demanded) queue_.push_front(&cached->load);
-  else queue_.push_back(&cached->load);
+  if (need == Need::kDemanded) queue_.push_front(&cached->load);
+  if (need == Need::kExpected) queue_.push_back(&cached->load);
+  cached->load.parked = cached->load.guessed = need == Need::kGuessed;
   return cached;
 }
 
@@ -228,24 +265,25 @@ void DemandCache::prefetch(WeightId weight, RowSet rows) {
   if (weight < 0 || static_cast<size_t>(weight) >= directory_.entries().size() || !rows.empty()) return;
   const Record record = record_of(weight);
   if (const auto known = by_first_.find(record.first); known != by_first_.end()) {
-    known->second->expectation = expectation_;
+    want(known->second);
     return;
   }
   // An error is told by the acquire that follows.
-  if (start(record, /*demanded=*/false).ok() && !pump().ok()) return;
+  if (start(record, Need::kExpected).ok() && !pump().ok()) return;
 }
 
 void DemandCache::expect(std::span<const ExpectedWeight> weights, int64_t n_rows) {
   ++expectation_;
   expected_.clear();
+  guesses_.clear();
   std::vector<ExpertUse> chosen;
   uint64_t chosen_bytes = 0;
-  int layer = -1;
+  int layer = -1, pack_layer = -1;
   for (const auto& [weight, weight_rows] : weights) {
     if (weight < 0 || static_cast<size_t>(weight) >= directory_.entries().size()) continue;
     const Record record = record_of(weight);
     if (const auto known = by_first_.find(record.first); known != by_first_.end()) {
-      known->second->expectation = expectation_;
+      want(known->second);
       cached_.splice(cached_.begin(), cached_, known->second);
     } else if (expected_.empty() || expected_.back().first != record.first) {
       expected_.push_back(record);
@@ -253,6 +291,7 @@ void DemandCache::expect(std::span<const ExpectedWeight> weights, int64_t n_rows
     const int expert = directory_.entry(weight).expert;
     if (policy_layer(weight) < 0 || (!chosen.empty() && policy_layer(weight) != layer)) continue;
     layer = policy_layer(weight);
+    pack_layer = directory_.entry(weight).layer;
     const auto is_it = [&](const ExpertUse& use) { return use.expert == expert; };
     if (std::any_of(chosen.begin(), chosen.end(), is_it)) continue;
     chosen.push_back({expert, weight_rows});
@@ -260,6 +299,7 @@ void DemandCache::expect(std::span<const ExpectedWeight> weights, int64_t n_rows
   }
   if (!chosen.empty()) {
     policy_->visit(layer, chosen, n_rows);
+    judge_guesses(pack_layer, weights);
     pass_bytes_ = (layer > last_layer_ ? pass_bytes_ : 0) + chosen_bytes;
     last_layer_ = layer;
     if (layer + 1 == policy_->n_layers()) pass_expert_bytes_ = pass_bytes_;
@@ -271,7 +311,7 @@ void DemandCache::expect(std::span<const ExpectedWeight> weights, int64_t n_rows
 void DemandCache::start_expected() {
   while (!expected_.empty()) {
     const Record& record = expected_.front();
-    if (!by_first_.contains(record.first) && !start(record, /*demanded=*/false).ok()) break;
+    if (!by_first_.contains(record.first) && !start(record, Need::kExpected).ok()) break;
     expected_.pop_front();
   }
   if (!pump().ok()) return;  // told by the acquire that follows
@@ -286,7 +326,7 @@ size_t DemandCache::first_ready(std::span<const WeightId> weights) {
       const auto known = by_first_.find(record_of(weights[i]).first);
       if (known == by_first_.end()) continue;
       if (known->second->load.landed()) return i;
-      coming = true;
+      coming = coming || !known->second->load.parked;
     }
     if (!coming || !step().ok()) return 0;  // an error is told by the acquire that follows
   }
@@ -307,24 +347,35 @@ void DemandCache::to_front(Load* load) {
   }
 }
 
+Status DemandCache::land(Entries::iterator cached) {
+  if (cached->load.landed()) return {};
+  WaitTimer timer(&wait_ns_);
+  to_front(&cached->load);  // demanded now: before what is fetched ahead
+  while (!cached->load.landed()) EDGE_TRY(step());
+  return {};
+}
+
 Result<Lease> DemandCache::acquire_whole(WeightId weight) {
   const Record record = record_of(weight);
   const auto known = by_first_.find(record.first);
   Entries::iterator cached;
   if (known != by_first_.end()) {
     cached = known->second;
+    want(cached);
   } else {
     WaitTimer timer(&wait_ns_);
-    EDGE_ASSIGN(cached, start(record, /*demanded=*/true));
+    EDGE_ASSIGN(cached, start(record, Need::kDemanded));
   }
   const uint32_t bit = uint32_t{1} << (weight - record.first);
   ++(cached->unused & bit ? misses_ : hits_);
-  cached->unused &= ~bit;
-  if (!cached->load.landed()) {
-    WaitTimer timer(&wait_ns_);
-    to_front(&cached->load);  // demanded now: before what is fetched ahead
-    while (!cached->load.landed()) EDGE_TRY(step());
+  EDGE_TRY(land(cached));
+  const bool failed_guess = cached->load.guessed && (!cached->load.status.ok() || !cached->load.failures.empty());
+  if (failed_guess && cached->n_leases == 0) {
+    drop(cached);
+    EDGE_ASSIGN(cached, start(record, Need::kDemanded));
+    EDGE_TRY(land(cached));
   }
+  cached->unused &= ~bit;
   Status status = cached->load.status;
   for (const auto& [failed, why] : cached->load.failures) {
     if (status.ok() && failed == weight) status = why;
@@ -340,6 +391,7 @@ Result<Lease> DemandCache::acquire_whole(WeightId weight) {
   const std::byte* const data = memory_.data() + cached->offset + (entry.offset - directory_.entry(record.first).offset);
   Lease lease(data, &entry, [this, cached] { release(cached); });
   cached->expectation = 0;
+  cached->use = expectation_;
   start_expected();
   return lease;
 }
@@ -351,6 +403,8 @@ StoreStats DemandCache::stats() const {
   stats.hits = hits_;
   stats.misses = misses_;
   stats.pass_expert_bytes = pass_expert_bytes_;
+  stats.experts_guessed = n_guessed_;
+  stats.experts_guessed_right = n_guessed_right_;
   stats.wait_seconds = 1e-9 * static_cast<double>(wait_ns_.load());
   stats.io_engine = reader_->engine();
   stats.io_direct = reader_->direct();

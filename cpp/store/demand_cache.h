@@ -1,8 +1,10 @@
 // Weights read when they are asked for: rows of an embedding, experts of a mixture. The weights of one expert are one
 // record, read and dropped together; which records stay while there is no room for all is ExpertPolicy's to say.
+// While nothing that is wanted waits, guesses of what layers ahead will want are read (demand_guess.cc).
 // One block of memory; no thread of its own.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <list>
@@ -41,6 +43,11 @@ class DemandCache final : public WeightStore {
   Result<Lease> acquire(WeightId weight, RowSet rows) override;
   void expect(std::span<const ExpectedWeight> weights, int64_t n_rows) override;
   size_t first_ready(std::span<const WeightId> weights) override;
+  bool guesses(WeightId weight, int distance) override;
+  void guess(std::span<const WeightId> weights, int distance) override;
+  // Takes what has landed and submits what waits; never blocks. To be called often while something is computed. An
+  // error is the reader's own, and is told by what waits for it too.
+  Status read_on();
   // A hit is an acquire that needed no read, a miss one whose bytes were read for it, waited for or not.
   StoreStats stats() const override;
 
@@ -54,7 +61,9 @@ class DemandCache final : public WeightStore {
   // Something being read into the pool.
   struct Load {
     std::vector<ReadRun> waiting;  // next at the back
-    int n_flying = 0;
+    int n_flying = 0;              // those that landed and are not checked yet included
+    bool parked = false;           // a guess that nobody wants yet: what waits is in no queue
+    bool guessed = false;          // begun as one: where it failed it is read again before that is told
     Status status;                                        // of the reader: nothing of this load can be trusted
     std::vector<std::pair<WeightId, Status>> failures;    // of single weights
     bool landed() const { return n_flying == 0 && waiting.empty(); }
@@ -65,6 +74,8 @@ class DemandCache final : public WeightStore {
     int n_leases = 0;
     uint32_t unused = 0;       // bit i: weight i was read and not acquired yet
     uint64_t expectation = 0;  // equal to expectation_: expected now, not to make way for others
+    uint64_t use = 0;          // equal to expectation_: acquired since, not to make way for guesses
+    uint64_t guess = 0;        // above expectation_: guessed for a layer to come, makes way only for what is expected
     bool stale = false;        // dropped with its last lease
     Load load;
   };
@@ -72,9 +83,20 @@ class DemandCache final : public WeightStore {
   struct Flight {
     Load* load = nullptr;
     ReadRun run;
+    Status status;
   };
+  struct Guess {
+    Record record;
+    int distance = 0;  // in layers
+  };
+  struct GuessWorth {
+    float right = 0.75f;   // share of the guesses read that were wanted, of the last few layers
+    uint64_t n_asked = 0;  // while it was too small
+  };
+  // How sure a record is to be used; what is surer takes the room of what is less so.
+  enum class Need { kGuessed, kExpected, kDemanded };
 
-  DemandCache(const PackDirectory& directory, uint64_t bytes);
+  DemandCache(const PackDirectory& directory, uint64_t bytes, int guess_layers);
 
   Record record_of(WeightId weight) const;
   // The layer as the policy counts them; -1 for what is no expert.
@@ -83,22 +105,37 @@ class DemandCache final : public WeightStore {
 
   Result<Lease> acquire_whole(WeightId weight);
   Result<Lease> acquire_rows(WeightId weight, RowSet rows);
-  Result<Entries::iterator> start(const Record& record, bool demanded);
+  Result<Entries::iterator> start(const Record& record, Need need);
   void start_expected();
   void to_front(Load* load);
+  // Expected from here on: what is missing of it is in the queue.
+  void want(Entries::iterator cached);
+  // Waits for all of a record, first in the queue.
+  Status land(Entries::iterator cached);
+  // The guess to read on with; null when there is none, or no room for one.
+  Load* next_guess();
+  // Requests in flight up to which this one is added.
+  size_t most_flights(const Guess& guess) const;
+  // Which guesses of a layer were right, now that it has chosen.
+  void judge_guesses(int pack_layer, std::span<const ExpectedWeight> weights);
   void release(Entries::iterator cached);
   void drop(Entries::iterator cached);
   bool expected(const Cached& cached) const { return cached.expectation == expectation_; }
-  std::optional<Entries::iterator> victim(bool demanded);
+  bool kept(const Cached& cached) const { return expected(cached) || cached.guess > expectation_; }
+  std::optional<Entries::iterator> victim(Need need);
   // Room for `bytes`, made by dropping records; kOverBudget when leases hold too much. Leaves `spare_bytes` where that
   // costs nothing that is expected.
-  Result<uint64_t> make_room(uint64_t bytes, uint64_t spare_bytes, const PackEntry& entry, bool demanded);
+  Result<uint64_t> make_room(uint64_t bytes, uint64_t spare_bytes, const PackEntry& entry, Need need);
 
   // Submits waiting runs while the reader takes them without blocking.
   Status pump();
-  // Waits for one read and accounts for it. An error here is the reader's own; that of a read is its load's.
+  // Waits for one read, checks it and accounts for it. An error here is the reader's own; that of a read is its load's.
   Status step();
-  bool flying() const { return free_flights_.size() < flights_.size(); }
+  void collect(ReadCompletion completion);
+  // The hash of one run that has landed; of what is wanted first.
+  void check_landed();
+  size_t n_flying() const { return flights_.size() - free_flights_.size(); }
+  bool reading() const { return n_flying() > 0 || !landed_.empty(); }
 
   const PackDirectory& directory_;
   Block memory_;
@@ -106,7 +143,12 @@ class DemandCache final : public WeightStore {
   Entries cached_;
   std::unordered_map<WeightId, Entries::iterator> by_first_;  // of the record's first weight
   std::list<Load> row_loads_;
-  std::deque<Load*> queue_;  // loads with runs waiting; demanded ones first
+  std::deque<Load*> queue_;  // loads with runs waiting, but for parked ones; demanded ones first
+  std::deque<Guess> guesses_;        // of layers to come: not started, or with runs waiting; the next one first
+  std::vector<Guess> guesses_read_;  // started, their layer has not chosen yet
+  const int guess_layers_;
+  std::array<GuessWorth, kGuessLayers> guess_worth_;  // by distance - 1
+  std::deque<Flight> landed_;        // and not checked yet
   std::vector<Flight> flights_;
   std::vector<size_t> free_flights_;
 
@@ -121,6 +163,7 @@ class DemandCache final : public WeightStore {
   uint64_t pass_bytes_ = 0;
 
   std::atomic<uint64_t> flash_bytes_{0}, hits_{0}, misses_{0}, wait_ns_{0}, pass_expert_bytes_{0};
+  std::atomic<uint64_t> n_guessed_{0}, n_guessed_right_{0};
   std::unique_ptr<BlockReader> reader_;  // last: destroyed first, while what it reads into still stands
 };
 

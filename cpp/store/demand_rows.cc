@@ -48,7 +48,7 @@ Result<Lease> DemandCache::acquire_rows(WeightId weight, RowSet rows) {
   // One extent: the gathered tiles, when there are several, then the chunks they are taken from.
   const uint64_t gathered_bytes = rows.size() > 1 ? round_up(rows.size() * tile_bytes, kReadAlign) : 0;
   row_bytes_ = gathered_bytes + read_bytes;
-  EDGE_ASSIGN(const uint64_t extent, make_room(row_bytes_, 0, entry, /*demanded=*/true));
+  EDGE_ASSIGN(const uint64_t extent, make_room(row_bytes_, 0, entry, Need::kDemanded));
   const uint64_t chunks = extent + gathered_bytes;
   // A node of its own: should the reader itself break down, reads still in flight keep a live target.
   const auto load = row_loads_.emplace(row_loads_.end());

@@ -20,6 +20,8 @@ void add_traffic(const StoreStats& part, StoreStats* sum) {
   sum->hits += part.hits;
   sum->misses += part.misses;
   sum->wait_seconds += part.wait_seconds;
+  sum->experts_guessed += part.experts_guessed;
+  sum->experts_guessed_right += part.experts_guessed_right;
   sum->neurons_wanted += part.neurons_wanted;
   sum->neuron_hits += part.neuron_hits;
   sum->neuron_bytes += part.neuron_bytes;
@@ -131,7 +133,17 @@ size_t PlacedStore::first_ready(std::span<const WeightId> weights) {
   return store == nullptr ? 0 : store->first_ready(weights);
 }
 
+bool PlacedStore::guesses(WeightId weight, int distance) {
+  return demand_ != nullptr && route(weight, {}) == demand_.get() && demand_->guesses(weight, distance);
+}
+
+void PlacedStore::guess(std::span<const WeightId> weights, int distance) {
+  if (demand_ != nullptr) demand_->guess(weights, distance);
+}
+
 Result<Lease> PlacedStore::acquire(WeightId weight, RowSet rows) {
+  // Here because weights are acquired all the time while a pass computes. A broken reader is told by what needs it.
+  if (demand_ != nullptr) (void)demand_->read_on();
   if (WeightStore* store = route(weight, rows)) return store->acquire(weight, rows);
   return error(Code::kBadArgument, "weight %d is not placed in any store", weight);
 }

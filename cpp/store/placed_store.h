@@ -34,6 +34,8 @@ class PlacedStore final : public WeightStore {
   void prefetch(WeightId weight, RowSet rows) override;
   void expect(std::span<const ExpectedWeight> weights, int64_t n_rows) override;
   size_t first_ready(std::span<const WeightId> weights) override;
+  bool guesses(WeightId weight, int distance) override;
+  void guess(std::span<const WeightId> weights, int distance) override;
   Result<Lease> acquire(WeightId weight, RowSet rows) override;
   Result<TileLease> acquire_tiles(WeightId weight, int64_t first) override;
   void rewind() override;

@@ -73,6 +73,8 @@ struct StoreStats {
   uint64_t misses = 0;
   uint64_t pass_expert_bytes = 0;  // distinct experts that the last pass chose of the demand cache; may exceed its room
   double wait_seconds = 0;        // time acquire() stood waiting for the drive
+  uint64_t experts_guessed = 0;        // read before their layer had chosen
+  uint64_t experts_guessed_right = 0;  // and then chosen by it
   // Of the neuron window; its bytes and its waiting are in the sums above as well.
   uint64_t neurons_wanted = 0;
   uint64_t neuron_hits = 0;
@@ -116,6 +118,19 @@ class WeightStore {
   }
   // Which of some expected weights is best acquired now: one that is here, else the first to land. At least one weight.
   virtual size_t first_ready(std::span<const WeightId>) { return 0; }
+  // How many layers ahead guesses reach.
+  static constexpr int kGuessLayers = 2;
+  // Whether to guess what the layer of `weight`, an expert's, will want that comes `distance` layers (1 to
+  // kGuessLayers) after the one just expected: something of it may be missing, and the last such guesses were good.
+  virtual bool guesses(WeightId weight, int distance) {
+    static_cast<void>(weight), static_cast<void>(distance);
+    return false;
+  }
+  // Weights of one layer that will probably be expected, the likeliest first; nearer layers first. What is missing is
+  // read while nothing that is expected waits for the drive. A hint: a wrong guess costs a read.
+  virtual void guess(std::span<const WeightId> weights, int distance) {
+    static_cast<void>(weights), static_cast<void>(distance);
+  }
   virtual StoreStats stats() const = 0;
   // Called after an abandoned pass so that streams start again at their first weight.
   virtual void rewind() {}
@@ -171,6 +186,8 @@ struct StoreOptions {
   bool io_direct = true;
   uint64_t stream_part_bytes = kStreamPartBytes;
   std::string io_fault;              // FaultPlan of every reader; tests only
+  // Layers ahead that experts are guessed for, at most WeightStore::kGuessLayers.
+  int expert_guess_layers = WeightStore::kGuessLayers;
   float neuron_half_life_tokens = NeuronPolicy::kHalfLifeTokens;
   LoadProgress* progress = nullptr;  // must outlive open_store
 };

@@ -160,6 +160,11 @@ def details(stats: dict[str, Any]) -> list[str]:
         f"speculation: {spent['passes']} passes over drafts, {spent['plain_passes']} over one token, "
         f"{spent['saved_seconds']:+.3f} s saved",
     ]
+    if stats["experts_guessed"]:
+        lines.append(
+            f"experts: {stats['experts_guessed']} read before their layer had chosen, "
+            f"{stats['experts_guessed_right']} of them rightly"
+        )
     lines += [describe(change) for change in stats["memory_changes"]]
     for name, found in spent["drafters"].items():
         lines.append(

@@ -1,0 +1,90 @@
+// Guesses of what layers to come will want: read while nothing that is wanted waits for the drive, into the places of
+// what is worth least, and given up as soon as they prove wrong too often.
+#include <algorithm>
+
+#include "store/demand_cache.h"
+
+namespace edge {
+namespace {
+
+// Guesses are made while so many of those read are wanted; below that now and then, to see whether they still fail.
+constexpr float kGoodGuesses = 0.5f, kGuessFade = 1.0f / 16;
+constexpr uint64_t kTryAgain = 64;
+
+}  // namespace
+
+bool DemandCache::guesses(WeightId weight, int distance) {
+  const bool known = weight >= 0 && static_cast<size_t>(weight) < directory_.entries().size();
+  if (!known || policy_layer(weight) < 0 || distance < 1 || distance > guess_layers_) return false;
+  GuessWorth& worth = guess_worth_[static_cast<size_t>(distance - 1)];
+  return worth.right >= kGoodGuesses || worth.n_asked++ % kTryAgain == 0;
+}
+
+void DemandCache::guess(std::span<const WeightId> weights, int distance) {
+  for (const WeightId weight : weights) {
+    if (weight < 0 || static_cast<size_t>(weight) >= directory_.entries().size()) continue;
+    const Record record = record_of(weight);
+    if (!guesses_.empty() && guesses_.back().record.first == record.first) continue;
+    if (const auto known = by_first_.find(record.first); known != by_first_.end()) {
+      known->second->guess = expectation_ + static_cast<uint64_t>(distance);
+    }
+    guesses_.push_back({record, distance});
+  }
+  if (!pump().ok()) return;  // told by the acquire that follows
+}
+
+// As many in flight, whatever is wanted of them, that one will be wrong: a wanted read then waits for one request in
+// vain. Sure guesses keep the drive's queue full, which is what it takes to be read at its rate.
+size_t DemandCache::most_flights(const Guess& guess) const {
+  const float wrong = 1 - guess_worth_[static_cast<size_t>(guess.distance - 1)].right;
+  return wrong * static_cast<float>(flights_.size()) <= 1 ? flights_.size() : static_cast<size_t>(1 / wrong);
+}
+
+DemandCache::Load* DemandCache::next_guess() {
+  while (!guesses_.empty() && n_flying() < most_flights(guesses_.front())) {
+    const Guess next = guesses_.front();
+    if (const auto known = by_first_.find(next.record.first); known != by_first_.end()) {
+      Load& load = known->second->load;
+      if (load.parked && !load.waiting.empty()) return &load;
+      guesses_.pop_front();
+      continue;
+    }
+    const auto started = start(next.record, Need::kGuessed);
+    if (!started.ok()) {
+      guesses_.clear();  // no room before the next layer is expected
+      return nullptr;
+    }
+    (*started)->guess = expectation_ + static_cast<uint64_t>(next.distance);
+    guesses_read_.push_back(next);
+    ++n_guessed_;
+  }
+  return nullptr;
+}
+
+void DemandCache::want(Entries::iterator cached) {
+  cached->expectation = expectation_;
+  if (!cached->load.parked) return;
+  cached->load.parked = false;
+  if (!cached->load.waiting.empty()) queue_.push_back(&cached->load);
+}
+
+void DemandCache::judge_guesses(int pack_layer, std::span<const ExpectedWeight> weights) {
+  std::array<int, kGuessLayers> n_read{}, n_right{};
+  std::erase_if(guesses_read_, [&](const Guess& guess) {
+    if (directory_.entry(guess.record.first).layer != pack_layer) return false;
+    const auto is_it = [&](const ExpectedWeight& one) {
+      return one.weight >= guess.record.first && one.weight < guess.record.first + guess.record.n_weights;
+    };
+    ++n_read[static_cast<size_t>(guess.distance - 1)];
+    n_right[static_cast<size_t>(guess.distance - 1)] += std::any_of(weights.begin(), weights.end(), is_it);
+    return true;
+  });
+  for (size_t i = 0; i < guess_worth_.size(); ++i) {
+    if (n_read[i] == 0) continue;
+    n_guessed_right_ += static_cast<uint64_t>(n_right[i]);
+    guess_worth_[i].right += kGuessFade * (static_cast<float>(n_right[i]) / static_cast<float>(n_read[i]) -
+                                           guess_worth_[i].right);
+  }
+}
+
+}  // namespace edge
