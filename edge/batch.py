@@ -218,8 +218,8 @@ def _texts(
 
 
 def _forks(engine: Engine, tokens: list[list[int]]) -> bool:
-    """Whether the texts run side by side: keys and values in a file have one owner."""
-    return engine.plan.kv_on_flash is None and len(tokens) > 1
+    """Whether the texts run side by side."""
+    return engine.plan.shares_kv and len(tokens) > 1
 
 
 def _n_shared(engine: Engine, tokens: list[list[int]]) -> int:

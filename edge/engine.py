@@ -253,7 +253,7 @@ class Engine:
     def _at_prefix(self, tokens: list[int]) -> _edge.Sequence:
         """What a request begins with: the text that shares most with it, of this and earlier requests."""
         assert self._sequence is not None
-        if self.plan.kv_on_flash is None:
+        if self.plan.shares_kv:
             self._sequence = self._prefixes.begin(self._sequence, tokens)
         return self._sequence
 

@@ -24,7 +24,7 @@ from flashload.machine import (
     trim_memory,
 )
 from flashload.plan import Directory, Plan, directory_of, place
-from flashload.plan_kv import KV, choose_kv
+from flashload.plan_kv import KV, KV_TYPES, choose_kv, kv_type_of
 from flashload.plan_neurons import LEAN_KEEP, Guess
 
 if TYPE_CHECKING:
@@ -157,7 +157,18 @@ class Host:
         directory = directory_of(pack)
         if self.directory.thresholds_bytes:
             directory = directory.with_thresholds(self.directory.neurons.active_share)
+        directory = directory.with_kv_type(kv_type_of(self.directory.decoder))
         return replace(self, pack=pack, directory=directory)
+
+    def with_kv_type(self, kv_type: str) -> Host:
+        """The same with keys and values held as one of :data:`flashload.plan_kv.KV_TYPES`.
+
+        Raises:
+            ArgumentError: it is none of them.
+        """
+        if kv_type not in KV_TYPES:
+            raise ArgumentError(f"kv_type: expected one of {', '.join(KV_TYPES)}, found {kv_type!r}")
+        return replace(self, directory=self.directory.with_kv_type(kv_type))
 
     def sparse(self) -> Host:
         """The same with the pack's thresholds in use.
@@ -334,6 +345,7 @@ def load(
     isa: str = "",
     io: str = "auto",
     kv: str = "auto",
+    kv_type: str = "f16",
     predictor: str | float = "auto",
     sparsity: str = "off",
     exact: bool = False,
@@ -359,6 +371,9 @@ def load(
         kv: "memory" holds the keys and values of the whole context; "flash" a part of them, and the rest in a nameless
             file in EDGE_SCRATCH (a folder on a drive; the cache folder when unset); "auto" takes what
             reads less from the drive for a token.
+        kv_type: what keys and values are held as: "f16"; "int8" takes half the memory and is read faster, at a loss
+            that is hardly measurable; "int4" takes little more than a quarter, rotated, the last tokens as f16. The text
+            does not depend on where they are, only on this.
         predictor: "auto" lets the predictor that came with a sparse model guess which neurons are active where memory
             is too short to know (a small loss); "on" lets it guess wherever memory is, "off" never. "lean" reads, of
             what it names and memory does not hold, only the neurons that count most: those that keep 95 % of a layer's
@@ -390,7 +405,7 @@ def load(
         ArgumentError: a parameter is out of range.
     """
     if backend != "edge":
-        given = (memory, device, weights, isa, io, kv, predictor, sparsity, exact, draft, pressure)
+        given = (memory, device, weights, isa, io, kv, kv_type, predictor, sparsity, exact, draft, pressure)
         return _load_peer(model, backend, context, threads, given)
     if device not in _DEVICES:
         raise ArgumentError(f"device: expected one of {', '.join(_DEVICES)}, found {device!r}")
@@ -407,6 +422,7 @@ def load(
     try:
         from edge.sizing import Sizing
 
+        host = host.with_kv_type(kv_type)
         if sparse:
             host = host.sparse()
         drafts = None if draft is None else DraftRequest(draft, weights, on_pack)
@@ -423,6 +439,7 @@ _OF_EDGE_ALONE: dict[str, object] = {
     "isa": "",
     "io": "auto",
     "kv": "auto",
+    "kv_type": "f16",
     "predictor": "auto",
     "sparsity": "off",
     "exact": False,

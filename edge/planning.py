@@ -194,6 +194,7 @@ def plan(
     threads: int | None = None,
     weights: str = "keep",
     kv: str = "auto",
+    kv_type: str = "f16",
     sparsity: str = "off",
     predictor: str | float = "auto",
     whole_process: bool = False,
@@ -205,7 +206,7 @@ def plan(
     Args:
         model: a pack, a GGUF file, a Hugging Face folder, or one of which only ``config.json`` (and, better,
             ``model.safetensors.index.json``) is there; or a shipped model's name.
-        memory, context, threads, weights, kv, sparsity, predictor: as for :func:`edge.load`.
+        memory, context, threads, weights, kv, kv_type, sparsity, predictor: as for :func:`edge.load`.
         whole_process: the budget bounds the whole process, as on the command line.
         probe_again: measure the machine (2 to 3 seconds) even when its figures are known.
         on_probe: called before the machine is measured.
@@ -234,6 +235,7 @@ def plan(
     else:
         found = outline(path)
         host = _estimated_host(found, before_bytes, whole_process)
+    host = host.with_kv_type(kv_type)
     if sparsity == "on":
         host = host.sparse()
     memory_bytes = default_memory_bytes() + host.host_bytes if memory is None else parse_bytes(memory)

@@ -111,7 +111,7 @@ class Sizing:
         plan = reserved.plan
         return plan.engine_options(
             self.host.pack.path,
-            self.host.pack.config.to_json(),
+            self.host.directory.decoder,
             scratch=scratch_folder() if plan.kv_on_flash else "",
             io_engine=self._io,
             isa=self._isa,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashload.errors import ArgumentError, BudgetError
 from flashload.machine import format_bytes
-from flashload.plan_kv import KvOnFlash, kv_on_flash
+from flashload.plan_kv import KvOnFlash, kv_on_flash, kv_type_of
 from flashload.plan_neurons import ACTIVE_SHARE, Guess, NeuronModel, NeuronPlacement, is_extra, is_neurons
 
 if TYPE_CHECKING:
@@ -96,6 +96,13 @@ class Plan:
     slack_bytes: int = _SLACK_BYTES
     #: How keys and values are kept when they are not all in memory; ``kv_bytes`` is then the part in memory.
     kv_on_flash: KvOnFlash | None = None
+    #: What keys and values are held as (flashload.plan_kv).
+    kv_type: str = "f16"
+
+    @property
+    def shares_kv(self) -> bool:
+        """Whether texts can share pages: those in a file have one owner, and the f16 tail of int4 has room for one."""
+        return self.kv_on_flash is None and self.kv_type != "int4"
 
     @property
     def core_bytes(self) -> int:
@@ -150,6 +157,7 @@ class Plan:
         return {key: getattr(self, key) for key in keys.split()} | {
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "kv": "flash" if self.kv_on_flash else "memory",
+            "kv_type": self.kv_type,
             "kv_file_bytes": self.kv_on_flash.file_bytes if self.kv_on_flash else 0,
         }
 
@@ -214,6 +222,12 @@ class Directory:
         other.neurons = NeuronModel(self.entries, active_share)
         n_neurons = int(self.decoder["n_layers"]) * int(self.decoder["intermediate_size"])
         other.thresholds_bytes = _round_up(4 * n_neurons)
+        return other
+
+    def with_kv_type(self, kv_type: str) -> Directory:
+        """The same with keys and values held as one of :data:`flashload.plan_kv.KV_TYPES`."""
+        other = copy(self)
+        other.decoder = self.decoder | {"kv_type": kv_type}
         return other
 
     @property
@@ -387,7 +401,7 @@ def place(
             placed = streaming
             break
     if memory_bytes < host_peak_bytes or (everything > room and streaming is None):
-        raise _too_small(memory_bytes, floor_bytes, context, kv_bytes, kv)
+        raise _too_small(memory_bytes, floor_bytes, context, kv_bytes, kv, kv_type_of(decoder))
 
     placements = [RESIDENT] * len(weights)
     if placed.demand_bytes:
@@ -432,6 +446,7 @@ def place(
         experts_per_token=model.experts_per_token,
         flash_bytes_per_token=_flash_bytes_per_token(model, placed, on_flash, context),
         kv_on_flash=on_flash,
+        kv_type=kv_type_of(decoder),
     )
 
 
@@ -517,9 +532,13 @@ def _stream(model: Directory, room_bytes: int) -> _Placed | None:
     return None
 
 
-def _too_small(memory_bytes: int, floor_bytes: int, context: int, kv_bytes: int, kv: str) -> BudgetError:
+def _too_small(
+    memory_bytes: int, floor_bytes: int, context: int, kv_bytes: int, kv: str, kv_type: str
+) -> BudgetError:
     held = f"{format_bytes(kv_bytes)} of keys and values" + (" beside a file" if kv == "flash" else "")
     ways = [f"a shorter context (now {context} tokens, {held})"]
+    if kv_type == "f16":
+        ways.append("keys and values of 8 bits (--kv-type int8)")
     ways.append("fewer weight bits (edge pack --weights q4)")
     error = BudgetError(
         f"memory: {memory_bytes} bytes ({format_bytes(memory_bytes)}) are too few: this model needs at least "

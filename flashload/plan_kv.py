@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 #: Where keys and values of a context go.
 KV = ("auto", "memory", "flash")
+
+#: What keys and values are held as (``KvType``).
+KV_TYPES = ("f16", "int8", "int4")
 
 #: One read of one layer's keys or values: long enough for the drive's sequential rate.
 _RANGE_BYTES = 1 << 20
@@ -148,6 +151,20 @@ def choose_kv(kv: str, plan: Callable[[str], Plan]) -> Plan:
     if "flash" in found and found["flash"].flash_bytes_per_token < _WORTH_A_FILE * best.flash_bytes_per_token:
         best = found["flash"]
     return replace(best, floor_bytes=min(floors))
+
+
+def kv_type_of(decoder: Mapping[str, Any]) -> str:
+    """What a model's keys and values are held as; ``decoder`` is DecoderConfig as a dict, ``kv_type`` if chosen."""
+    return str(decoder.get("kv_type", "f16"))
+
+
+def kv_token_bytes(decoder: Mapping[str, Any]) -> float:
+    """Bytes of one layer's key and value of one token."""
+    head_dim, heads = int(decoder["head_dim"]), int(decoder["n_kv_heads"])
+    padded = -(-head_dim // 32) * 32
+    # Besides the values, the scales of a key and a value, and as much room that tiles of values leave free.
+    sizes = {"f16": 2 * head_dim * 2, "int8": 2 * padded + 8, "int4": padded + 8}
+    return float(heads * sizes[kv_type_of(decoder)])
 
 
 def _round_up(n_bytes: int) -> int:

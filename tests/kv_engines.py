@@ -41,9 +41,11 @@ def kv_packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.edge" for name in sources}
 
 
-def plan_of(path: Path, kv: str = "memory", memory_bytes: int = 1 << 34, **more: Any) -> tuple[Any, Plan]:
+def plan_of(
+    path: Path, kv: str = "memory", memory_bytes: int = 1 << 34, kv_type: str = "f16", **more: Any
+) -> tuple[Any, Plan]:
     with PackFile(path) as file:
-        weights, decoder = weights_of(file), file.config.to_json()
+        weights, decoder = weights_of(file), file.config.to_json() | {"kv_type": kv_type}
     settings: dict[str, Any] = {"context": CONTEXT, "threads": 2, "host_bytes": 0} | more
     return decoder, make_plan(weights, decoder, memory_bytes=memory_bytes, kv=kv, **settings)
 
@@ -57,10 +59,12 @@ def open_engine(
     isa: str = FAST,
     threads: int = 2,
     plan: tuple[Any, Plan] | None = None,
+    kv_type: str = "f16",
     **faults: str,
 ) -> _edge.Engine:
     """A resident model; ``kv`` is (pages in memory, pages of a range, rows scored at once), None all in memory."""
     decoder, placed = plan or plan_of(path)
+    decoder = decoder | {"kv_type": kv_type}
     options = placed.engine_options(
         path, decoder, isa=isa, threads=threads, max_rows=max_rows, budget_bytes=1 << 28
     )

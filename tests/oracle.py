@@ -52,11 +52,40 @@ def rotate(x: Array, positions: Array, inv_freq: Array, magnitude: float) -> Arr
     return out
 
 
+#: Positions of a block: in 4 bits a row sees the keys and values of its own block unrounded.
+TAIL = 64
+
+
+def hadamard(x: Array) -> Array:
+    """The last axis, rotated by blocks of the largest power of two that divides it."""
+    n = x.shape[-1] & -x.shape[-1]
+    h = np.ones((1, 1))
+    while len(h) < n:
+        h = np.block([[h, h], [h, -h]])
+    return (x.reshape(*x.shape[:-1], -1, n) @ h / np.sqrt(n)).reshape(x.shape)
+
+
+def round_kv(x: Array, kv_type: str) -> Array:
+    """Rows along the last axis, each with an f16 scale of its own."""
+    largest = np.take_along_axis(x, np.abs(x).argmax(-1, keepdims=True), -1)
+    scale = np.float64(np.float16(np.abs(largest) / 127 if kv_type == "int8" else largest / -8))
+    low, high = (-127, 127) if kv_type == "int8" else (-8, 7)
+    steps = np.divide(x, scale, out=np.zeros_like(x), where=scale != 0)
+    return np.clip(np.rint(steps), low, high) * scale
+
+
+def round_query(x: Array) -> Array:
+    """8 bits, one scale for a head."""
+    scale = np.abs(x).max(-1, keepdims=True) / 127
+    return np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale != 0)) * scale
+
+
 class Oracle:
     """weights: canonical name -> float array; config: DecoderConfig as a dict.
 
     With ``predict`` the low-rank predictors decide which neurons of a ReLU layer count; the others are zero. With
-    ``thresholds`` [layers, neurons] those count whose activation is larger, whatever its sign.
+    ``thresholds`` [layers, neurons] those count whose activation is larger, whatever its sign. ``kv_type`` rounds keys
+    and values as the core's cache does.
     """
 
     def __init__(
@@ -65,8 +94,10 @@ class Oracle:
         weights: Mapping[str, Array],
         predict: bool = False,
         thresholds: Array | None = None,
+        kv_type: str = "f16",
     ) -> None:
         self.c = config
+        self.kv_type = kv_type
         self.predict = predict
         self.thresholds = thresholds
         self.w = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
@@ -96,15 +127,30 @@ class Oracle:
             k = rms_norm(k, self.w[prefix + "k_norm.weight"].reshape(-1), c["norm_eps"])
         positions, inv_freq = np.arange(n, dtype=np.float64), np.array(c["rope_inv_freq"])
         q, k = (rotate(t, positions, inv_freq, c["rope_magnitude"]) for t in (q, k))
+        if self.kv_type == "int4":
+            q, k, v = (hadamard(t) for t in (q, k, v))
         group = c["n_heads"] // c["n_kv_heads"]
-        k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-        scores = np.einsum("qhd,khd->hqk", q, k) * c["attention_scale"]
+        exact_k, exact_v = (np.repeat(t, group, axis=1) for t in (k, v))
+        scores = np.einsum("qhd,khd->hqk", q, exact_k) * c["attention_scale"]
+        rounded = np.zeros((n, n))
+        if self.kv_type != "f16":
+            k, v = (np.repeat(round_kv(t, self.kv_type), group, axis=1) for t in (k, v))
+            rounded[:] = True
+            if self.kv_type == "int4":
+                rounded = positions[None, :] // TAIL < positions[:, None] // TAIL
+            coarse = np.einsum("qhd,khd->hqk", round_query(q), k) * c["attention_scale"]
+            scores = np.where(rounded, coarse, scores)
         ahead = positions[None, :] > positions[:, None]
         if c["windows"][layer]:
             ahead |= positions[None, :] <= positions[:, None] - c["windows"][layer]
         scores[:, ahead] = -np.inf
-        out = np.einsum("hqk,khd->qhd", softmax(scores), v).reshape(n, -1)
-        return self.linear(out, prefix + "o")
+        p = softmax(scores)
+        out = np.einsum("hqk,khd->qhd", p * rounded, v) + np.einsum(
+            "hqk,khd->qhd", p * (1 - rounded), exact_v
+        )
+        if self.kv_type == "int4":
+            out = hadamard(out)
+        return self.linear(out.reshape(n, -1), prefix + "o")
 
     def ffn(self, x: Array, prefix: str) -> Array:
         act = ACTIVATIONS[self.c["activation"]]

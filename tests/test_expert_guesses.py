@@ -134,7 +134,9 @@ def test_guesses_of_nothing(path: str) -> None:
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Pack]:
     """Two layers of four experts of three reads of 1 MiB."""
     entries = [
-        Entry(f"w{i}", F16, 512, 1024, i // 12, i // 3 % 4, chunk_bytes=1 << 16).fill(np.random.default_rng(i))
+        Entry(f"w{i}", F16, 512, 1024, i // 12, i // 3 % 4, chunk_bytes=1 << 16).fill(
+            np.random.default_rng(i)
+        )
         for i in range(24)
     ]
     pack = Pack(entries)

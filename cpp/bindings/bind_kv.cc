@@ -35,7 +35,8 @@ void bind(py::module_& module) {
       [](const py::dict& decoder) {
         const DecoderConfig config = decoder_config_from(decoder);
         check(config.validate());
-        const KvShape shape = KvPool::flash_shape(config.n_layers, config.kv_dim());
+        const KvShape shape =
+            KvPool::flash_shape(config.n_layers, config.kv_dim(), config.kv_type, config.head_dim);
         return py::make_tuple(shape.page_tokens, shape.page_bytes(), shape.half_bytes());
       },
       "Of keys and values on a drive: (tokens of a page, its bytes, bytes of one layer's keys in it).");

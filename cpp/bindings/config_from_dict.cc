@@ -52,6 +52,10 @@ DecoderConfig decoder_config_from(const py::dict& dict) {
   config.attention_scale = dict["attention_scale"].cast<float>();
   config.logit_scale = dict["logit_scale"].cast<float>();
   if (dict.contains("by_neuron")) config.by_neuron = dict["by_neuron"].cast<bool>();
+  if (dict.contains("kv_type")) {
+    config.kv_type =
+        pick<KvType>(dict, "kv_type", {{"f16", KvType::kF16}, {"int8", KvType::kInt8}, {"int4", KvType::kInt4}});
+  }
   return config;
 }
 

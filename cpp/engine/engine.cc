@@ -5,12 +5,25 @@
 namespace edge {
 namespace {
 
+KvShape flash_shape(const DecoderConfig& config) {
+  return KvPool::flash_shape(config.n_layers, config.kv_dim(), config.kv_type, config.head_dim);
+}
+
 KvShape kv_shape(const DecoderConfig& config, const KvOptions& kv) {
-  if (kv.on_flash()) return KvPool::flash_shape(config.n_layers, config.kv_dim());
+  if (kv.on_flash()) return flash_shape(config);
   KvShape shape;
+  shape.type = config.kv_type;
+  shape.head_dim = config.head_dim;
   shape.n_layers = config.n_layers;
   shape.kv_dim = config.kv_dim();
   return shape;
+}
+
+// With what a pass needs of the tail, and a block for one more text.
+KvOptions with_tails(const DecoderConfig& config, KvOptions kv, int64_t max_rows) {
+  if (config.kv_type != KvType::kInt4) return kv;
+  kv.n_tails = (max_rows + 2 * (KvShape::kTailTokens - 1)) / KvShape::kTailTokens + 1;
+  return kv;
 }
 
 DecoderOptions decoder_options(int64_t max_rows, int64_t context, const KvShape& shape, const KvOptions& kv,
@@ -59,7 +72,7 @@ FixedBytes fixed_bytes(const DecoderConfig& config, int64_t context, int64_t max
                        const KvOptions& kv, int64_t score_rows) {
   const KvShape shape = kv_shape(config, kv);
   FixedBytes fixed;
-  fixed.kv = KvPool::bytes(shape, context, kv);
+  fixed.kv = KvPool::bytes(shape, context, with_tails(config, kv, max_rows));
   fixed.activations =
       Decoder::scratch_bytes(config, decoder_options(max_rows, context, shape, kv, score_rows), n_threads);
   fixed.logits = static_cast<uint64_t>(config.vocab_size) * sizeof(float);
@@ -80,6 +93,7 @@ Result<std::unique_ptr<Engine>> Engine::open(EngineOptions options, Engine* part
   const EngineOptions& settings = engine->options_;
   EDGE_ASSIGN(engine->kernels_, settings.isa.empty() ? default_kernels() : kernels_for(settings.isa));
   EDGE_ASSIGN(engine->directory_, PackDirectory::open(settings.pack_path));
+  engine->options_.kv = with_tails(settings.decoder, settings.kv, settings.max_rows);
   engine->options_.decoder.by_neuron = engine->directory_.has_neurons();
   // What every token needs comes first: a refusal for lack of memory must not follow minutes of loading.
   const KvShape shape = kv_shape(settings.decoder, settings.kv);
@@ -104,7 +118,7 @@ Status Engine::resize(const EngineOptions& wanted) {
   options.max_rows = wanted.max_rows;
   options.budget_bytes = wanted.budget_bytes;
   options.neuron_keep = wanted.neuron_keep;
-  options.kv = wanted.kv;
+  options.kv = with_tails(options.decoder, wanted.kv, options.max_rows);
   options.score_rows = wanted.score_rows;
   const KvShape shape = kv_shape(options.decoder, options.kv);
   EDGE_TRY(check_rows(options.context, options.max_rows));
@@ -127,7 +141,7 @@ Status Engine::place(const EngineOptions& options, LoadProgress* progress) {
   decoder_->release();
   store_->release(options.plan);
   if (!kv_pool_->is_settled(options.kv)) {
-    EDGE_TRY(kv_pool_->park(KvPool::flash_shape(options.decoder.n_layers, options.decoder.kv_dim()), options.kv, budget_));
+    EDGE_TRY(kv_pool_->park(flash_shape(options.decoder), options.kv, budget_));
   }
   budget_.set_limit(options.budget_bytes);
   EDGE_TRY(kv_pool_->settle(shape, options.kv, budget_));

@@ -41,7 +41,7 @@ Result<int64_t> Sequence::set_tokens(std::vector<int32_t> tokens) {
   kv_.truncate(kept);
   tokens_ = std::move(tokens);
   forget_pass();
-  return kept;
+  return kv_.n_committed();
 }
 
 void Sequence::forget_pass() {

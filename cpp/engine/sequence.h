@@ -51,6 +51,8 @@ class Sequence {
   // each. Texts that nothing is pending of afterwards are drawn a token, which is appended: as next() would, to the bit.
   // On error all texts are as before.
   static Result<std::vector<std::optional<SampledToken>>> step(Engine& engine, std::span<const Lane> lanes);
+  // For tests and benchmarks, which put keys and values there that no text gave.
+  KvCache& kv() { return kv_; }
   // Changes when the text does other than at its end; no two sequences ever have the same.
   uint64_t revision() const { return revision_; }
   // From now on hidden() is the final-normed hidden state [hidden_size] of the last token computed, which the newest

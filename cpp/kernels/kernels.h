@@ -10,6 +10,7 @@
 #include "core/status.h"
 #include "kernels/format.h"
 #include "kernels/neuron.h"
+#include "kernels/tile_attention.h"
 
 namespace edge {
 
@@ -88,6 +89,7 @@ struct Kernels {
   void (*attention_weigh)(const AttentionArgs& args);
   void (*attention_values)(const AttentionArgs& args);
   void (*to_f16)(const float* x, int64_t n, uint16_t* out);  // round to nearest even
+  TileTable tiles;  // attention over keys and values of fewer bits
 };
 
 struct IsaInfo {

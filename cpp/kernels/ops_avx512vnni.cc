@@ -1,29 +1,8 @@
-#include <immintrin.h>
-
 #include "kernels/ops_impl.h"
+#include "kernels/ops_isa_avx512vnni.h"
 
 namespace edge {
 namespace {
-
-struct Avx512Isa {
-  static constexpr int kLanes = 16;
-  // The maskz forms, all lanes on: gcc 12 warns of its own undefined operand in the plain ones.
-  typedef float Vec __attribute__((vector_size(64)));
-  typedef int32_t IVec __attribute__((vector_size(64)));
-  static constexpr int kScoreHeads = 8;
-  static constexpr int kValueHeads = 4;
-  static constexpr int kValueChunks = 4;
-
-  static Vec from_f16(const uint16_t* p) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p));
-    return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, halves));
-  }
-  static void to_f16(Vec v, uint16_t* p) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(p),
-                        _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v),
-                                              _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
-};
 
 constexpr OpsTable kTable = ops::make_table<Avx512Isa>();
 

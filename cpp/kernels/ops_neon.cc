@@ -1,25 +1,8 @@
-#include <arm_neon.h>
-
 #include "kernels/ops_impl.h"
+#include "kernels/ops_isa_neon.h"
 
 namespace edge {
 namespace {
-
-struct NeonIsa {
-  static constexpr int kLanes = 4;
-  typedef float Vec __attribute__((vector_size(16)));
-  typedef int32_t IVec __attribute__((vector_size(16)));
-  static constexpr int kScoreHeads = 4;
-  static constexpr int kValueHeads = 2;
-  static constexpr int kValueChunks = 2;
-
-  static Vec from_f16(const uint16_t* p) {
-    return reinterpret_cast<Vec>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))));
-  }
-  static void to_f16(Vec v, uint16_t* p) {
-    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(reinterpret_cast<float32x4_t>(v))));
-  }
-};
 
 constexpr OpsTable kTable = ops::make_table<NeonIsa>();
 

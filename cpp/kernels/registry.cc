@@ -32,7 +32,8 @@ struct Isa {
   const Kernels& (*kernels)();
 };
 
-Kernels join(const char* isa, const GemvTable& gemv, const NeuronKernels& neuron, const OpsTable& ops) {
+Kernels join(const char* isa, const GemvTable& gemv, const NeuronKernels& neuron, const OpsTable& ops,
+             const TileTable& tiles) {
   Kernels kernels = {};
   kernels.isa = isa;
   for (int i = 0; i < kTileFormats; ++i) kernels.gemv[i] = gemv.gemv[i];
@@ -55,6 +56,7 @@ Kernels join(const char* isa, const GemvTable& gemv, const NeuronKernels& neuron
   kernels.attention_weigh = ops.attention_weigh;
   kernels.attention_values = ops.attention_values;
   kernels.to_f16 = ops.to_f16;
+  kernels.tiles = tiles;
   return kernels;
 }
 
@@ -62,7 +64,8 @@ Kernels join(const char* isa, const GemvTable& gemv, const NeuronKernels& neuron
 #define EDGE_ISA(level, isa, base)                                                                          \
   Isa {                                                                                                     \
     #isa, CpuLevel::level, &kGemvTable_##isa, []() -> const Kernels& {                                      \
-      static const Kernels kernels = join(#isa, kGemvTable_##isa, kNeuronTable_##base, ops_table_##base()); \
+      static const Kernels kernels =                                                                        \
+          join(#isa, kGemvTable_##isa, kNeuronTable_##base, ops_table_##base(), tile_table_##base());       \
       return kernels;                                                                                       \
     }                                                                                                       \
   }

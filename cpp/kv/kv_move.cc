@@ -9,14 +9,16 @@
 namespace edge {
 namespace {
 
-constexpr int64_t tokens_of(const KvShape& shape, int64_t page, int64_t n_committed) {
-  return std::min(shape.page_tokens, n_committed - page * shape.page_tokens);
+// Keys (or values) of one page, without what pads them.
+uint64_t page_half_bytes(const KvShape& shape) {
+  return shape.group_bytes() * static_cast<uint64_t>(shape.page_tokens / kKvTileTokens);
 }
 
 }  // namespace
 
 bool KvPool::is_settled(const KvOptions& options) const {
   if (parked_ || options.on_flash() != options_.on_flash()) return false;
+  if (shape_.has_tail() && options.n_tails != options_.n_tails) return false;
   return !options.on_flash() ||
          (options.resident_pages == options_.resident_pages && options.range_pages == options_.range_pages);
 }
@@ -25,7 +27,7 @@ Status KvPool::park(const KvShape& flash_shape, const KvOptions& options, Budget
   if (parked_) return {};
   for (KvCache* cache : caches_) {
     cache->rollback();
-    cache->truncate(cache->n_committed());
+    cache->forget_tail();
   }
   if (flash_ != nullptr) {
     std::vector<KvPage*> held;
@@ -62,6 +64,8 @@ Status KvPool::park(const KvShape& flash_shape, const KvOptions& options, Budget
     std::lock_guard lock(mutex_);
     flash_ = std::move(flash);
   }
+  tails_.release();
+  free_tails_.clear();
   frames_.release();
   free_frames_.clear();
   n_frames_ = 0;
@@ -99,6 +103,7 @@ Status KvPool::settle(const KvShape& shape, const KvOptions& options, Budget& bu
     forget_flash();
   }
   options_ = options;
+  EDGE_TRY(reserve_tails(budget));
   parked_ = false;
   return {};
 }
@@ -120,9 +125,8 @@ Status KvPool::write_rows(KvCache& cache, KvFlash& flash, int32_t first_place) {
         const int64_t n = std::min(n_most, n_pages - begin);
         for (int64_t page = begin; page < begin + n; ++page) {
           // A page of the file lies within one of memory.
-          const uint16_t* const rows = cache.row(layer, half, page * to.page_tokens);
-          std::memcpy(flash.buffer(0) + static_cast<uint64_t>(page - begin) * to.half_bytes(), rows,
-                      static_cast<uint64_t>(tokens_of(to, page, cache.n_committed())) * to.row_bytes());
+          std::memcpy(flash.buffer(0) + static_cast<uint64_t>(page - begin) * to.half_bytes(),
+                      cache.group(layer, half, page * to.page_tokens), page_half_bytes(to));
         }
         EDGE_TRY(flash.write_halves(first_place + static_cast<int32_t>(begin), n, layer, half, flash.buffer(0)));
       }
@@ -150,8 +154,7 @@ Status KvPool::read_rows(KvCache& cache, std::span<const KvPage> from) {
           const std::byte* const data = flash_->buffer(0) + i * shape.half_bytes();
           EDGE_TRY(flash_->check(layer, half, pages[i].place, data));
           const int64_t page = begin + static_cast<int64_t>(i);
-          std::memcpy(cache.row(layer, half, page * shape.page_tokens), data,
-                      static_cast<uint64_t>(tokens_of(shape, page, cache.n_committed())) * shape.row_bytes());
+          std::memcpy(cache.group(layer, half, page * shape.page_tokens), data, page_half_bytes(shape));
         }
       }
     }

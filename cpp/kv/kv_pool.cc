@@ -7,22 +7,25 @@
 
 namespace edge {
 namespace {
-constexpr int64_t kFlashPageTokens = 16;
+constexpr int64_t kFlashPageTokens = 16;  // of f16; about the same bytes of other types
 }  // namespace
 
-KvShape KvPool::flash_shape(int64_t n_layers, int64_t kv_dim) {
+KvShape KvPool::flash_shape(int64_t n_layers, int64_t kv_dim, KvType type, int64_t head_dim) {
   KvShape shape;
   shape.n_layers = n_layers;
   shape.kv_dim = kv_dim;
-  shape.page_tokens = kFlashPageTokens;
+  shape.page_tokens = kFlashPageTokens << static_cast<int>(type);
+  shape.type = type;
+  shape.head_dim = head_dim;
   shape.padded = true;
   return shape;
 }
 
 uint64_t KvPool::bytes(const KvShape& shape, int64_t context_tokens, const KvOptions& options) {
   const int64_t n_pages = shape.pages_for(context_tokens);
-  if (!options.on_flash()) return static_cast<uint64_t>(n_pages) * shape.page_bytes();
-  return static_cast<uint64_t>(options.resident_pages) * shape.page_bytes() +
+  const uint64_t tails = round_up(static_cast<uint64_t>(options.n_tails) * shape.tail_bytes(), kReadAlign);
+  if (!options.on_flash()) return tails + static_cast<uint64_t>(n_pages) * shape.page_bytes();
+  return tails + static_cast<uint64_t>(options.resident_pages) * shape.page_bytes() +
          KvFlash::bytes(shape, n_pages, options.range_pages);
 }
 
@@ -33,6 +36,7 @@ Result<std::unique_ptr<KvPool>> KvPool::create(const KvShape& shape, int64_t con
   pool->context_tokens_ = context_tokens;
   pool->n_pages_left_ = shape.pages_for(context_tokens);
   EDGE_TRY(pool->reserve_frames(shape, options.on_flash() ? options.resident_pages : pool->n_pages_left_, budget));
+  EDGE_TRY(pool->reserve_tails(budget));
   if (!options.on_flash()) return pool;
   const int64_t n_places = pool->n_pages_left_;
   for (int64_t place = n_places; place-- > 0;) pool->free_places_.push_back(static_cast<int32_t>(place));
@@ -49,6 +53,25 @@ Status KvPool::reserve_frames(const KvShape& shape, int64_t n_frames, Budget& bu
   free_frames_.clear();
   for (int64_t frame = n_frames; frame-- > 0;) free_frames_.push_back(static_cast<int32_t>(frame));
   return {};
+}
+
+Status KvPool::reserve_tails(Budget& budget) {
+  if (n_tails() == 0) return {};
+  EDGE_ASSIGN(tails_, budget.reserve(static_cast<uint64_t>(n_tails()) * shape_.tail_bytes(), "kv cache"));
+  free_tails_.clear();
+  for (auto frame = static_cast<int32_t>(n_tails()); frame-- > 0;) free_tails_.push_back(frame);
+  return {};
+}
+
+int32_t KvPool::take_tail() {
+  if (free_tails_.empty()) return -1;
+  const int32_t frame = free_tails_.back();
+  free_tails_.pop_back();
+  return frame;
+}
+
+void KvPool::copy_tail(int32_t from, int32_t to) {
+  std::memcpy(tail_rows(to, 0, kKeys), tail_rows(from, 0, kKeys), shape_.tail_bytes());
 }
 
 KvTraffic KvPool::traffic() const {

@@ -21,6 +21,7 @@ class KvCache;
 struct KvOptions {
   int64_t resident_pages = 0;
   int64_t range_pages = 1;  // pages of one read of one layer's keys or values
+  int64_t n_tails = 0;      // blocks of KvShape::kTailTokens, where the shape has a tail
   ScratchOptions scratch;
 
   bool on_flash() const { return resident_pages > 0; }
@@ -35,7 +36,7 @@ struct KvTraffic {
 class KvPool {
  public:
   // The shape of pages that go to a drive: small, since the one being written stays in memory, and padded.
-  static KvShape flash_shape(int64_t n_layers, int64_t kv_dim);
+  static KvShape flash_shape(int64_t n_layers, int64_t kv_dim, KvType type = KvType::kF16, int64_t head_dim = 0);
   // What create() takes from the budget.
   static uint64_t bytes(const KvShape& shape, int64_t context_tokens, const KvOptions& options);
   // Everything is reserved at once, so that a context that was accepted can always be filled.
@@ -60,13 +61,27 @@ class KvPool {
   // Null where all pages are in memory.
   KvStream* stream() { return stream_.get(); }
 
-  // [token_in_page][kv_dim] of one layer's keys (or values) in one frame.
-  uint16_t* rows(int32_t frame, int64_t layer, KvHalf half) {
-    return reinterpret_cast<uint16_t*>(page(frame) + static_cast<uint64_t>(layer * 2 + half) * shape_.half_bytes());
+  // One layer's keys (or values) in one frame; f16: [token_in_page][kv_dim].
+  std::byte* half(int32_t frame, int64_t layer, KvHalf half) {
+    return page(frame) + static_cast<uint64_t>(layer * 2 + half) * shape_.half_bytes();
   }
+  uint16_t* rows(int32_t frame, int64_t layer, KvHalf half) {
+    return reinterpret_cast<uint16_t*>(this->half(frame, layer, half));
+  }
+
+  // [token_in_block][kv_dim] of one layer's keys (or values) in one frame of the tail, f16.
+  uint16_t* tail_rows(int32_t frame, int64_t layer, KvHalf half) {
+    return tails_.as<uint16_t>() +
+           ((frame * shape_.n_layers + layer) * 2 + half) * KvShape::kTailTokens * shape_.kv_dim;
+  }
+  int64_t n_tails() const { return shape_.has_tail() ? options_.n_tails : 0; }
 
  private:
   friend class KvCache;
+  Status reserve_tails(Budget& budget);
+  int32_t take_tail();  // -1: all are taken
+  void give_tail(int32_t frame) { free_tails_.push_back(frame); }
+  void copy_tail(int32_t from, int32_t to);
   Status reserve_frames(const KvShape& shape, int64_t n_frames, Budget& budget);
   // Committed rows of a sequence, from its frames to places of `flash` that follow each other; and from the places of
   // `from`, which has another shape, to frames.
@@ -100,6 +115,8 @@ class KvPool {
   int64_t n_frames_ = 0;
   int64_t n_pages_left_ = 0;
   Block frames_;
+  Block tails_;
+  std::vector<int32_t> free_tails_;
   std::vector<int32_t> free_frames_;
   std::vector<int32_t> users_;  // per frame, besides the first
   std::vector<int32_t> free_places_;

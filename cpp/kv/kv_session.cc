@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <iterator>
 
 #include "io/stream_file.h"
 #include "io/xxh3.h"
@@ -13,7 +14,8 @@ namespace {
 constexpr char kMagic[8] = {'E', 'D', 'G', 'E', 'S', 'E', 'S', 'S'};
 constexpr uint32_t kVersion = 1;
 constexpr size_t kHeaderBytes = 4096;
-constexpr int64_t kGroupTokens = 16;  // a divisor of every page
+constexpr int64_t kGroupTokens = kKvTileTokens;  // a divisor of every page
+constexpr const char* kTypeNames[] = {"f16", "int8", "int4"};
 constexpr uint64_t kLeastBytes = 256;  // xxh3() takes no less
 
 struct Header {
@@ -25,17 +27,16 @@ struct Header {
   uint64_t n_committed;
   uint32_t n_layers;
   uint32_t kv_dim;
+  uint32_t kv_type;  // KvType
 };
 using HeaderBytes = std::array<std::byte, kHeaderBytes>;  // Header, zeros, xxh3 of all before it
 
 unsigned long long ull(uint64_t value) { return value; }
 
-uint64_t group_bytes(const KvShape& shape) { return shape.row_bytes() * kGroupTokens; }
-
 uint64_t file_bytes(const Header& header, const KvShape& shape) {
   const uint64_t n_groups = (header.n_committed + kGroupTokens - 1) / kGroupTokens;
   return kHeaderBytes + header.n_tokens * 4 + 8 +
-         n_groups * static_cast<uint64_t>(shape.n_layers) * 2 * (group_bytes(shape) + 8);
+         n_groups * static_cast<uint64_t>(shape.n_layers) * 2 * (shape.group_bytes() + 8);
 }
 
 std::span<const std::byte> bytes_of(const uint64_t& value) { return std::as_bytes(std::span(&value, 1)); }
@@ -53,11 +54,23 @@ Result<std::byte*> group_at(KvCache& kv, int64_t group, int64_t layer, KvHalf ha
   const KvShape& shape = kv.pool().shape();
   const int64_t slot = group * kGroupTokens;
   const KvPage& page = kv.pages()[static_cast<size_t>(slot / shape.page_tokens)];
-  const uint64_t within = static_cast<uint64_t>(slot % shape.page_tokens) * shape.row_bytes();
-  if (page.frame >= 0) return reinterpret_cast<std::byte*>(kv.pool().rows(page.frame, layer, half)) + within;
+  const uint64_t within = static_cast<uint64_t>(slot % shape.page_tokens / kGroupTokens) * shape.group_bytes();
+  if (page.frame >= 0) return kv.pool().half(page.frame, layer, half) + within;
   KvFlash& flash = *kv.pool().flash();
   EDGE_TRY(flash.read_half(page.place, layer, half, flash.buffer(0)));
   return flash.buffer(0) + within;
+}
+
+// Rows behind the last one hold whatever was rolled back there.
+void clear_behind(const KvShape& shape, KvHalf half, std::byte* group, int64_t n_rows) {
+  if (n_rows >= kGroupTokens) return;
+  if (shape.type == KvType::kF16) {
+    const uint64_t used = static_cast<uint64_t>(n_rows) * shape.row_bytes();
+    std::memset(group + used, 0, shape.group_bytes() - used);
+    return;
+  }
+  const KvTileLayout tile = shape.tile();
+  for (int64_t i = 0; i < shape.n_tiles(); ++i) kv_clear(tile, half == kValues, n_rows, group + i * tile.bytes());
 }
 
 template <typename Fn>
@@ -98,6 +111,11 @@ Status check_header(const std::string& path, const HeaderBytes& bytes, const Ses
   if (header->n_tokens > context) {
     return error(Code::kContextOverflow, "%s: the session holds %llu tokens, the context %llu", path.c_str(),
                  ull(header->n_tokens), ull(context));
+  }
+  if (header->kv_type != static_cast<uint32_t>(shape.type)) {
+    const char* found_type = header->kv_type < std::size(kTypeNames) ? kTypeNames[header->kv_type] : "unknown";
+    return error(Code::kUnsupported, "%s: expected a session of %s keys and values (kv_type), found %s", path.c_str(),
+                 kTypeNames[static_cast<int>(shape.type)], found_type);
   }
   if (header->n_committed > header->n_tokens || header->n_layers != static_cast<uint64_t>(shape.n_layers) ||
       header->kv_dim != static_cast<uint64_t>(shape.kv_dim)) {
@@ -144,8 +162,7 @@ Status load_into(const std::string& path, const SessionModel& model, KvCache& kv
       kv.commit_all();
       EDGE_TRY(kv.stage(std::min(kGroupTokens, n_committed - slot)));
     }
-    std::byte* const rows = reinterpret_cast<std::byte*>(half == kKeys ? kv.key(layer, slot) : kv.value(layer, slot));
-    const std::span<std::byte> into(rows, group_bytes(shape));
+    const std::span<std::byte> into(kv.group(layer, half, slot), shape.group_bytes());
     uint64_t stored = 0;
     EDGE_TRY(file->read(into));
     EDGE_TRY(file->read(std::as_writable_bytes(std::span(&stored, 1))));
@@ -155,6 +172,7 @@ Status load_into(const std::string& path, const SessionModel& model, KvCache& kv
                  static_cast<long long>(slot), ull(stored - index), ull(hash_of(into)));
   }));
   kv.commit_all();
+  kv.forget_tail();
   return {};
 }
 
@@ -174,6 +192,7 @@ Status save_session(const std::string& path, const SessionModel& model, std::spa
   header.n_committed = static_cast<uint64_t>(n_committed);
   header.n_layers = static_cast<uint32_t>(shape.n_layers);
   header.kv_dim = static_cast<uint32_t>(shape.kv_dim);
+  header.kv_type = static_cast<uint32_t>(shape.type);
   HeaderBytes bytes = {};
   std::memcpy(bytes.data(), &header, sizeof header);
   const uint64_t hash = xxh3(std::span(bytes).first(kHeaderBytes - 8));
@@ -186,10 +205,8 @@ Status save_session(const std::string& path, const SessionModel& model, std::spa
   EDGE_TRY(for_groups(shape, n_committed, interrupted,
                       [&](int64_t group, int64_t layer, KvHalf half, uint64_t index) -> Status {
     EDGE_ASSIGN(std::byte* const rows, group_at(kv, group, layer, half));
-    // Rows behind the last one hold whatever was rolled back there.
-    const auto n_rows = static_cast<uint64_t>(std::min(kGroupTokens, n_committed - group * kGroupTokens));
-    std::memset(rows + n_rows * shape.row_bytes(), 0, group_bytes(shape) - n_rows * shape.row_bytes());
-    const std::span<const std::byte> data(rows, group_bytes(shape));
+    clear_behind(shape, half, rows, n_committed - group * kGroupTokens);
+    const std::span<const std::byte> data(rows, shape.group_bytes());
     EDGE_TRY(file->write(data));
     return file->write(bytes_of(hash_of(data) + index));
   }));

@@ -1,7 +1,7 @@
 // A sequence on disk: its tokens and committed keys and values, restored bit for bit under the model that made them.
 //
 // Little-endian: a header of 4096 bytes, the tokens (i32, then their xxh3), then for every 16 tokens, every layer, keys and
-// values: [16][kv_dim] f16 and the xxh3 of those bytes plus their index, so that none takes another's place.
+// values: [16][kv_dim] f16 (of other types a tile per head) and the xxh3 of those bytes plus their index, so that none takes another's place.
 #pragma once
 
 #include <cstdint>

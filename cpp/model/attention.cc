@@ -18,12 +18,24 @@ Status Decoder::attention(int64_t index) {
                          {layer.v, scratch_.v, pad16(kv_dim), layer.v_bias}};
   EDGE_TRY(linear_.run(*acts_, qkv));
   EDGE_TRY(rotate_and_store(index));
-  if (options_.score_rows > 0) EDGE_TRY(attend_streamed(index, *homes_.front().kv));
-  else attend(index);
+  EDGE_TRY(attend_any(index));
   acts_->set(scratch_.attended, pad16(q_dim), n_rows_, q_dim);
   const Product out{layer.o, scratch_.projected, pad16(hidden), layer.o_bias};
   EDGE_TRY(linear_.run(*acts_, {&out, 1}));
   kernels_.add(scratch_.projected, n_rows_ * pad16(hidden), scratch_.hidden);
+  return {};
+}
+
+Status Decoder::attend_any(int64_t index) {
+  const bool streamed = options_.score_rows > 0;
+  if (tiles_ != nullptr) {
+    const int64_t stride = pad16(config_.q_dim());
+    if (streamed) return tiles_->attend_streamed(batch_rows(), index, scratch_.q, scratch_.attended, stride);
+    tiles_->attend(batch_rows(), index, scratch_.q, scratch_.attended, stride);
+    return {};
+  }
+  if (streamed) return attend_streamed(index, *homes_.front().kv);
+  attend(index);
   return {};
 }
 
@@ -52,7 +64,11 @@ Status Decoder::rotate_and_store(int64_t index) {
       prepare(scratch_.k + row * pad16(kv_dim), kv_dim, k_norm, row);
       float* v = scratch_.v + row * pad16(kv_dim);
       clip(v, kv_dim);
-      const Home& home = homes_[static_cast<size_t>(row)];
+      if (tiles_ != nullptr) {
+        tiles_->put(batch_rows(), index, row, scratch_.q + row * pad16(q_dim), scratch_.k + row * pad16(kv_dim), v);
+        continue;
+      }
+      const RowHome& home = homes_[static_cast<size_t>(row)];
       kernels_.to_f16(scratch_.k + row * pad16(kv_dim), kv_dim, home.kv->key(index, home.slot(row)));
       kernels_.to_f16(v, kv_dim, home.kv->value(index, home.slot(row)));
     }
@@ -73,8 +89,8 @@ void Decoder::attend(int64_t index) {
     float* scores = reinterpret_cast<float*>(values + max_visible);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / n_kv_heads, kv_head = item % n_kv_heads, offset = kv_head * head_dim;
-      const int64_t first = first_visible(index, positions_[row]);
-      const Home& home = homes_[static_cast<size_t>(row)];
+      const int64_t first = config_.first_visible(index, positions_[row]);
+      const RowHome& home = homes_[static_cast<size_t>(row)];
       int64_t n_visible = 0;
       const auto see = [&](int64_t slot) {
         keys[n_visible] = home.kv->key(index, slot) + offset;

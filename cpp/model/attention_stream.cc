@@ -18,24 +18,19 @@ int64_t n_pointers(const DecoderOptions& options) { return std::max(options.rang
 }  // namespace
 
 uint64_t Decoder::stream_bytes(const DecoderConfig& config, const DecoderOptions& options, int n_threads) {
-  if (options.score_rows == 0) return 0;
+  if (options.score_rows == 0 || config.kv_type != KvType::kF16) return 0;
   const uint64_t pointers = static_cast<uint64_t>(n_threads * n_pointers(options)) * sizeof(const uint16_t*);
   return round_up(score_bytes(config, options) + pointers, kReadAlign);  // a block of its own
 }
 
-int64_t Decoder::first_visible(int64_t layer, int64_t position) const {
-  const int64_t window = config_.windows[static_cast<size_t>(layer)];
-  // A window of w sees the w latest positions, its own included.
-  return window > 0 ? std::max<int64_t>(0, position - window + 1) : 0;
-}
-
 void Decoder::start_stream(KvCache& kv) {
   const int64_t n_committed = kv.n_committed();
+  const int64_t n_read = tiles_ != nullptr ? TileAttention::whole_tokens(n_committed) : n_committed;
   std::vector<int64_t> first_slots;
   // No row of the batch stands before the first free slot.
-  for (int64_t layer = 0; layer < config_.n_layers; ++layer) first_slots.push_back(first_visible(layer, n_committed));
+  for (int64_t layer = 0; layer < config_.n_layers; ++layer) first_slots.push_back(config_.first_visible(layer, n_committed));
   const int64_t n_blocks = (n_rows_ + options_.score_rows - 1) / options_.score_rows;
-  kv.pool().stream()->start(kv.pages(), n_committed, std::move(first_slots), n_blocks);
+  kv.pool().stream()->start(kv.pages(), n_read, std::move(first_slots), n_blocks);
 }
 
 // One block of rows whose scores fit the scratch: all keys pass by, then all values.
@@ -53,7 +48,7 @@ Status Decoder::attend_block(int64_t index, KvCache& kv, int64_t row_begin, int6
       for (int64_t item = begin; item < end; ++item) {
         const int64_t row = row_begin + item / n_kv_heads, kv_head = item % n_kv_heads;
         const int64_t at = row * pad16(config_.q_dim()) + kv_head * group * head_dim;
-        const int64_t n_past = n_committed - std::min(n_committed, first_visible(index, positions_[row]));
+        const int64_t n_past = n_committed - std::min(n_committed, config_.first_visible(index, positions_[row]));
         AttentionArgs args = {};
         args.q = scratch_.q + at;
         args.group = group;
@@ -68,7 +63,7 @@ Status Decoder::attend_block(int64_t index, KvCache& kv, int64_t row_begin, int6
   };
   // The rows of the batch, which follow the committed ones in every row's view.
   const auto staged = [&](AttentionArgs& args, int64_t row, const uint16_t** rows, int64_t offset, KvHalf half) {
-    const int64_t first = first_visible(index, positions_[row]);
+    const int64_t first = config_.first_visible(index, positions_[row]);
     const uint64_t* mask = visible_.data() + row * mask_words_;
     args.n = 0;
     for (int64_t word = 0; word < mask_words_; ++word) {
@@ -84,7 +79,7 @@ Status Decoder::attend_block(int64_t index, KvCache& kv, int64_t row_begin, int6
   };
   const auto past = [&](const KvRange& range, AttentionArgs& args, int64_t row, const uint16_t** rows,
                         int64_t offset) {
-    const int64_t first = std::min(n_committed, first_visible(index, positions_[row]));
+    const int64_t first = std::min(n_committed, config_.first_visible(index, positions_[row]));
     const int64_t first_page = range.begin / shape.page_tokens;
     args.n = 0;
     for (int64_t slot = std::max(range.begin, first); slot < range.end; ++slot) {
@@ -99,7 +94,7 @@ Status Decoder::attend_block(int64_t index, KvCache& kv, int64_t row_begin, int6
     (range.half == kKeys ? args.k : args.v) = rows;
   };
   const auto stream = [&](void (*step)(const AttentionArgs&)) -> Status {
-    for (int64_t slot = first_visible(index, n_committed); slot < n_committed;) {
+    for (int64_t slot = config_.first_visible(index, n_committed); slot < n_committed;) {
       EDGE_ASSIGN(const KvRange range, kv.pool().stream()->next(pool_));
       for_items([&](AttentionArgs& args, int64_t row, const uint16_t** rows, int64_t offset) {
         past(range, args, row, rows, offset);
@@ -126,7 +121,7 @@ Status Decoder::attend_block(int64_t index, KvCache& kv, int64_t row_begin, int6
 }
 
 int64_t Decoder::n_staged_visible(int64_t layer, int64_t row) const {
-  const int64_t first = first_visible(layer, positions_[row]);
+  const int64_t first = config_.first_visible(layer, positions_[row]);
   const uint64_t* mask = visible_.data() + row * mask_words_;
   int64_t n = 0;
   for (int64_t word = 0; word < mask_words_; ++word) {

@@ -8,14 +8,29 @@
 #include "kernels/tiling.h"
 
 namespace edge {
+namespace {
+
+TileAttentionOptions tile_options(const DecoderOptions& options) {
+  return {options.max_rows, options.context, options.score_rows};
+}
+
+// Tokens whose scores each thread has room for in the scratch of f16 keys and values.
+int64_t scratch_context(const DecoderConfig& config, const DecoderOptions& options) {
+  return options.score_rows > 0 || config.kv_type != KvType::kF16 ? 0 : options.context;
+}
+
+}  // namespace
+
 Decoder::Decoder(const DecoderConfig& config, const DecoderOptions& options, const PackDirectory& directory,
                  WeightStore& store, const Kernels& kernels, ThreadPool& pool)
     : config_(config), options_(options), directory_(directory), store_(store), kernels_(kernels), pool_(pool),
       linear_(store, directory, kernels, pool) {}
 
 uint64_t Decoder::scratch_bytes(const DecoderConfig& config, const DecoderOptions& options, int n_threads) {
-  const int64_t visible = options.score_rows > 0 ? 0 : options.context;
-  return Scratch::bytes(config, options.max_rows, visible, n_threads) + stream_bytes(config, options, n_threads);
+  const uint64_t tiles =
+      config.kv_type != KvType::kF16 ? TileAttention::bytes(config, tile_options(options), n_threads) : 0;
+  return Scratch::bytes(config, options.max_rows, scratch_context(config, options), n_threads) +
+         stream_bytes(config, options, n_threads) + tiles;
 }
 
 Result<std::unique_ptr<Decoder>> Decoder::create(const DecoderConfig& config, const DecoderOptions& options,
@@ -37,6 +52,7 @@ void Decoder::release() {
   if (sparse_ != nullptr) thresholds_ = sparse_->take_thresholds();
   sparse_.reset();
   acts_.reset();
+  tiles_.reset();
   scratch_ = Scratch();
   score_memory_.release();
 }
@@ -49,9 +65,10 @@ Status Decoder::reserve(const DecoderOptions& options, Budget& budget) {
   release();
   options_ = options;
   price_.set_keep(options.neuron_keep, config_.n_layers);
-  const int64_t visible = options.score_rows > 0 ? 0 : options.context;
-  EDGE_ASSIGN(scratch_, Scratch::create(config_, options.max_rows, visible, pool_.size(), budget));
-  if (options.score_rows > 0) {
+  EDGE_ASSIGN(scratch_, Scratch::create(config_, options.max_rows, scratch_context(config_, options), pool_.size(), budget));
+  if (config_.kv_type != KvType::kF16) {
+    EDGE_ASSIGN(tiles_, TileAttention::create(config_, tile_options(options), kernels_, pool_, budget));
+  } else if (options.score_rows > 0) {
     EDGE_ASSIGN(score_memory_, budget.reserve(stream_bytes(config_, options, pool_.size()), "attention scores"));
   }
   acts_ = std::make_unique<ActRows>(kernels_, pool_, scratch_.acts);

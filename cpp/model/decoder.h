@@ -11,11 +11,13 @@
 #include "kernels/kernels.h"
 #include "kv/kv_cache.h"
 #include "model/activation.h"
+#include "model/batch_rows.h"
 #include "model/decoder_config.h"
 #include "model/ffn_rows.h"
 #include "model/linear.h"
 #include "model/scratch.h"
 #include "model/sparse_ffn.h"
+#include "model/tile_attention.h"
 #include "model/weights.h"
 #include "store/weight_store.h"
 
@@ -98,25 +100,21 @@ class Decoder {
   Decoder(const DecoderConfig& config, const DecoderOptions& options, const PackDirectory& directory,
           WeightStore& store, const Kernels& kernels, ThreadPool& pool);
 
-  // The part of a row, and where in its cache the row is staged.
-  struct Home {
-    KvCache* kv = nullptr;
-    int64_t first_row = 0;  // of the part
-    int64_t slot(int64_t row) const { return kv->n_committed() + row - first_row; }
-  };
-
   Status check(const Batch& batch, std::span<const BatchPart> parts) const;
   Status check_part(const Batch& batch, const BatchPart& part, int64_t first_row) const;
   Status stage(std::span<const BatchPart> parts);
   void place(const Batch& batch, std::span<const BatchPart> parts);  // homes, positions, rotations, visibility
   Status embed(const Batch& batch);
   Status attention(int64_t layer);
+  BatchRows batch_rows() const {
+    return {n_rows_, homes_.data(), positions_.data(), visible_.data(), mask_words_};
+  }
+  Status attend_any(int64_t layer);
   void attend(int64_t layer);
   static uint64_t stream_bytes(const DecoderConfig& config, const DecoderOptions& options, int n_threads);
   void start_stream(KvCache& kv);  // the reads of keys and values of this pass
   Status attend_streamed(int64_t layer, KvCache& kv);
   Status attend_block(int64_t layer, KvCache& kv, int64_t row_begin, int64_t row_end);
-  int64_t first_visible(int64_t layer, int64_t position) const;    // the first position a row there sees
   int64_t n_staged_visible(int64_t layer, int64_t row) const;      // rows of the batch that it sees, itself included
   Status ffn(const LayerWeights& layer, const float* x, int64_t n_rows, float* out);
   // A row that chose an expert.
@@ -143,6 +141,7 @@ class Decoder {
   ModelWeights weights_;
   Scratch scratch_;
   Block score_memory_;  // [score_rows][n_heads][context] floats, then pointers per thread; streamed attention only
+  std::unique_ptr<TileAttention> tiles_;  // null where keys and values are f16
   std::unique_ptr<ActRows> acts_;
   Block thresholds_;                   // sparse_'s, while there is none
   NeuronPrice price_;                  // sparse_'s as well
@@ -150,7 +149,7 @@ class Decoder {
 
   // The batch in flight.
   int64_t n_rows_ = 0;
-  std::vector<Home> homes_;  // per row
+  std::vector<RowHome> homes_;  // per row
   std::vector<int64_t> positions_;
   std::vector<uint64_t> visible_;   // [n_rows][mask_words]: batch rows that row i sees, itself included
   int64_t mask_words_ = 0;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/status.h"
+#include "kernels/kv_tile.h"
 
 namespace edge {
 
@@ -37,9 +38,15 @@ struct DecoderConfig {
   bool norm_topk_prob = false;
   bool tied_head = false;
   bool by_neuron = false;            // some feed-forward layers are records of neurons: room to work on them
+  KvType kv_type = KvType::kF16;     // of cached keys and values
   float attention_scale = 0.0f;
   float logit_scale = 1.0f;
 
+  // The first position that a row at `position` sees: a window of w sees the w latest, its own included.
+  int64_t first_visible(int64_t layer, int64_t position) const {
+    const int64_t window = windows[static_cast<size_t>(layer)];
+    return window > 0 && position >= window ? position - window + 1 : 0;
+  }
   int64_t q_dim() const { return n_heads * head_dim; }
   int64_t kv_dim() const { return n_kv_heads * head_dim; }
   int64_t ffn_dim() const { return intermediate_size > expert_intermediate_size ? intermediate_size : expert_intermediate_size; }

@@ -2,27 +2,11 @@
 
 #include <algorithm>
 
+#include "model/carver.h"
 #include "model/linear.h"
 
 namespace edge {
 namespace {
-
-// Hands out aligned pieces; with no memory behind it only the offsets move, which is how sizes are known beforehand.
-class Carver {
- public:
-  explicit Carver(std::byte* base) : base_(base) {}
-  std::byte* take(uint64_t bytes) {
-    std::byte* piece = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (bytes + 63) / 64 * 64;
-    return piece;
-  }
-  float* floats(int64_t n) { return reinterpret_cast<float*>(take(static_cast<uint64_t>(n) * sizeof(float))); }
-  uint64_t used() const { return used_; }
-
- private:
-  std::byte* base_;
-  uint64_t used_ = 0;
-};
 
 uint64_t carve(Scratch& scratch, std::byte* base, const DecoderConfig& config, int64_t max_rows, int64_t context,
                int n_threads) {

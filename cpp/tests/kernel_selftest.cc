@@ -8,6 +8,7 @@
 
 #include "kernels/kernels.h"
 #include "tests/neuron_selftest.h"
+#include "tests/tile_selftest.h"
 
 namespace {
 
@@ -186,6 +187,14 @@ int main(int argc, char** argv) {
       int failed = 0;
       for (int64_t round = 0; round < n_rounds && failed == 0; ++round) {
         failed = compare_neurons(ref, isa, format, random, random_half, random_activations);
+      }
+      isa_failures += failed;
+    }
+    for (const KvType type : {KvType::kInt8, KvType::kInt4}) {
+      Random random{seed * 1000 + 200 + static_cast<uint64_t>(type)};
+      int failed = 0;
+      for (int64_t round = 0; round < n_rounds && failed == 0; ++round) {
+        failed = compare_tiles(ref, isa, type, random, random_half);
       }
       isa_failures += failed;
     }

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from flashload.plan_kv import KV
+from flashload.plan_kv import KV, KV_TYPES
 
 if TYPE_CHECKING:
     from edge.engine import Engine
 
-_LOAD = ("memory", "context", "threads", "device", "weights", "io", "kv", "sparsity", "predictor")
+_LOAD = ("memory", "context", "threads", "device", "weights", "io", "kv", "kv_type", "sparsity", "predictor")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -36,6 +36,13 @@ kv_option = click.option(
     show_default=True,
     type=click.Choice(KV),
     help="Keys and values of the context: in memory, or partly in a file on a drive (flash).",
+)
+kv_type_option = click.option(
+    "--kv-type",
+    default="f16",
+    show_default=True,
+    type=click.Choice(KV_TYPES),
+    help="What keys and values are held as: 8 bits take half the memory of f16, 4 bits about a quarter.",
 )
 sparsity_option = click.option(
     "--sparsity",
@@ -91,6 +98,7 @@ def load_options(function: _F) -> _F:
             weights_option,
             click.option("--io", default="auto", show_default=True, help="auto, io_uring or pread."),
             kv_option,
+            kv_type_option,
             sparsity_option,
             predictor_option,
         ]

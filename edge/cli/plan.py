@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge.cli.common import json_option, kv_option, predictor_option, print_json, sparsity_option
+from edge.cli.common import (
+    json_option,
+    kv_option,
+    kv_type_option,
+    predictor_option,
+    print_json,
+    sparsity_option,
+)
 from flashload.machine import format_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +50,7 @@ _PARTS = (
     help="The weights whose parts are listed; the table has all.",
 )
 @kv_option
+@kv_type_option
 @sparsity_option
 @predictor_option
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Write the curve as a PNG.")
@@ -55,6 +63,7 @@ def command(
     threads: int | None,
     weights: str,
     kv: str,
+    kv_type: str,
     sparsity: str,
     predictor: str | float,
     figure: Path | None,
@@ -78,6 +87,7 @@ def command(
         threads=threads,
         weights=weights,
         kv=kv,
+        kv_type=kv_type,
         sparsity=sparsity,
         predictor=predictor,
         whole_process=True,
@@ -174,6 +184,8 @@ def _placement(weights: str, plan: Plan) -> str:
         text += f", {plan.expert_slots} experts at hand, {sets:.1f} times what a token uses"
     if plan.kv_on_flash is not None:
         text += f", keys and values in a file of up to {format_bytes(plan.kv_on_flash.file_bytes)}"
+    if plan.kv_type != "f16":
+        text += f", keys and values as {plan.kv_type}"
     return text
 
 
