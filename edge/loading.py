@@ -372,8 +372,8 @@ def load(
             file in EDGE_SCRATCH (a folder on a drive; the cache folder when unset); "auto" takes what
             reads less from the drive for a token.
         kv_type: what keys and values are held as: "f16"; "int8" takes half the memory and is read faster, at a loss
-            that is hardly measurable; "int4" takes little more than a quarter, rotated, the last tokens as f16. The text
-            does not depend on where they are, only on this.
+            that is hardly measurable; "int4" takes little more than a quarter, rotated, the last tokens as f16. Where
+            they are does not change the text.
         predictor: "auto" lets the predictor that came with a sparse model guess which neurons are active where memory
             is too short to know (a small loss); "on" lets it guess wherever memory is, "off" never. "lean" reads, of
             what it names and memory does not hold, only the neurons that count most: those that keep 95 % of a layer's
