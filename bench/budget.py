@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import budget_cells, budget_tables, machine, peers, report
-from bench.budget_cells import BELOW_FLOOR, BELOW_FLOOR_SHARE, Cells, ceiling
+from bench.budget_cells import BELOW_FLOOR, BELOW_FLOOR_SHARE, Cells, ceiling, is_lossy
+from bench.budget_figure import plot_speed_over_memory
 from bench.budget_suite import Case, case_of, read_suite
 from bench.budget_tables import show
 from bench.cgroup import CgroupError, CgroupResult, cgroup_refusal, run_in_cgroup
-from bench.report import is_lossy
 from bench.weights import read_weights
 
 __all__ = ["CgroupError", "CgroupResult", "ceiling", "cgroup_refusal", "run_in_cgroup"]
@@ -212,10 +212,10 @@ def main(argv: list[str] | None = None) -> int:
         stem = f"budget-{case.name}"
         # One model's picture is kept as soon as it is there: the next may take an hour.
         if len(cases) == 1:
-            report.put_out(stem, document, show, args, report.plot_speed_over_memory)
+            report.put_out(stem, document, show, args, plot_speed_over_memory)
         elif args.save:
             path = report.save(stem, document)
-            report.plot_speed_over_memory(document, path.with_suffix(".png"))
+            plot_speed_over_memory(document, path.with_suffix(".png"))
     if len(cases) > 1 and documents:
         whole = {"benchmark": "budget-suite", "machine": documents[0]["machine"], "documents": documents}
         report.put_out("budget-suite", whole, budget_tables.show_suite, args)

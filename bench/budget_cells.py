@@ -141,6 +141,11 @@ def measure_cell(
     }
 
 
+def is_lossy(point: dict[str, Any]) -> bool:
+    """Whether something decided which neurons count that may be wrong."""
+    return point.get("neuron_mode", "") not in ("", "exact")
+
+
 class Cells:
     """Finished cells in a folder, so that a table of many can be stopped and goes on; a cell asked for otherwise than
     before (another file, prompt, time limit ...) is measured again.

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from bench import peers, report
-from bench.budget_cells import BELOW_FLOOR
-from bench.report import is_lossy
+from bench.budget_cells import BELOW_FLOOR, is_lossy
 
 _LOSSY = "lossy: a predictor decides which neurons count, and leaves some out that the model would use"
 

@@ -18,6 +18,7 @@ gguf = pytest.importorskip("gguf", reason="the benchmarks write GGUF files with 
 
 from bench import __main__ as menu  # noqa: E402
 from bench import budget, cgroup, decode, machine, peers, report, weights  # noqa: E402
+from bench.budget_figure import plot_speed_over_memory  # noqa: E402
 
 MB = 1 << 20
 
@@ -398,7 +399,7 @@ def test_budget_report_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert saved.parent == tmp_path and json.loads(saved.read_text())["full_bytes"] == 1000
     pytest.importorskip("matplotlib")
     picture = tmp_path / "p.png"
-    report.plot_speed_over_memory(document, picture)
+    plot_speed_over_memory(document, picture)
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 

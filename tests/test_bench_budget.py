@@ -16,6 +16,7 @@ pytest.importorskip("psutil")
 
 from bench import budget, budget_cells, budget_suite, budget_tables, peers, report
 from bench.budget_cells import Cells
+from bench.budget_figure import plot_speed_over_memory
 from bench.cgroup import cgroup_refusal
 from bench.children import protocol
 from tests.neuron_packs import by_neuron, tiny_relu
@@ -297,7 +298,11 @@ def test_all_models_make_one_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_figures_over_powers_hold_what_died(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     points = [cell(), cell(percent=25, rate=0.01), cell("naive", rate=None, outcomes={"killed": 1})]
-    report.plot_speed_over_memory(document(*points), tmp_path / "p.png")
+    points += [
+        cell("naive", 25, None, partial_tokens_per_second=report.spread_json([0.02])),
+        cell(percent=0, rate=None),
+    ]
+    plot_speed_over_memory(document(*points), tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
