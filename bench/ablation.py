@@ -216,7 +216,7 @@ def token_seconds(
 
     with PackFile(pack) as file:
         decoder = file.config.to_json()
-    options = window._options(pack, decoder, share, mode, len(tokens) + 8) | {"threads": threads}
+    options = window.options_of(pack, decoder, share, mode, len(tokens) + 8) | {"threads": threads}
     engine = _edge.Engine(options)
     sequence = _edge.Sequence(engine)
     seconds = []
