@@ -20,11 +20,11 @@ FORMATS = {traits.name: int(code) for code, traits in TILE_FORMATS.items()}
 #: Share of the read rate at M = 1 that AVX-512-VNNI is held to.
 TARGETS = dict.fromkeys(FORMATS, 0.9) | {
     "q4_k": 0.88,
-    "q5_k": 0.8,
-    "q6_k": 0.75,
-    "iq4_xs": 0.8,
-    "q2_k": 0.65,
-    "q3_k": 0.65,
+    "q5_k": 0.88,
+    "q6_k": 0.88,
+    "iq4_xs": 0.88,
+    "q2_k": 0.8,
+    "q3_k": 0.8,
 }
 
 
