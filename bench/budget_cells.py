@@ -18,6 +18,7 @@ from bench import machine, peers, report
 from bench.cgroup import CgroupResult
 from bench.report import Spread
 from bench.weights import Weights
+from flashload.plan_neurons import GUESSED
 
 #: "Percent" of a limit that edge has to refuse, and its share of the least that edge says it needs.
 BELOW_FLOOR, BELOW_FLOOR_SHARE = 0.0, 0.9
@@ -143,7 +144,7 @@ def measure_cell(
 
 def is_lossy(point: dict[str, Any]) -> bool:
     """Whether something decided which neurons count that may be wrong."""
-    return point.get("neuron_mode", "") not in ("", "exact")
+    return point.get("neuron_mode") in GUESSED
 
 
 class Cells:

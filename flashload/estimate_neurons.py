@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashload.plan import Plan, Weight
-from flashload.plan_neurons import ACTIVE_SHARE, is_neurons, read_share, wanted_share
+from flashload.plan_neurons import ACTIVE_SHARE, GUESSED, is_neurons, read_share, wanted_share
 from flashload.probe import Machine
 from quant.formats import WeightFormat
 
@@ -110,7 +110,7 @@ class NeuronCost:
                 seconds += layer.seconds
                 n_bytes += layer.flash_bytes
                 reading += layer.flash_seconds
-            if plan.neuron_mode != "exact":
+            if plan.neuron_mode in GUESSED:
                 seconds += sum(
                     self._seconds(w.stored_bytes, WeightFormat.Q8_0, 34 / 32, block) for w in self._predictors
                 )
@@ -127,7 +127,7 @@ class NeuronCost:
         # Of an active record the down column is added, its other rows are multiplied; the gate is known already where
         # it decided.
         multiplied = 1 - gate_share
-        if plan.neuron_mode == "exact":
+        if plan.neuron_mode not in GUESSED:
             decide = self._dot_seconds(records.format, gate_share * n_bytes, rows)
             multiplied -= gate_share
         compute = self._dot_seconds(records.format, multiplied * union * n_bytes, each)
@@ -141,7 +141,7 @@ class NeuronCost:
         most_bytes = min(_RUN_BYTES, plan.neuron_staging_bytes / 4)
         read, requests = reads_of(records.rows, records.chunk_bytes, missing, most_bytes)
         reading = drive.first_byte_seconds + drive.seconds(read, read / requests)
-        if plan.neuron_mode != "exact" and rows <= _AHEAD_ROWS:
+        if plan.neuron_mode in GUESSED and rows <= _AHEAD_ROWS:
             # The drive reads a layer ahead, behind everything else that a pass does.
             return NeuronWork(decide + compute, read, reading)
         # What is in memory is multiplied while the rest arrives.

@@ -25,6 +25,8 @@ ACTIVE_SHARE = 0.1
 _RANKS = 64
 #: A predictor changes the text a little: it has to save a third of the reads.
 _WORTH_A_LOSS = 2 / 3
+#: Modes in which a predictor decides.
+GUESSED = ("predictor", "lean")
 #: What ``predictor="lean"`` keeps of a layer's energy; the perplexity it costs: ``python -m bench lean``.
 LEAN_KEEP = 0.95
 #: Of the missing, exp(-10 * loss ** 0.6) are read then: so does the random process of ``bench.sparsity``, with a
@@ -169,7 +171,7 @@ class NeuronModel:
             held |= {w.id: w.rows for w in self.gates}
         slab_bytes = sum(_page(n * w.chunk_bytes) for w, n in zip(self.records, slots, strict=True))
         gate_bytes = sum(w.stored_bytes for w in self.gates) if mode == "exact" else 0
-        resident = [] if mode == "exact" else [w.id for w in self.predictors]
+        resident = [w.id for w in self.predictors] if mode in GUESSED else []
         return NeuronPlacement(
             mode, held, slab_bytes + gate_bytes + _tables(self.records, slots), staging, resident, keep
         )
@@ -186,7 +188,7 @@ class NeuronModel:
 
     def read_bytes(self, placement: NeuronPlacement) -> float:
         """Read from the drive for one token."""
-        wanted = self.active_share * (1 if placement.mode == "exact" else _PREDICTED_PER_ACTIVE)
+        wanted = self.active_share * (_PREDICTED_PER_ACTIVE if placement.mode in GUESSED else 1)
         wanted *= read_share(placement.keep)
         return wanted * self._missing(placement) * sum(w.rows * w.chunk_bytes for w in self.records)
 
