@@ -14,6 +14,8 @@ constexpr int kMaxRecordWeights = 32;  // bits of Cached::unused
 // Runs of 1 MiB in flight: what keeps a drive busy while something is computed, and lands early enough to be checked
 // while the next ones fly.
 constexpr int kDepth = 16;
+// Share of right guesses that is believed in before any was made.
+constexpr float kFirstGuesses = 0.75f;
 
 }  // namespace
 
@@ -31,6 +33,7 @@ Result<std::unique_ptr<DemandCache>> DemandCache::open(const std::string& path, 
 
 DemandCache::DemandCache(const PackDirectory& directory, uint64_t bytes, int guess_layers)
     : directory_(directory), pool_(bytes), guess_layers_(std::min(guess_layers, kGuessLayers)) {
+  for (GuessWorth& worth : guess_worth_) worth.right.fill(kFirstGuesses);
   int n_experts = 0;
   size_t n_entries = 0;
   for (size_t i = 0; i < directory.entries().size(); ++i) {
@@ -148,8 +151,10 @@ void DemandCache::check_landed() {
   --load.n_flying;
   flash_bytes_ += flight.run.bytes;
   for (size_t n = 0; n < flight.run.spans.size(); ++n) {
+    const ChunkSpan& span = flight.run.spans[n];
     const Status status = flight.status.ok() ? check_span(flight.run, n, directory_) : flight.status;
-    if (!status.ok()) load.failures.emplace_back(flight.run.spans[n].weight, status);
+    if (!status.ok()) load.failures.emplace_back(span.weight, status);
+    if (load.first != kNoWeight) load.missing_bytes[static_cast<size_t>(span.weight - load.first)] -= span.end - span.begin;
   }
   if (load.landed()) std::vector<ReadRun>().swap(load.waiting);
 }
@@ -244,10 +249,12 @@ Result<DemandCache::Entries::iterator> DemandCache::start(const Record& record, 
   if (need != Need::kGuessed) cached->expectation = expectation_;
   cached_bytes_ += bytes;
   by_first_.emplace(record.first, cached);
+  cached->load.first = record.first;
   std::vector<ReadRun>& runs = cached->load.waiting;
   ReadRun run;
   for (WeightId weight = record.first; weight < record.first + record.n_weights; ++weight) {
     std::byte* const into = memory_.data() + offset + (directory_.entry(weight).offset - first.offset);
+    cached->load.missing_bytes.push_back(directory_.entry(weight).stored_bytes);
     for (uint64_t begin = 0; !extend_run(&run, directory_, weight, into, &begin);) {
       runs.push_back(std::move(run));
       run = {};
@@ -321,13 +328,19 @@ size_t DemandCache::first_ready(std::span<const WeightId> weights) {
   WaitTimer timer(&wait_ns_);
   for (;;) {
     bool coming = false;
+    std::optional<size_t> begun;
     for (size_t i = 0; i < weights.size(); ++i) {
       if (weights[i] < 0 || static_cast<size_t>(weights[i]) >= directory_.entries().size()) continue;
       const auto known = by_first_.find(record_of(weights[i]).first);
       if (known == by_first_.end()) continue;
       if (known->second->load.landed()) return i;
       coming = coming || !known->second->load.parked;
+      // The last weight arrives while those before it are multiplied with.
+      const bool is_begun = !known->second->load.parked && known->second->record.n_weights > 1 &&
+                            known->second->load.has_first(static_cast<size_t>(known->second->record.n_weights) - 1);
+      if (is_begun && !begun) begun = i;
     }
+    if (begun) return *begun;
     if (!coming || !step().ok()) return 0;  // an error is told by the acquire that follows
   }
 }
@@ -347,10 +360,16 @@ void DemandCache::to_front(Load* load) {
   }
 }
 
-Status DemandCache::land(Entries::iterator cached) {
-  if (cached->load.landed()) return {};
+Status DemandCache::land(Entries::iterator cached, WeightId weight) {
+  if (cached->load.has(weight)) return {};
   WaitTimer timer(&wait_ns_);
   to_front(&cached->load);  // demanded now: before what is fetched ahead
+  while (!cached->load.has(weight)) EDGE_TRY(step());
+  return {};
+}
+
+Status DemandCache::land(Entries::iterator cached) {
+  WaitTimer timer(&wait_ns_);
   while (!cached->load.landed()) EDGE_TRY(step());
   return {};
 }
@@ -368,12 +387,13 @@ Result<Lease> DemandCache::acquire_whole(WeightId weight) {
   }
   const uint32_t bit = uint32_t{1} << (weight - record.first);
   ++(cached->unused & bit ? misses_ : hits_);
-  EDGE_TRY(land(cached));
+  EDGE_TRY(land(cached, weight));
   const bool failed_guess = cached->load.guessed && (!cached->load.status.ok() || !cached->load.failures.empty());
   if (failed_guess && cached->n_leases == 0) {
+    EDGE_TRY(land(cached));
     drop(cached);
     EDGE_ASSIGN(cached, start(record, Need::kDemanded));
-    EDGE_TRY(land(cached));
+    EDGE_TRY(land(cached, weight));
   }
   cached->unused &= ~bit;
   Status status = cached->load.status;
@@ -381,6 +401,7 @@ Result<Lease> DemandCache::acquire_whole(WeightId weight) {
     if (status.ok() && failed == weight) status = why;
   }
   if (!status.ok()) {
+    EDGE_TRY(land(cached));
     if (cached->n_leases == 0) drop(cached);
     else cached->stale = true;  // another weight of the record is in use, and sound
     return status;

@@ -4,6 +4,7 @@
 // One block of memory; no thread of its own.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <deque>
@@ -63,10 +64,17 @@ class DemandCache final : public WeightStore {
     std::vector<ReadRun> waiting;  // next at the back
     int n_flying = 0;              // those that landed and are not checked yet included
     bool parked = false;           // a guess that nobody wants yet: what waits is in no queue
-    bool guessed = false;          // begun as one: where it failed it is read again before that is told
-    Status status;                                        // of the reader: nothing of this load can be trusted
-    std::vector<std::pair<WeightId, Status>> failures;    // of single weights
+    bool guessed = false;          // begun as one: where it failed it is read again, as long as nobody uses a part
+    Status status;                 // of the reader: nothing of this load can be trusted
+    std::vector<std::pair<WeightId, Status>> failures;  // of single weights
+    WeightId first = kNoWeight;
+    std::vector<uint64_t> missing_bytes;  // of each weight from `first` on, not read and checked yet
     bool landed() const { return n_flying == 0 && waiting.empty(); }
+    bool has_first(size_t n) const {
+      return std::all_of(missing_bytes.begin(), missing_bytes.begin() + static_cast<std::ptrdiff_t>(n),
+                         [](uint64_t bytes) { return bytes == 0; });
+    }
+    bool has(WeightId weight) const { return landed() || missing_bytes[static_cast<size_t>(weight - first)] == 0; }
   };
   struct Cached {
     Record record;
@@ -88,10 +96,14 @@ class DemandCache final : public WeightStore {
   struct Guess {
     Record record;
     int distance = 0;  // in layers
+    int rank = 0;      // the likeliest of its layer is 0
   };
+  static constexpr int kGuessRanks = 16;  // those after are counted with the last
   struct GuessWorth {
-    float right = 0.75f;   // share of the guesses read that were wanted, of the last few layers
-    uint64_t n_asked = 0;  // while it was too small
+    std::array<float, kGuessRanks> right;  // by rank: share of the guesses read that were wanted, lately
+    size_t n_ranks = 1;                    // that were ever named
+    uint64_t n_asked = 0;                  // while none was worth it
+    bool trying = false;                   // all ranks now, to see whether they still fail
   };
   // How sure a record is to be used; what is surer takes the room of what is less so.
   enum class Need { kGuessed, kExpected, kDemanded };
@@ -110,12 +122,14 @@ class DemandCache final : public WeightStore {
   void to_front(Load* load);
   // Expected from here on: what is missing of it is in the queue.
   void want(Entries::iterator cached);
-  // Waits for all of a record, first in the queue.
+  // Waits for one weight of a record, or for all of it, first in the queue.
+  Status land(Entries::iterator cached, WeightId weight);
   Status land(Entries::iterator cached);
   // The guess to read on with; null when there is none, or no room for one.
   Load* next_guess();
   // Requests in flight up to which this one is added.
-  size_t most_flights(const Guess& guess) const;
+  size_t most_flights(const Guess& guess);
+  float& right(const Guess& guess) { return guess_worth_[guess.distance - 1u].right[static_cast<size_t>(guess.rank)]; }
   // Which guesses of a layer were right, now that it has chosen.
   void judge_guesses(int pack_layer, std::span<const ExpectedWeight> weights);
   void release(Entries::iterator cached);

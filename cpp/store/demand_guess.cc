@@ -8,7 +8,7 @@ namespace edge {
 namespace {
 
 // Guesses are made while so many of those read are wanted; below that now and then, to see whether they still fail.
-constexpr float kGoodGuesses = 0.5f, kGuessFade = 1.0f / 16;
+constexpr float kGoodGuesses = 0.7f, kGuessFade = 1.0f / 16;
 constexpr uint64_t kTryAgain = 64;
 
 }  // namespace
@@ -17,26 +17,37 @@ bool DemandCache::guesses(WeightId weight, int distance) {
   const bool known = weight >= 0 && static_cast<size_t>(weight) < directory_.entries().size();
   if (!known || policy_layer(weight) < 0 || distance < 1 || distance > guess_layers_) return false;
   GuessWorth& worth = guess_worth_[static_cast<size_t>(distance - 1)];
-  return worth.right >= kGoodGuesses || worth.n_asked++ % kTryAgain == 0;
+  const auto is_good = [](float right) { return right >= kGoodGuesses; };
+  const bool good = std::any_of(worth.right.begin(), worth.right.begin() + worth.n_ranks, is_good);
+  worth.trying = !good && worth.n_asked++ % kTryAgain == 0;
+  return good || worth.trying;
 }
 
 void DemandCache::guess(std::span<const WeightId> weights, int distance) {
+  if (distance < 1 || distance > guess_layers_) return;
+  GuessWorth& worth = guess_worth_[static_cast<size_t>(distance - 1)];
+  WeightId last = kNoWeight;
+  int rank = -1;
   for (const WeightId weight : weights) {
     if (weight < 0 || static_cast<size_t>(weight) >= directory_.entries().size()) continue;
     const Record record = record_of(weight);
-    if (!guesses_.empty() && guesses_.back().record.first == record.first) continue;
+    if (record.first == last) continue;
+    last = record.first;
+    const Guess guess{record, distance, std::min(++rank, kGuessRanks - 1)};
+    worth.n_ranks = std::max(worth.n_ranks, static_cast<size_t>(guess.rank) + 1);
+    if (!worth.trying && right(guess) < kGoodGuesses) continue;
     if (const auto known = by_first_.find(record.first); known != by_first_.end()) {
       known->second->guess = expectation_ + static_cast<uint64_t>(distance);
     }
-    guesses_.push_back({record, distance});
+    guesses_.push_back(guess);
   }
   if (!pump().ok()) return;  // told by the acquire that follows
 }
 
 // As many in flight, whatever is wanted of them, that one will be wrong: a wanted read then waits for one request in
 // vain. Sure guesses keep the drive's queue full, which is what it takes to be read at its rate.
-size_t DemandCache::most_flights(const Guess& guess) const {
-  const float wrong = 1 - guess_worth_[static_cast<size_t>(guess.distance - 1)].right;
+size_t DemandCache::most_flights(const Guess& guess) {
+  const float wrong = 1 - right(guess);
   return wrong * static_cast<float>(flights_.size()) <= 1 ? flights_.size() : static_cast<size_t>(1 / wrong);
 }
 
@@ -69,22 +80,16 @@ void DemandCache::want(Entries::iterator cached) {
 }
 
 void DemandCache::judge_guesses(int pack_layer, std::span<const ExpectedWeight> weights) {
-  std::array<int, kGuessLayers> n_read{}, n_right{};
   std::erase_if(guesses_read_, [&](const Guess& guess) {
-    if (directory_.entry(guess.record.first).layer != pack_layer) return false;
-    const auto is_it = [&](const ExpectedWeight& one) {
-      return one.weight >= guess.record.first && one.weight < guess.record.first + guess.record.n_weights;
-    };
-    ++n_read[static_cast<size_t>(guess.distance - 1)];
-    n_right[static_cast<size_t>(guess.distance - 1)] += std::any_of(weights.begin(), weights.end(), is_it);
+    const Record& record = guess.record;
+    if (directory_.entry(record.first).layer != pack_layer) return false;
+    const bool is_right = std::any_of(weights.begin(), weights.end(), [&](const ExpectedWeight& one) {
+      return one.weight >= record.first && one.weight < record.first + record.n_weights;
+    });
+    n_guessed_right_ += is_right;
+    right(guess) += kGuessFade * (static_cast<float>(is_right) - right(guess));
     return true;
   });
-  for (size_t i = 0; i < guess_worth_.size(); ++i) {
-    if (n_read[i] == 0) continue;
-    n_guessed_right_ += static_cast<uint64_t>(n_right[i]);
-    guess_worth_[i].right += kGuessFade * (static_cast<float>(n_right[i]) / static_cast<float>(n_read[i]) -
-                                           guess_worth_[i].right);
-  }
 }
 
 }  // namespace edge
