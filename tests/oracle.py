@@ -132,8 +132,10 @@ class Oracle:
         group = c["n_heads"] // c["n_kv_heads"]
         exact_k, exact_v = (np.repeat(t, group, axis=1) for t in (k, v))
         scores = np.einsum("qhd,khd->hqk", q, exact_k) * c["attention_scale"]
-        rounded = np.zeros((n, n))
-        if self.kv_type != "f16":
+        rounded = np.zeros((n, n), dtype=bool)
+        if self.kv_type == "f16":
+            k, v = exact_k, exact_v
+        else:
             k, v = (np.repeat(round_kv(t, self.kv_type), group, axis=1) for t in (k, v))
             rounded[:] = True
             if self.kv_type == "int4":
@@ -145,9 +147,7 @@ class Oracle:
             ahead |= positions[None, :] <= positions[:, None] - c["windows"][layer]
         scores[:, ahead] = -np.inf
         p = softmax(scores)
-        out = np.einsum("hqk,khd->qhd", p * rounded, v) + np.einsum(
-            "hqk,khd->qhd", p * (1 - rounded), exact_v
-        )
+        out = np.einsum("hqk,khd->qhd", p * rounded, v) + np.einsum("hqk,khd->qhd", p * ~rounded, exact_v)
         if self.kv_type == "int4":
             out = hadamard(out)
         return self.linear(out.reshape(n, -1), prefix + "o")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import edge
-from flashload.errors import ArgumentError, BudgetError, UnsupportedError
+from flashload.errors import ArgumentError, BudgetError, UnsupportedModelError
 from flashload.format import PackFile
 from tests.kv_engines import FAST, MODELS, PROMPT, answer, kv_packs, open_engine, plan_of
 from tests.neuron_packs import decoded
@@ -121,7 +121,7 @@ def test_sessions(kv_type: str, packs: dict[str, Path], tmp_path: Path) -> None:
         restored = _edge.Sequence(open_engine(packs["llama"], tmp_path, kv, kv_type=kv_type))
         _edge.load_session(restored, path)
         assert [restored.next(sampler)[:2] for _ in range(6)] == want
-    with pytest.raises(UnsupportedError, match=f"expected a session of f16 .* found {kv_type}"):
+    with pytest.raises(UnsupportedModelError, match=f"expected a session of f16 .* found {kv_type}"):
         _edge.load_session(_edge.Sequence(open_engine(packs["llama"], tmp_path, None)), path)
 
 

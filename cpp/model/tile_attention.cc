@@ -214,7 +214,7 @@ void TileAttention::finish(const View& view, const Rows& at, const Work& work) c
 
 void TileAttention::attend_view(const BatchRows& rows, const View& seen, const Rows& at, const Work& work) const {
   reset(work);
-  for (int64_t segment = seen.first / kKvSegment; segment * kKvSegment < seen.end; ++segment) {
+  for (int64_t segment = seen.first / kKvSegment; segment < seen.segments_end(); ++segment) {
     attend_segment(seen, segment, work, work.segments, work.sums);
     merge(work.segments, work.sums, work);
   }
@@ -241,7 +241,7 @@ void TileAttention::attend(const BatchRows& rows, int64_t layer, const float* q,
 
 void TileAttention::attend_split(const BatchRows& rows, int64_t layer, const Rows& at) {
   const View any = view(rows, layer, 0, 0);
-  const int64_t first = any.first / kKvSegment, n = (any.end + kKvSegment - 1) / kKvSegment - first;
+  const int64_t first = any.first / kKvSegment, n = any.segments_end() - first;
   const int64_t padded = layout_.padded();
   const auto part = [&](int64_t item) { return item * group_; };
   pool_.parallel(config_.n_kv_heads * n, 1, [&](int64_t begin, int64_t end, int thread) {

@@ -49,6 +49,8 @@ class TileAttention {
     int64_t first = 0, end = 0, position = 0;
     int64_t copied = 0;           // from this position on tiles are in `staged`, keys before values
     const std::byte* staged = nullptr;
+    // A window may see no rounded key at all.
+    int64_t segments_end() const { return first < end ? (end + kKvSegment - 1) / kKvSegment : first / kKvSegment; }
   };
   // Room for one view.
   struct Work {
