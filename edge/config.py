@@ -105,7 +105,7 @@ class GenerationConfig:
             "penalty_last_n": self.penalty_last_n,
             "logit_bias": [(int(token), float(bias)) for token, bias in self.logit_bias.items()],
             "seed": seed,
-            "n_logprobs": self.logprobs or 0,
+            "n_logprobs": -1 if self.logprobs is None else self.logprobs,
         }
 
 

@@ -331,6 +331,14 @@ def test_log_prob_at_the_edges() -> None:
         assert math.isnan(_edge.log_prob(np.array(logits, np.float32), token))
 
 
+def test_log_probabilities_nobody_asked_for_are_not_computed() -> None:
+    logits = np.random.default_rng(3).normal(size=50).astype(np.float32)
+    for temperature in (0.0, 0.8):
+        token, logprob, top = sample(logits, temperature=temperature, seed=4, n_logprobs=-1)
+        assert token == sample(logits, temperature=temperature, seed=4, n_logprobs=0)[0]
+        assert math.isnan(logprob) and top == []
+
+
 # --- errors ---
 
 
@@ -355,8 +363,8 @@ def test_log_prob_at_the_edges() -> None:
         ({"presence_penalty": math.inf}, "presence_penalty: expected a number in [-100, 100], found inf"),
         ({"frequency_penalty": -101.0}, "frequency_penalty: expected a number in [-100, 100], found -101"),
         ({"penalty_last_n": -2}, "penalty_last_n: expected an integer in [-1,"),
-        ({"n_logprobs": -1}, "n_logprobs: expected an integer in [0, 1024], found -1"),
-        ({"n_logprobs": 1025}, "n_logprobs: expected an integer in [0, 1024], found 1025"),
+        ({"n_logprobs": -2}, "n_logprobs: expected an integer in [-1, 1024], found -2"),
+        ({"n_logprobs": 1025}, "n_logprobs: expected an integer in [-1, 1024], found 1025"),
         ({"seed": -1}, "seed: expected an integer in [0, 2^64), found -1"),
         ({"logit_bias": {10: 1.0}}, "logit_bias token: expected an integer in [0, 9], found 10"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias token: expected an integer in [0, 9], found -1"),

@@ -220,6 +220,11 @@ class NoBonus(Mutant):
         return tuple(out)
 
 
+MUTANTS = (MedusaNucleus, EpsilonAccept, RatioOfTheTop, ReusedNoise, RawRest, DraftBeforeTopK)
+#: Texts of the slow tests: over 200,000 draws.
+N_SLOW = 67_000
+
+
 def chi_square_p(counts: Counter[Any], expected: dict[Any, float]) -> float:
     """P-value; cells of fewer than five expected are put together (Wilson-Hilferty's approximation)."""
     from math import erfc, sqrt
@@ -267,15 +272,43 @@ def test_the_rule_is_exact(width: int, guess: bool) -> None:
     assert min(found.values()) > LEAST_P, found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("width", "guess"), [(0, False), (0, True), (1, False), (2, False), (3, True), (V, False)]
+)
+def test_the_rule_is_exact_over_200_000_draws(width: int, guess: bool, seed: int) -> None:
+    """Every number of drawn children, with and without a guess: 67,000 texts of 3 tokens each."""
+    rule = Rule(width=width, guess=guess)
+    found = p_values([rule.text(seed * N_SLOW + i) for i in range(N_SLOW)])
+    assert min(found.values()) > LEAST_P, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_wrong_rules_are_found_at_every_width(mutant: type[Mutant]) -> None:
+    """Beyond doubt with 200,000 draws, and not only in the tests' usual shape."""
+    for width, guess in ((1, False), (2, False), (3, True)):
+        rule = mutant(width=width, guess=guess)
+        found = p_values([rule.text(seed) for seed in range(N_SLOW)])
+        assert min(found.values()) < LEAST_P**2, (width, guess, found)
+
+
+@pytest.mark.slow
+def test_the_frame_is_exact_over_200_000_draws() -> None:
+    for width, guess in ((1, False), (2, True), (3, True)):
+        rule = Mutant(width=width, guess=guess)
+        found = p_values([rule.text(seed) for seed in range(N_SLOW)])
+        assert min(found.values()) > LEAST_P, (width, guess, found)
+
+
 def test_the_frame_of_the_mutants_is_exact() -> None:
     rule = Mutant()
     found = p_values([rule.text(seed) for seed in range(8_000)])
     assert min(found.values()) > LEAST_P, found
 
 
-@pytest.mark.parametrize(
-    "mutant", [MedusaNucleus, EpsilonAccept, RatioOfTheTop, ReusedNoise, RawRest, DraftBeforeTopK]
-)
+@pytest.mark.parametrize("mutant", MUTANTS)
 def test_wrong_rules_are_found(mutant: type[Mutant]) -> None:
     rule = mutant()
     found = p_values([rule.text(seed) for seed in range(8_000)])

@@ -172,6 +172,8 @@ Result<std::span<const int32_t>> Sampler::window(std::span<const float> logits, 
 Result<double> Sampler::describe(std::span<const float> logits, uint64_t position, SampledToken& token) {
   const float max = max_logit(logits);
   EDGE_TRY(check_max(max, position));
+  // A sum over the whole vocabulary, in one thread: a tenth of a small model's pass.
+  if (config_.n_logprobs < 0) return std::numeric_limits<double>::quiet_NaN();
   const double log_total = static_cast<double>(max) + portable_log(exp_sum(logits, max, 1.0));
   if (config_.n_logprobs > 0) {
     Candidate* room = candidates_.as<Candidate>();

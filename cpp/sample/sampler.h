@@ -25,7 +25,7 @@ namespace edge {
 
 struct SampledToken {
   int32_t token = -1;
-  double logprob = 0;                           // of the model's own distribution, before bias, penalties and filters
+  double logprob = 0;                           // of the model's own distribution, before bias, penalties and filters; NaN unless asked for
   std::vector<std::pair<int32_t, double>> top;  // the n_logprobs most likely tokens of that distribution
 };
 

@@ -31,7 +31,7 @@ Status SamplingConfig::validate(int64_t vocab_size) const {
   EDGE_TRY(check_number("presence_penalty", presence_penalty, -100, 100));
   EDGE_TRY(check_number("frequency_penalty", frequency_penalty, -100, 100));
   EDGE_TRY(check_integer("penalty_last_n", penalty_last_n, -1, kMany));
-  EDGE_TRY(check_integer("n_logprobs", n_logprobs, 0, 1024));
+  EDGE_TRY(check_integer("n_logprobs", n_logprobs, -1, 1024));
   for (const auto& [id, bias] : logit_bias) {
     EDGE_TRY(check_integer("logit_bias token", id, 0, vocab_size - 1));
     if (!(bias < std::numeric_limits<float>::infinity())) {

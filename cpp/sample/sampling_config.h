@@ -23,7 +23,7 @@ struct SamplingConfig {
   int64_t penalty_last_n = -1;      // latest tokens the penalties see; -1: all, 0: none
   std::vector<std::pair<int32_t, float>> logit_bias;  // token id, what is added to its logit; -inf bans the token
   uint64_t seed = 0;
-  int64_t n_logprobs = 0;           // 0..1024 most likely tokens to report
+  int64_t n_logprobs = 0;           // 0..1024 most likely tokens to report; -1: nor the drawn token's log-probability
 
   // kBadArgument: the first value out of range, with its name and range. Token ids must lie below vocab_size.
   Status validate(int64_t vocab_size = std::numeric_limits<int32_t>::max()) const;
