@@ -1,4 +1,4 @@
-"""Keys and values of 8 or 4 bits: the same text whatever the chunks, threads, ISA and place of the pages."""
+"""Keys and values of 8 or 4 bits in an engine: one text whatever the chunks, threads, ISA and place of the pages."""
 
 from __future__ import annotations
 

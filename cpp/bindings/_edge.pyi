@@ -117,6 +117,35 @@ def draw_by_rejection(
 def fixed_bytes(
     decoder: dict[str, Any], context: int, max_rows: int, n_threads: int
 ) -> tuple[int, int, int]: ...
+def kv_round(
+    kv_type: str, keys: NDArray[np.float32], values: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+def kv_rotate(rows: NDArray[np.float32]) -> NDArray[np.float32]: ...
+def tile_attention(
+    isa: str,
+    kv_type: str,
+    q: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    scale: float,
+    first: int = 0,
+) -> NDArray[np.float32]: ...
+def fill_kv(sequence: Sequence, n_tokens: int, seed: int = 1) -> None: ...
+
+class AttentionBench:
+    def __init__(
+        self,
+        isa: str,
+        kv_type: str,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        n_tokens: int,
+        least_bytes: int,
+        threads: int,
+    ) -> None: ...
+    def measure(self, seconds: float) -> dict[str, Any]: ...
+
 def kv_flash_shape(decoder: dict[str, Any]) -> tuple[int, int, int]: ...
 def kv_flash_bytes(
     decoder: dict[str, Any],
