@@ -2,7 +2,7 @@
 
 One token's attention over contexts of 1k to 32k, layer after layer over more memory than the caches hold, in passes
 that take turns with plain reads of the same keys and values: bytes per second, and the share of that read rate. With
-``--model`` whole tokens are decoded too, behind a context that is filled with random keys and values; with ``--quality``
+``--model`` whole tokens are decoded too, behind a context filled with random keys and values; with ``--quality``
 and ``--text`` the perplexity of a text is told for every type.
 """
 
