@@ -59,10 +59,6 @@ def one_round(engine: Any, n_points: int, args: argparse.Namespace) -> dict[str,
     asked = {"max_tokens": args.tokens, "temperature": args.temperature, "ignore_eos": True}
     alone = asked | {"speculation": args.speculation}
 
-    def forget() -> None:
-        """A request that shares no beginning with the others, so that nothing of the one before is left."""
-        engine.generate([engine.vocab_size - 1] * 2, max_tokens=1, speculation="off")
-
     def together() -> list[Any]:
         return list(engine.generate_many(prompts, max_parallel=n_points, seed=args.seed, **asked))
 
@@ -72,11 +68,11 @@ def one_round(engine: Any, n_points: int, args: argparse.Namespace) -> dict[str,
     seconds: dict[str, float] = {}
     texts: dict[str, list[Any]] = {}
     for arm, work in (("together", together), ("one by one", one_by_one)):
-        forget()
+        engine.forget()
         seconds[arm], texts[arm] = _timed(work)
     seconds["prefix each time"], texts["prefix each time"] = 0.0, []
     for i, ids in enumerate(prompts):
-        forget()
+        engine.forget()
         spent, text = _timed(lambda ids=ids, i=i: engine.generate(ids, seed=args.seed + i, **alone))
         seconds["prefix each time"] += spent
         texts["prefix each time"].append(text)
@@ -91,7 +87,7 @@ def one_round(engine: Any, n_points: int, args: argparse.Namespace) -> dict[str,
         ("in one go", whole, n_points * args.tokens),
         ("skeleton", plan, n_skeleton),
     ):
-        forget()
+        engine.forget()
         wanted = alone | {"max_tokens": n_tokens, "seed": args.seed}
         seconds[arm], _ = _timed(lambda ids=ids, wanted=wanted: engine.generate(ids, **wanted))
     computed = {

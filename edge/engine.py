@@ -138,6 +138,12 @@ class Engine:
             sequence.set_tokens(tokens)
             return sequence.logits()
 
+    def forget(self) -> None:
+        """Drops the texts of earlier requests: the next one shares no beginning with them."""
+        with self._serving() as sequence:
+            self._prefixes.clear()
+            sequence.truncate(0)
+
     def cancel(self) -> None:
         """Ends the running request within one layer: its finish_reason is "cancelled". Safe from any thread."""
         self._cancelled.set()

@@ -35,8 +35,7 @@ def alone() -> Iterator[edge.Engine]:
 
 def _fresh(alone: edge.Engine, tokens: list[int], **settings: Any) -> list[int]:
     """The same request where nothing is known of it."""
-    alone._prefixes.clear()
-    alone.score([5])
+    alone.forget()
     done = _generate(alone, tokens, **settings)
     assert done.stats["reused_tokens"] == 0
     return done.tokens
