@@ -15,7 +15,7 @@ constexpr int kMaxRecordWeights = 32;  // bits of Cached::unused
 // while the next ones fly.
 constexpr int kDepth = 16;
 // Share of right guesses that is believed in before any was made.
-constexpr float kFirstGuesses = 0.75f;
+constexpr float kFirstGuesses = 0.9f;
 
 }  // namespace
 
@@ -154,7 +154,8 @@ void DemandCache::check_landed() {
     const ChunkSpan& span = flight.run.spans[n];
     const Status status = flight.status.ok() ? check_span(flight.run, n, directory_) : flight.status;
     if (!status.ok()) load.failures.emplace_back(span.weight, status);
-    if (load.first != kNoWeight) load.missing_bytes[static_cast<size_t>(span.weight - load.first)] -= span.end - span.begin;
+    if (load.first == kNoWeight) continue;
+    load.missing_bytes[static_cast<size_t>(span.weight - load.first)] -= span.end - span.begin;
   }
   if (load.landed()) std::vector<ReadRun>().swap(load.waiting);
 }

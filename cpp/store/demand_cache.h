@@ -102,7 +102,7 @@ class DemandCache final : public WeightStore {
   struct GuessWorth {
     std::array<float, kGuessRanks> right;  // by rank: share of the guesses read that were wanted, lately
     size_t n_ranks = 1;                    // that were ever named
-    uint64_t n_asked = 0;                  // while none was worth it
+    uint64_t n_asked = 0;
     bool trying = false;                   // all ranks now, to see whether they still fail
   };
   // How sure a record is to be used; what is surer takes the room of what is less so.
