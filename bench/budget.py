@@ -69,10 +69,13 @@ def measure(case: Case, threads: int, cells: Cells) -> dict[str, Any]:
 
 
 def _is_done_already(system: str, percent: float, points: list[dict[str, Any]]) -> bool:
-    """Whether edge ran at this limit as ``edge-exact`` would."""
-    return system == "edge-exact" and any(
-        p["system"] == "edge" and p["percent"] == percent and not is_lossy(p) for p in points
+    """Whether edge ran at this limit as another of its ways would: exact, or a model without records of neurons."""
+    ran = next(
+        (p for p in points if p["system"] == "edge" and p["percent"] == percent and p["survived"]), None
     )
+    if ran is None or peers.SYSTEMS[system].child != "edge_decode.py":
+        return False
+    return not ran["neuron_mode"] or (system == "edge-exact" and not is_lossy(ran))
 
 
 def _request(

@@ -134,7 +134,8 @@ def markdown(documents: Iterable[dict[str, Any]]) -> str:
             read = edge["read_bytes_per_token"] if "edge" in here else None
             row = [document.get("name", document["model"]), _limit(first)]
             # Where no predictor decides, edge as it comes is exact.
-            row += [_cell(here.get(s)) or ("as edge" if s == "edge-exact" and here else "-") for s in systems]
+            same = {"edge-exact"} if edge.get("neuron_mode") else {s for s in systems if s.startswith("edge")}
+            row += [_cell(here.get(s)) or ("as edge" if s in same else "-") for s in systems]
             row += [report.spread_text(read, 1e6), _allowed(edge), _share(edge)]
             row.append(report.spread_text(edge["peak_bytes"], 1e9))
             lines.append(f"| {' | '.join(row)} |")

@@ -187,6 +187,10 @@ def test_a_stopped_table_goes_on(measured: Callable[..., dict[str, Any]], tmp_pa
 def test_exact_is_measured_where_edge_is_lossy(measured: Callable[..., dict[str, Any]]) -> None:
     found = measured(systems=["edge", "edge-exact"])
     assert [a[:2] for a in found["asked"]] == [("edge", 100), ("edge", 50), ("edge-exact", 50)]
+    found = measured(systems=["edge", "edge-lean", "naive"])
+    assert [a[:2] for a in found["asked"]] == [
+        ("edge", 100), ("naive", 100), ("edge", 50), ("edge-lean", 50), ("naive", 50)
+    ]  # fmt: skip
 
 
 def test_only_edge_is_asked_below_its_floor(
