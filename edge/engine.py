@@ -140,9 +140,10 @@ class Engine:
 
     def forget(self) -> None:
         """Drops the texts of earlier requests: the next one shares no beginning with them."""
-        with self._serving() as sequence:
+        with self._serving():
             self._prefixes.clear()
-            sequence.truncate(0)
+            self._sequence = None  # its memory goes before the new one's is taken
+            self._sequence = _edge.Sequence(self._open_core())
 
     def cancel(self) -> None:
         """Ends the running request within one layer: its finish_reason is "cancelled". Safe from any thread."""
