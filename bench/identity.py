@@ -89,19 +89,21 @@ def engines(model: str, draft: str | None) -> Iterator[Any]:
     from edge.errors import BudgetError
 
     load: dict[str, Any] = {"context": _CONTEXT, "exact": True, "pressure": "off"}
+    with edge.load(model, draft=draft, **load) as engine:
+        yield engine
+    # Only now: the first load of a process takes more, for its modules.
+    with edge.load(model, **load) as engine:
+        full = int(engine.plan.predicted_peak_bytes)
     try:
         edge.load(model, memory=1, **load).close()
     except BudgetError as refusal:
         floor = refusal.floor_bytes
-    with edge.load(model, draft=draft, **load) as engine:
-        yield engine
-    with edge.load(model, **load) as engine:
-        full = int(engine.plan.predicted_peak_bytes)
     for share in _SHARES:
         with edge.load(model, memory=int(floor + share * (full - floor)), draft=draft, **load) as engine:
             if engine.plan.placement != "resident":
                 yield engine
                 return
+    raise RuntimeError(f"{model}: expected a budget at which not all is in memory, found none")
 
 
 def _drafters(engine: Any) -> dict[str, Any]:
