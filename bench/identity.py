@@ -103,7 +103,8 @@ def engines(model: str, draft: str | None) -> Iterator[Any]:
             if engine.plan.placement != "resident":
                 yield engine
                 return
-    raise RuntimeError(f"{model}: expected a budget at which not all is in memory, found none")
+    # A model smaller than what a process's memory varies by may fit whatever it is given.
+    print(f"{model}: compared in memory only: no budget was found at which not all fits", file=sys.stderr)
 
 
 def _drafters(engine: Any) -> dict[str, Any]:
