@@ -330,14 +330,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     axes.margins(y=0.15)
     axes.set_ylabel("ms per token")
     axes.set_title(f"{document['model']}, slots for {document['slot_share']:.0%} of the neurons", fontsize=10)
-    facts = document["machine"]
-    figure.supxlabel(
-        f"{facts['cpu']}, {document['threads']} threads, {facts['date'][:10]}, commit {facts['commit']}",
-        fontsize=7,
-    )
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    report.save_figure(figure, axes, document, path)
 
 
 def main(argv: list[str] | None = None) -> int:

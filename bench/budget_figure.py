@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import report
 from bench.budget_cells import BELOW_FLOOR, is_lossy
 
 Points = list[dict[str, Any]]
@@ -40,14 +41,7 @@ def plot_speed_over_memory(document: dict[str, Any], path: Path) -> None:
     axes.set_ylim(bottom=bottom)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_title(f"{document['model']}, {document['full_bytes'] / 1e9:.2f} GB", fontsize=10)
-    facts = document["machine"]
-    figure.supxlabel(
-        f"{facts['cpu']}, {document['threads']} threads, {facts['date'][:10]}, commit {facts['commit']}",
-        fontsize=7,
-    )
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    report.save_figure(figure, axes, document, path)
 
 
 def _plot_ceiling(axes: Any, points: Points) -> list[float]:

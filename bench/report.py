@@ -126,5 +126,22 @@ def put_out(
     with path.with_suffix(".txt").open("w") as text, contextlib.redirect_stdout(text):
         show(document)
     if plot is not None:
-        plot(document, path.with_suffix(".png"))
+        try:
+            plot(document, path.with_suffix(".png"))
+        except ImportError:
+            print("no picture: drawing needs matplotlib; pip install 'edge[bench]'", file=sys.stderr)
     print(f"saved {path} and what belongs to it", file=sys.stderr)
+
+
+def save_figure(figure: Any, axes: Any, document: dict[str, Any], path: Path) -> None:
+    """A figure of matplotlib with its legend and where its numbers come from, as PNG; closes it."""
+    from matplotlib import pyplot
+
+    facts = document["machine"]
+    figure.supxlabel(
+        f"{facts['cpu']}, {document['threads']} threads, {facts['date'][:10]}, commit {facts['commit']}",
+        fontsize=7,
+    )
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

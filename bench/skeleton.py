@@ -192,14 +192,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(results)), [f"{r['points']} points" for r in results])
     axes.set_ylabel("seconds")
     axes.set_title(f"{document['model']}, {document['tokens']} tokens a point, skeleton given", fontsize=10)
-    facts = document["machine"]
-    figure.supxlabel(
-        f"{facts['cpu']}, {document['threads']} threads, {facts['date'][:10]}, commit {facts['commit']}",
-        fontsize=7,
-    )
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    report.save_figure(figure, axes, document, path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ MOST_TEXTS = 16
 _LEAST_TOKENS = 16
 
 
-@dataclass
+@dataclass(eq=False)
 class _Kept:
     text: _edge.Sequence
     tokens: NDArray[np.int64]
