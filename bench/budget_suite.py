@@ -98,7 +98,7 @@ def _number(key: str, value: object, least: float, most: float) -> float:
 
 def resolve(model: str, models: Path) -> Path:
     """A file, or a model that ships with edge by its bare name."""
-    from edge.loading import builtin_models, resolve_model
+    from edge.models import builtin_models, resolve_model
 
     path = models / model
     return resolve_model(model) if model in builtin_models() and not path.exists() else path

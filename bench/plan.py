@@ -214,17 +214,17 @@ def measure_point(
 
 def budgets(pack: Path, shares: list[float], args: argparse.Namespace) -> list[int]:
     """Budgets at these shares of the way from the floor (0) to everything in memory (1)."""
-    from edge.loading import plan_host, prepare
+    from edge.host import prepare
+    from edge.options import PlanOptions
+    from edge.placing import plan_host
     from flashload.errors import BudgetError
 
     host = prepare(pack, whole_process=True)
     try:
-        full = plan_host(
-            host, memory=1 << 50, context=args.context, threads=args.threads
-        ).predicted_peak_bytes
+        full = plan_host(host, PlanOptions(1 << 50, args.context, args.threads)).predicted_peak_bytes
         floor = full
         try:
-            plan_host(host, memory=1, context=args.context, threads=args.threads)
+            plan_host(host, PlanOptions(1, args.context, args.threads))
         except BudgetError as refusal:
             floor = refusal.floor_bytes
     finally:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from edge.completion import Chunk, Completion, TokenLogprob
     from edge.config import GenerationConfig
     from edge.engine import Engine
-    from edge.loading import builtin_models, load
+    from edge.loading import load
+    from edge.models import builtin_models
     from edge.predictor_training import train_predictor
     from edge.sparsify import sparsify
     from edge.tokenizer import Tokenizer, load_tokenizer
@@ -31,7 +32,7 @@ _LAZY = {
     "GenerationConfig": "edge.config",
     "TokenLogprob": "edge.completion",
     "Tokenizer": "edge.tokenizer",
-    "builtin_models": "edge.loading",
+    "builtin_models": "edge.models",
     "load": "edge.loading",
     "load_tokenizer": "edge.tokenizer",
     "pack": "edge.api",

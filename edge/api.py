@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge.loading import resolve_model
+from edge.models import resolve_model
 from edge.planning import ModelPlan, plan
 
 if TYPE_CHECKING:

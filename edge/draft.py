@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,10 @@ from flashload.plan import STREAM, Directory, Plan, directory_of, place
 if TYPE_CHECKING:
     import _edge
 
-    from edge.loading import Host
+    from edge.host import Host
+    from edge.options import LoadOptions
+    from edge.watch import Progress
 
-Progress = Callable[[int, int], None]
 PlanHost = Callable[["Host", int], Plan]
 
 #: What ``draft=`` is for a model that drafts for itself.
@@ -110,27 +110,21 @@ def check_vocabulary(target: PackFile, draft: PackFile) -> None:
 
 
 def open_draft(
-    target: PackFile,
-    draft: str | os.PathLike[str],
-    plan: Plan,
-    *,
-    weights: str,
-    io: str,
-    isa: str,
-    on_pack: Progress | None = None,
+    target: PackFile, plan: Plan, options: LoadOptions, on_pack: Progress | None = None
 ) -> DraftModel:
-    """A draft model placed in memory whole; "self" is a copy of the model, made once.
+    """The draft model of ``options``, placed in memory whole; "self" is a copy of the model, made once.
 
     Raises:
         ArgumentError: no such model, or another vocabulary.
         UnsupportedModelError: no copy can be made that is smaller.
     """
-    from edge.loading import open_pack
+    from edge.models import open_pack
     from flashload.cache import ensure_copied
 
-    is_copy = draft == SELF
-    path = ensure_copied(target, on_pack) if is_copy else draft
-    with open_pack(path, weights=weights, on_pack=on_pack) as pack:
+    assert options.draft is not None
+    is_copy = options.draft == SELF
+    path = ensure_copied(target, on_pack) if is_copy else options.draft
+    with open_pack(path, weights=options.weights, on_pack=on_pack) as pack:
         check_vocabulary(target, pack)
         model = directory_of(pack)
         decoder = model.decoder
@@ -141,9 +135,9 @@ def open_draft(
             threads=plan.threads,
             host_bytes=0,
         )
-        options = placed.engine_options(pack.path, decoder, io_engine=io, isa=isa)
+        opened = placed.engine_options(pack.path, decoder, io_engine=options.io, isa=options.isa)
     taken = placed.core_bytes + placed.core_bytes // _PAGE_TABLE_SHARE
-    return DraftModel(str(draft), options, taken, placed.resident_bytes, is_copy)
+    return DraftModel(str(options.draft), opened, taken, placed.resident_bytes, is_copy)
 
 
 def copy_pays(alone: Plan, beside: Plan, copy_bytes: int) -> bool:
@@ -168,7 +162,7 @@ def open_draft_core(draft: DraftModel, target: _edge.Engine) -> _edge.Engine:
     """Reads a draft model, which shares the threads of the model it drafts for."""
     import _edge
 
-    from edge.loading import watched
+    from edge.watch import watched
 
     return watched(lambda progress: _edge.Engine(draft.options, progress, target), None)
 

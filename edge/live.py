@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edge.draft import open_draft_core
-from edge.loading import Progress, watched
 from edge.pressure import Pressure
 from edge.sizing import Sized, Sizing
+from edge.watch import Progress, watched
 from flashload.errors import BudgetError, EdgeError
 from flashload.machine import format_bytes, parse_bytes
 

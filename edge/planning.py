@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from edge.loading import SPARSITY, Host, default_memory_bytes, guess_of, place_host, prepare, resolve_model
+from edge.host import Host, prepare
+from edge.models import resolve_model
+from edge.options import SPARSITY, PlanOptions, check_sizes, guess_of
+from edge.placing import place_host
 from flashload.cache import cache_folder
 from flashload.curve import Curve, Option
 from flashload.errors import ArgumentError, BudgetError
@@ -16,7 +19,7 @@ from flashload.format import PackFile, is_pack
 from flashload.machine import cpu_count, format_bytes, parse_bytes, rss_bytes
 from flashload.pack import WEIGHTS
 from flashload.plan import Plan, directory_of
-from flashload.plan_neurons import Guess, is_neurons
+from flashload.plan_neurons import is_neurons
 from flashload.probe import Machine, probe
 from flashload.virtual_pack import Outline, VirtualPack, outline
 from quant.formats import TILE_FORMATS
@@ -27,7 +30,6 @@ _ROWS = 8
 #: A placement this near to the speed of everything in memory counts as fitting.
 _NEARLY = 0.7
 _DEFAULT_CONTEXT, _SMALLEST_DEFAULT_CONTEXT = 4096, 512
-_MAX_CONTEXT, _MAX_THREADS = 1 << 24, 1024
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,6 @@ def _estimated_host(model: Outline, before_bytes: int, whole_process: bool) -> H
     return Host(pack, directory_of(pack), cast(Any, None), base + held, base + built, 0.0)
 
 
-def _check(context: int | None, threads: int | None) -> None:
-    for name, value, high in (("context", context, _MAX_CONTEXT), ("threads", threads, _MAX_THREADS)):
-        bad = isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high
-        if value is not None and bad:
-            unit = " tokens" if name == "context" else ""
-            raise ArgumentError(f"{name}: expected 1..{high}{unit}, found {value!r}")
-
-
 def _shortest_context(longest: int) -> int:
     """The context edge.load ends at when a longer one would crowd the weights out."""
     context = min(longest, _DEFAULT_CONTEXT)
@@ -157,18 +151,13 @@ def _curve(
     model: Outline,
     host: Host,
     machine: Machine,
-    context: int,
-    threads: int,
-    kv: str,
-    guess: Guess,
+    wanted: PlanOptions,
 ) -> Curve:
     pack = model.packs[option]
     packed = host.holding(cast(PackFile, pack))
 
     def make(memory_bytes: int) -> Plan:
-        return place_host(
-            packed, memory=memory_bytes, context=context, threads=threads, kv=kv, predictor=guess
-        ).plan
+        return place_host(packed, replace(wanted, memory=memory_bytes)).plan
 
     weight_bytes, bits = _bits(pack)
     return Curve(
@@ -220,10 +209,10 @@ def plan(
     before_bytes = rss_bytes()
     if weights not in WEIGHTS:
         raise ArgumentError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
-    _check(context, threads)
+    check_sizes(context, threads)
     if sparsity not in SPARSITY:
         raise ArgumentError(f"sparsity: expected one of {', '.join(SPARSITY)}, found {sparsity!r}")
-    guess = guess_of(predictor)
+    wanted = PlanOptions(memory, context, threads, kv, guess_of(predictor))
     if memory is not None:
         parse_bytes(memory)
     path = resolve_model(model)
@@ -238,13 +227,11 @@ def plan(
     host = host.with_kv_type(kv_type)
     if sparsity == "on":
         host = host.sparse()
-    memory_bytes = default_memory_bytes() + host.host_bytes if memory is None else parse_bytes(memory)
+    memory_bytes = host.budget_bytes(memory)
     packed = host.holding(cast(PackFile, found.packs[weights]))
     placed: Plan | None = None
     try:
-        placed = place_host(
-            packed, memory=memory_bytes, context=context, threads=threads, kv=kv, predictor=guess
-        ).plan
+        placed = place_host(packed, replace(wanted, memory=memory_bytes)).plan
         context, n_threads = placed.context, placed.threads
     except BudgetError:
         context = context or _shortest_context(found.config.max_positions)
@@ -255,7 +242,8 @@ def plan(
     files = [] if found.largest_file is None else [found.largest_file]
     formats = {int(entry.format) for pack in found.packs.values() for entry in pack.entries.values()}
     machine = probe(place, n_threads, files, force=probe_again, formats=formats, on_measure=on_probe)
-    curves = [_curve(option, found, host, machine, context, n_threads, kv, guess) for option in WEIGHTS]
+    wanted = replace(wanted, context=context, threads=n_threads)
+    curves = [_curve(option, found, host, machine, wanted) for option in WEIGHTS]
     asked = curves[WEIGHTS.index(weights)]
     options = _options(curves, memory_bytes)
     recommended, words = recommend(curves, memory_bytes)

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge.calibration import Row, capture, capture_bytes, perplexity, read_text, split_text, token_rows
-from edge.loading import default_memory_bytes, load, resolve_model
+from edge.host import default_memory_bytes
+from edge.loading import load
+from edge.models import resolve_model
 from edge.predictor_work import WorkFolder
 from flashload.arch import DecoderConfig
 from flashload.bind import bind

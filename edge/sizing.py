@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edge.draft import DraftModel, Reserved, open_draft
-from edge.loading import DraftRequest, Host, place_host, scratch_folder
+from edge.host import Host
+from edge.options import LoadOptions
+from edge.placing import place_host
 from edge.speculation import Drafting
+from edge.watch import Progress
+from flashload.cache import scratch_folder
 from flashload.plan import Plan
-from flashload.plan_neurons import Guess
 
 if TYPE_CHECKING:
     import _edge
@@ -46,27 +49,17 @@ class Sized:
 
 
 class Sizing:
-    """One model on one host: turns budgets into plans. The context is that of the first one."""
+    """One model on one host: turns budgets into plans. The context is that of the first one.
 
-    def __init__(
-        self,
-        host: Host,
-        context: int | None,
-        threads: int | None,
-        isa: str,
-        io: str,
-        kv: str,
-        predictor: Guess,
-        drafts: DraftRequest | None,
-    ) -> None:
+    Args:
+        on_pack: called while a draft model is packed.
+    """
+
+    def __init__(self, host: Host, options: LoadOptions, on_pack: Progress | None = None) -> None:
         self.host = host
-        self._context = context
-        self._threads = threads
-        self._isa = isa
-        self._io = io
-        self._kv = kv
-        self._predictor = predictor
-        self._drafts = drafts
+        self._options = options
+        self._wanted = options.plan
+        self._on_pack = on_pack
         self._draft: DraftModel | None = None
 
     def at(self, memory: int | str, kv: str | None = None) -> Sized:
@@ -80,40 +73,28 @@ class Sizing:
         """
         reserved = place_host(
             self.host,
-            memory=memory,
-            context=self._context,
-            threads=self._threads,
-            kv=kv or self._kv,
-            predictor=self._predictor,
-            draft=None if self._drafts is None else self._draft_beside,
+            replace(self._wanted, memory=memory, kv=kv or self._wanted.kv),
+            None if self._options.draft is None else self._draft_beside,
         )
         # From now on; and what was held while the tokenizer was built is history.
-        self._context, self._threads = reserved.plan.context, reserved.plan.threads
+        plan = reserved.plan
+        self._wanted = replace(self._wanted, context=plan.context, threads=plan.threads)
         self.host = replace(self.host, peak_bytes=0)
-        return Sized(reserved.plan, self._options(reserved), reserved)
+        return Sized(plan, self._engine_options(reserved), reserved)
 
     def _draft_beside(self, plan: Plan) -> DraftModel:
         """The draft model, opened when first needed: later the files are closed."""
-        assert self._drafts is not None
         if self._draft is None:
-            self._draft = open_draft(
-                self.host.pack,
-                self._drafts.model,
-                plan,
-                weights=self._drafts.weights,
-                io=self._io,
-                isa=self._isa,
-                on_pack=self._drafts.on_pack,
-            )
+            self._draft = open_draft(self.host.pack, plan, self._options, self._on_pack)
         return self._draft
 
-    def _options(self, reserved: Reserved) -> dict[str, Any]:
+    def _engine_options(self, reserved: Reserved) -> dict[str, Any]:
         plan = reserved.plan
         return plan.engine_options(
             self.host.pack.path,
             self.host.directory.decoder,
             scratch=scratch_folder() if plan.kv_on_flash else "",
-            io_engine=self._io,
-            isa=self._isa,
+            io_engine=self._options.io,
+            isa=self._options.isa,
             budget_bytes=plan.core_bytes + reserved.core_bytes,
         )

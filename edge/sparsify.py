@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import _edge
 import numpy as np
 
-from edge.loading import load_to_study, resolve_model
+from edge.loading import load_to_study
+from edge.models import resolve_model
 from flashload import sparsity
 from flashload.errors import ArgumentError
 from flashload.format import PackFile, is_pack

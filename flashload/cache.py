@@ -31,6 +31,21 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(platformdirs.user_cache_dir("edge", appauthor=False))
 
 
+def scratch_folder() -> Path:
+    """Where the core's temporary files go: ``EDGE_SCRATCH``, or edge's cache folder, which is made.
+
+    Raises:
+        DiskError: the folder cannot be made.
+    """
+    named = os.environ.get("EDGE_SCRATCH")
+    folder = Path(named) if named else cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"scratch folder {folder}: cannot be made: {error.strerror}") from error
+    return folder
+
+
 def _sources(path: Path) -> list[Path]:
     """The files a checkpoint is made of, without opening it."""
     if path.is_dir():

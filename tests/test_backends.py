@@ -17,7 +17,7 @@ import edge
 from edge.backends import BACKENDS
 from edge.backends.peer import LogitsPeer
 from edge.errors import ArgumentError, ContextOverflowError, EdgeError, ModelFileError
-from edge.loading import resolve_model
+from edge.models import resolve_model
 from edge.tokenizer import load_tokenizer
 
 STORY = resolve_model("story")

@@ -9,7 +9,7 @@ import _edge
 import pytest
 
 import edge
-from edge import loading
+from edge import host
 from edge.errors import ArgumentError, BudgetError, ContextOverflowError, DiskError
 from tests.tiny import tiny_gguf, tiny_hf, tiny_llama_gguf
 
@@ -23,8 +23,8 @@ SETTINGS = {"max_tokens": 20, "ignore_eos": True, "speculation": "off", "logprob
 def steady() -> Iterator[None]:
     """What this process holds depends on the tests that ran before; budgets must not."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "rss_bytes", lambda: 0)
-        patch.setattr(loading, "peak_rss_bytes", lambda: 0)
+        patch.setattr(host, "rss_bytes", lambda: 0)
+        patch.setattr(host, "peak_rss_bytes", lambda: 0)
         yield
 
 

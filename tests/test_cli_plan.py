@@ -148,7 +148,7 @@ def test_what_is_planned_is_what_is_loaded(
 ) -> None:
     """The same allocator: with equal memory held before, every figure of the two plans is the same."""
     for name in ("rss_bytes", "peak_rss_bytes"):
-        monkeypatch.setattr(f"edge.loading.{name}", lambda: 0)
+        monkeypatch.setattr(f"edge.host.{name}", lambda: 0)
     monkeypatch.setenv("EDGE_SCRATCH", str(tmp_path))
     edge.pack(tiny_gguf(tmp_path / "moe.gguf", "mixtral", "q8_0"), tmp_path / "moe.edge")
     full = edge.plan(tmp_path / "moe.edge", memory="1GiB", context=128, kv=kv)

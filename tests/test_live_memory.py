@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import edge
-from edge import loading
+from edge import host
 from edge.errors import ArgumentError, BudgetError, DiskError, EdgeError
 from tests.neuron_packs import by_neuron, tiny_relu
 from tests.tiny import tiny_gguf, tiny_llama_gguf
@@ -37,8 +37,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(autouse=True)
 def steady(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What this process holds depends on the tests that ran before; budgets must not."""
-    monkeypatch.setattr(loading, "rss_bytes", lambda: 0)
-    monkeypatch.setattr(loading, "peak_rss_bytes", lambda: 0)
+    monkeypatch.setattr(host, "rss_bytes", lambda: 0)
+    monkeypatch.setattr(host, "peak_rss_bytes", lambda: 0)
     monkeypatch.setenv("EDGE_SCRATCH", str(tmp_path))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import edge
-from edge import loading
+from edge import host
 from edge.errors import ArgumentError, BudgetError, CorruptError, DiskError
 from flashload.format import PackFile
 from flashload.plan import NEURONS, RESIDENT, UNUSED, Plan, make_plan, weights_of
@@ -209,8 +209,8 @@ def test_guessed_rows_change_nothing(
     packs: dict[tuple[str, str], Path], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = packs["llama", "q8"]
-    monkeypatch.setattr(loading, "rss_bytes", lambda: 0)
-    monkeypatch.setattr(loading, "peak_rss_bytes", lambda: 0)
+    monkeypatch.setattr(host, "rss_bytes", lambda: 0)
+    monkeypatch.setattr(host, "peak_rss_bytes", lambda: 0)
     plan, _ = plan_of(path, 0.0, mode == "predictor")
     settings: dict[str, Any] = {"max_tokens": 30, "temperature": 0, "ignore_eos": True}
     memory = plan.memory_bytes + (160 << 10)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import edge
-from edge import loading
+from edge import host
 from edge.errors import ArgumentError
 from edge.live import describe
 from edge.pressure import Pressure
@@ -262,8 +262,8 @@ def test_files_are_read_at_most_ten_times_a_second() -> None:
 
 @pytest.fixture
 def pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(loading, "rss_bytes", lambda: 0)
-    monkeypatch.setattr(loading, "peak_rss_bytes", lambda: 0)
+    monkeypatch.setattr(host, "rss_bytes", lambda: 0)
+    monkeypatch.setattr(host, "peak_rss_bytes", lambda: 0)
     source = tiny_llama_gguf(tmp_path / "m.gguf", type="q8_0", seed=5, num_hidden_layers=6, hidden_size=128)
     edge.pack(source, tmp_path / "m.edge")
     return tmp_path / "m.edge"

@@ -11,7 +11,7 @@ import _edge
 import pytest
 
 import edge
-from edge import loading
+from edge import host
 from edge.draft import copy_pays
 from edge.errors import ArgumentError, BudgetError, UnsupportedModelError
 from edge.speculation import Speculation
@@ -31,8 +31,8 @@ LOAD: dict[str, Any] = {"context": CONTEXT, "threads": 2, "pressure": "off", "dr
 @pytest.fixture(autouse=True)
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process holds depends on the tests that ran before; budgets must not."""
-    monkeypatch.setattr(loading, "rss_bytes", lambda: 0)
-    monkeypatch.setattr(loading, "peak_rss_bytes", lambda: 0)
+    monkeypatch.setattr(host, "rss_bytes", lambda: 0)
+    monkeypatch.setattr(host, "peak_rss_bytes", lambda: 0)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def floor_of(path: Path) -> int:
 def tight(packs: dict[str, Path]) -> int:
     """A budget that the wide model streams in, with room for its copy."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "rss_bytes", lambda: 0)
-        patch.setattr(loading, "peak_rss_bytes", lambda: 0)
+        patch.setattr(host, "rss_bytes", lambda: 0)
+        patch.setattr(host, "peak_rss_bytes", lambda: 0)
         return floor_of(packs["wide"]) + (9 << 20)
 
 

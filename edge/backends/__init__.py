@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, Protocol, cast
 
 from edge.backends.peer import Peer
+from edge.options import check_sizes
 from edge.tokenizer import load_tokenizer
 from flashload.errors import ArgumentError
 
@@ -23,7 +24,6 @@ BACKENDS = {
     "onnxruntime": ("onnxruntime_genai", "onnxruntime_genai", "pip install 'edge[onnxruntime]'"),
     "mlc": ("mlc", "mlc_llm", "see https://llm.mlc.ai/docs/install/mlc_llm.html"),
 }
-_THREADS, _CONTEXT = 1024, 1 << 24
 
 
 class Adapter(Protocol):
@@ -51,11 +51,7 @@ def load_peer(
     if backend not in BACKENDS:
         raise ArgumentError(f"backend: expected edge, {', '.join(BACKENDS)}, found {backend!r}")
     adapter, package, advice = BACKENDS[backend]
-    for name, value, most in (("context", context, _CONTEXT), ("threads", threads, _THREADS)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most
-        ):
-            raise ArgumentError(f"{name}: expected 1..{most}, found {value!r}")
+    check_sizes(context, threads)
     found = _package(backend, package, advice)
     path = Path(model).expanduser()
     if not path.exists():

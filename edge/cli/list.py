@@ -12,7 +12,7 @@ from flashload.machine import format_bytes
 @json_option
 def command(as_json: bool) -> None:
     """List shipped models and the packs in the cache."""
-    from edge.loading import builtin_models, resolve_model
+    from edge.models import builtin_models, resolve_model
     from flashload.cache import cache_folder
 
     shipped = [(name, resolve_model(name)) for name in builtin_models()]

@@ -17,7 +17,7 @@ from flashload.machine import format_bytes
 @json_option
 def command(model: str, list_weights: bool, show_template: bool, as_json: bool) -> None:
     """Show MODEL's architecture, formats, tokenizer and source. A checkpoint is packed first."""
-    from edge.loading import open_pack
+    from edge.models import open_pack
 
     pack = open_pack(model)
     entries = list(pack.entries.values())

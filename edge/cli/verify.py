@@ -15,7 +15,7 @@ from flashload.machine import format_bytes
 @json_option
 def command(model: str, as_json: bool) -> None:
     """Check header, directory and every chunk of a pack (or of a shipped model)."""
-    from edge.loading import resolve_model
+    from edge.models import resolve_model
     from flashload.format import PackFile
 
     pack = PackFile(Path(resolve_model(model)))

@@ -11,7 +11,7 @@ from tests.budget.conftest import FEW_TOKENS, MODELS, Model
 #: Between the floor (0) and what a resident model needs (1).
 FRACTIONS = (0.0, 0.1, 0.5, 0.75, 1.0, 1.2)
 CONTEXTS = (256, 1024)
-#: What the same command holds at the same point differs by this much from run to run (edge/loading.py).
+#: What the same command holds at the same point differs by this much from run to run (edge/placing.py).
 JITTER_BYTES = 2 << 20
 
 Get = Callable[[str], Model]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import edge
-from edge import loading
+from edge import host
 from tests.tiny import tiny_gguf, tiny_hf, tiny_llama_gguf
 
 PROMPT = [1, 17, 5, 99, 42]
@@ -46,8 +46,8 @@ class Setup:
 @pytest.fixture(autouse=True)
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process holds depends on the tests that ran before; budgets must not."""
-    monkeypatch.setattr(loading, "rss_bytes", lambda: 0)
-    monkeypatch.setattr(loading, "peak_rss_bytes", lambda: 0)
+    monkeypatch.setattr(host, "rss_bytes", lambda: 0)
+    monkeypatch.setattr(host, "peak_rss_bytes", lambda: 0)
 
 
 @pytest.fixture(scope="session")
