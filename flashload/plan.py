@@ -2,57 +2,52 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Sequence
-from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flashload.errors import ArgumentError, BudgetError
 from flashload.machine import format_bytes
+from flashload.plan_directory import (
+    BLOB,
+    SLACK_BYTES,
+    Directory,
+    Weight,
+    directory_of,
+    round_up,
+    total_bytes,
+    weights_of,
+)
+from flashload.plan_fit import Fit, fit_into
 from flashload.plan_kv import KvOnFlash, kv_on_flash, kv_type_of
-from flashload.plan_neurons import ACTIVE_SHARE, Guess, NeuronModel, NeuronPlacement, is_extra, is_neurons
+from flashload.plan_neurons import Guess, NeuronPlacement
 
-if TYPE_CHECKING:
-    from flashload.format import PackFile
+__all__ = [
+    "DEMAND",
+    "NEURONS",
+    "RESIDENT",
+    "STREAM",
+    "UNUSED",
+    "Directory",
+    "Plan",
+    "Weight",
+    "directory_of",
+    "make_plan",
+    "place",
+    "weights_of",
+]
 
 RESIDENT, STREAM, DEMAND, NEURONS, UNUSED = 0, 1, 2, 3, 4
-#: Formats of plain vectors and blobs (see flashload.format).
-_VECTOR, _BLOB = 100, 101
-_PAGE_BYTES = 4096
 #: Growth of the interpreter while it generates, thread stacks, I/O rings.
 _MARGIN_BYTES = 8 << 20
 #: The kernel charges a page table of 4 KiB for every 2 MiB.
 _PAGE_TABLE_SHARE = 512
-#: Parts of layer weights (cpp/store/stream_part.cc) the ring holds at least: two leased together (gate and up, where
-#: they come whole), and a gap where the next does not fit before the end; and how many let the drive run ahead.
-_RING_LEAST, _RING_AHEAD = 3, 4
-#: What is on its way and what the drive brings while held weights are computed with: 16 ms of a fast one. Measured:
-#: half as much costs a tenth of the rate, more brings nothing.
-_RING_BYTES = 64 << 20
-_PART_BYTES = 2 << 20
-_SLACK_BYTES = 256 << 10
 _MAX_ROWS = (128, 64, 32, 16, 8)
-#: One that is computed with, one that arrives.
-_LEAST_EXPERTS = 2
 #: Rows that share one reading of a layer's neurons.
 _NEURON_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One entry of the directory as the plan sees it."""
-
-    id: int
-    name: str
-    layer: int
-    expert: int
-    format: int
-    stored_bytes: int
-    rows: int
-    chunk_bytes: int
+#: Fewer rows per pass are taken where what they need at a time would be more than this share of the budget.
+_ROWS_SHARE = 12
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ class Plan:
     #: Read from the drive for a token, on average over a context that fills, every expert being as likely.
     flash_bytes_per_token: int = 0
     #: Rounding of blocks, and what a sampler keeps.
-    slack_bytes: int = _SLACK_BYTES
+    slack_bytes: int = SLACK_BYTES
     #: How keys and values are kept when they are not all in memory; ``kv_bytes`` is then the part in memory.
     kv_on_flash: KvOnFlash | None = None
     #: What keys and values are held as (flashload.plan_kv).
@@ -162,141 +157,6 @@ class Plan:
         }
 
 
-def _round_up(n_bytes: int) -> int:
-    return -(-n_bytes // _PAGE_BYTES) * _PAGE_BYTES
-
-
-def _is_matrix(weight: Weight) -> bool:
-    return weight.format not in (_VECTOR, _BLOB)
-
-
-class Directory:
-    """A model's weights, sorted by what may be done with each: what all its plans begin with.
-
-    Args:
-        weights: the directory in file order, which is the order a pass reads them.
-        decoder: DecoderConfig as a dict.
-    """
-
-    def __init__(self, weights: Sequence[Weight], decoder: dict[str, Any]) -> None:
-        self.entries = weights
-        # Other functions than ReLU leave no neuron at zero.
-        self.neurons = NeuronModel(weights, ACTIVE_SHARE if decoder["activation"] == "relu" else 1.0)
-        self.decoder = decoder | {"by_neuron": bool(self.neurons.records)}
-        #: Of neurons' activations, where the core is given them (flashload.sparsity).
-        self.thresholds_bytes = 0
-        self.unused = {w.id for w in weights if is_extra(w.name)} | {w.id for w in self.neurons.gates}
-        weights = [w for w in weights if not (is_extra(w.name) or is_neurons(w.name))]
-        self.weights = weights
-        matrices = [w for w in weights if _is_matrix(w)]
-        self.fixed = [w for w in weights if w.format == _VECTOR or w.name.endswith("router.weight")]
-        self.experts = [w for w in matrices if w.expert >= 0]
-        #: Only a few rows per token are needed of these; a tied embedding is also the head, read whole.
-        self.tables = [w for w in matrices if w.name in ("embed.weight", "embed.position")]
-        self.head = [w for w in matrices if w.name == "head.weight"]
-        #: Rows are looked up in these while they stream as the head.
-        self.tied: list[Weight] = []
-        if decoder["tied_head"]:
-            self.head = [w for w in self.tables if w.name == "embed.weight"]
-            self.tied = self.head
-            self.tables = [w for w in self.tables if w.name != "embed.weight"]
-        #: The largest expert, one record of three weights: the cache gives each as much (cpp/store/demand_cache.cc).
-        records: Counter[tuple[int, int]] = Counter()
-        for weight in self.experts:
-            records[weight.layer, weight.expert] += weight.stored_bytes
-        self.n_experts, self.expert_bytes = len(records), max(records.values(), default=0)
-        n_layers = len({layer for layer, _ in records})
-        self.experts_per_token = n_layers * int(decoder["experts_per_token"]) if n_layers else 0
-        known = {w.id for w in self.fixed + self.experts + self.tables + self.head}
-        self.layers = [w for w in matrices if w.id not in known]
-        self.largest_bytes = max((_part_bytes(w) for w in self.layers), default=0)
-        #: A ring that lets the drive run ahead.
-        self.ring_bytes = max(
-            _RING_AHEAD * self.largest_bytes,
-            min(_RING_BYTES, _RING_AHEAD * max((w.stored_bytes for w in self.layers), default=0)),
-        )
-
-    def with_thresholds(self, active_share: float) -> Directory:
-        """The same for a core that is given thresholds of all neurons, which leave this share of them active."""
-        other = copy(self)
-        other.neurons = NeuronModel(self.entries, active_share)
-        n_neurons = int(self.decoder["n_layers"]) * int(self.decoder["intermediate_size"])
-        other.thresholds_bytes = _round_up(4 * n_neurons)
-        return other
-
-    def with_kv_type(self, kv_type: str) -> Directory:
-        """The same with keys and values held as one of :data:`flashload.plan_kv.KV_TYPES`."""
-        other = copy(self)
-        other.decoder = self.decoder | {"kv_type": kv_type}
-        return other
-
-    @property
-    def ring_with_head_bytes(self) -> int:
-        """The head is leased alone: room for it, and for the first weight of the next pass."""
-        return max(_RING_LEAST * self.largest_bytes, _bytes(self.head) + self.largest_bytes)
-
-    @property
-    def demand_bytes(self) -> int:
-        """The least a demand cache works with: a row's chunks of each table, and two experts."""
-        return _row_bytes(self.tables) + _LEAST_EXPERTS * self.expert_bytes
-
-    def least_bytes(self, predictor: Guess) -> int:
-        """Weights, ring and caches at their smallest: the head streamed as well, or (a tiny one) held."""
-        streamed = self.ring_with_head_bytes + _row_bytes(self.tied)
-        held = _bytes(self.head) + _RING_LEAST * self.largest_bytes
-        neurons = 0
-        if self.neurons.records:
-            neurons = min(self.neurons.least_bytes(mode) for mode in self.neurons.modes(predictor))
-        return _bytes(self.fixed) + min(streamed, held) + self.demand_bytes + neurons + _SLACK_BYTES
-
-
-def _bytes(weights: Sequence[Weight]) -> int:
-    return sum(w.stored_bytes for w in weights)
-
-
-def _part_bytes(weight: Weight) -> int:
-    """Ring that a weight of a layer needs at once: all of it, or its largest part."""
-    if weight.stored_bytes <= _PART_BYTES:
-        return weight.stored_bytes
-    tile_bytes = -(-16 * weight.stored_bytes // max(weight.rows, 16))
-    most = max(_PART_BYTES, 2 * tile_bytes)
-    part_bytes = min(weight.stored_bytes, -(-most // weight.chunk_bytes) * weight.chunk_bytes)
-    return part_bytes + _round_up(tile_bytes)
-
-
-def _row_bytes(tables: Sequence[Weight]) -> int:
-    """Room to look up one row of each table."""
-    return _round_up(sum(-(-16 * w.stored_bytes // max(w.rows, 16)) + 3 * w.chunk_bytes for w in tables))
-
-
-def _spread(weights: Sequence[Weight], room_bytes: int) -> list[Weight]:
-    """The weights to stream so that the rest fits ``room_bytes``, spread evenly over the pass.
-
-    An even spread keeps the drive's demand uniform against the compute it hides behind, which a small ring can follow.
-    """
-    total = _bytes(weights)
-    excess = max(0, total - room_bytes)
-    streamed: list[Weight] = []
-    streamed_bytes = 0
-    seen_bytes = 0
-    for weight in weights:
-        seen_bytes += weight.stored_bytes
-        due = excess * seen_bytes / total if total else 0
-        if due - streamed_bytes > weight.stored_bytes / 2:
-            streamed.append(weight)
-            streamed_bytes += weight.stored_bytes
-    # Rounding may leave a little too much pinned: stream the smallest weights that mend it.
-    chosen = {w.id for w in streamed}
-    rest = sorted((w for w in weights if w.id not in chosen), key=lambda w: w.stored_bytes)
-    while streamed_bytes < excess and rest:
-        short = excess - streamed_bytes
-        weight = next((w for w in rest if w.stored_bytes >= short), rest[-1])
-        rest.remove(weight)
-        streamed.append(weight)
-        streamed_bytes += weight.stored_bytes
-    return sorted(streamed, key=lambda w: w.id)
-
-
 def make_plan(
     weights: Sequence[Weight],
     decoder: dict[str, Any],
@@ -349,122 +209,140 @@ def place(
         BudgetError: the budget is below the floor; the message names the floor and what would lower it.
         ArgumentError: predictor "on" or a share for a pack without predictors.
     """
-    import _edge
-
-    weights, decoder = model.entries, model.decoder
-    guided = predictor == "on"
-    if (guided or isinstance(predictor, float)) and not model.neurons.predictors:
-        raise ArgumentError("predictor: expected a pack with predictors, found none (edge train-predictor)")
-    whole = model.neurons.whole(guided) if model.neurons.records else None
-    dense_bytes = _bytes([w for w in model.weights if w.format != _BLOB])
-    dense_bytes += model.neurons.resident_bytes(whole) if whole else 0
-    everything = dense_bytes + _SLACK_BYTES + (whole.bytes if whole else 0)
-    host_bytes += _MARGIN_BYTES + everything // _PAGE_TABLE_SHARE
-
-    least_weights = min(everything, model.least_bytes(predictor))
-    on_flash: KvOnFlash | None = None
-
-    def fixed(max_rows: int, spare_bytes: int = 0, left_over_bytes: int = 0) -> tuple[int, int]:
-        nonlocal on_flash
-        if kv == "flash":
-            on_flash = kv_on_flash(decoder, context, max_rows, threads, spare_bytes, left_over_bytes)
-            return on_flash.memory_bytes, on_flash.activation_bytes + model.thresholds_bytes
-        pages, activations, logits = _edge.fixed_bytes(decoder, context, max_rows, threads)
-        return _round_up(pages), _round_up(activations) + _round_up(logits) + model.thresholds_bytes
-
-    floor_bytes = host_bytes + sum(fixed(_MAX_ROWS[-1])) + least_weights
-    floor_bytes = max(floor_bytes, host_peak_bytes)
-
-    def fixed_within(max_rows: int) -> tuple[int, int]:
-        free = memory_bytes - host_bytes - sum(fixed(max_rows))
-        return fixed(max_rows, free - least_weights, free - everything)
-
-    def holds_all(max_rows: int) -> bool:
-        return everything <= memory_bytes - host_bytes - sum(fixed_within(max_rows))
-
-    # Shorter prompt chunks are a small price for neurons that are all in memory.
-    fitting = [rows for rows in _MAX_ROWS if holds_all(rows)] if whole else []
-    for max_rows in fitting[:1] or _MAX_ROWS:
-        kv_bytes, activations = fixed_within(max_rows)
-        room = memory_bytes - host_bytes - kv_bytes - activations
-        if everything <= room:
-            placed = _Placed("resident", dense_bytes, [], 0, 0, whole)
-            break
-        if whole is None:
-            streaming = _stream(model, room)
-        elif max_rows <= _NEURON_ROWS:
-            streaming = _window(model, room, predictor)
-        else:
-            continue
-        # Fewer rows per pass only when more would crowd the weights out.
-        if streaming is not None and (activations <= memory_bytes // 12 or max_rows == _MAX_ROWS[-1]):
-            placed = streaming
-            break
-    if memory_bytes < host_peak_bytes or (everything > room and streaming is None):
-        raise _too_small(memory_bytes, floor_bytes, context, kv_bytes, kv, kv_type_of(decoder))
-
-    placements = [RESIDENT] * len(weights)
-    if placed.demand_bytes:
-        for weight in model.tables + model.experts:
-            placements[weight.id] = DEMAND
-    for weight in placed.streamed:
-        placements[weight.id] = STREAM
-    for unused in model.unused:
-        placements[unused] = UNUSED
-    neurons = placed.neurons or NeuronPlacement("", {}, 0, 0)
-    for loaded in neurons.resident:
-        placements[loaded] = RESIDENT
-    neuron_slots = [0] * len(weights) if neurons.slots else []
-    for held, n_slots in neurons.slots.items():
-        placements[held] = NEURONS
-        neuron_slots[held] = n_slots
+    sizes = _Sizes(model, context, threads, predictor, kv)
+    host_bytes += _MARGIN_BYTES + sizes.everything_bytes // _PAGE_TABLE_SHARE
+    max_rows, fixed, fit = sizes.fit(memory_bytes - host_bytes, memory_bytes // _ROWS_SHARE)
+    floor_bytes = max(host_bytes + sizes.least_bytes, host_peak_bytes)
+    if fit is None or memory_bytes < host_peak_bytes:
+        raise _too_small(memory_bytes, floor_bytes, context, fixed.kv_bytes, kv, kv_type_of(model.decoder))
+    neurons = fit.neurons or NeuronPlacement("", {}, 0, 0)
+    neuron_slots = [neurons.slots.get(w.id, 0) for w in model.entries] if neurons.slots else []
     return Plan(
         memory_bytes=memory_bytes,
         context=context,
         threads=threads,
         max_rows=max_rows,
-        placement=placed.name,
+        placement=fit.name,
         host_bytes=host_bytes,
-        resident_bytes=placed.resident_bytes,
-        stream_bytes=_bytes(placed.streamed),
-        ring_bytes=placed.ring_bytes,
-        demand_bytes=placed.demand_bytes,
-        kv_bytes=kv_bytes,
-        activation_bytes=activations,
+        resident_bytes=fit.resident_bytes,
+        stream_bytes=total_bytes(fit.streamed),
+        ring_bytes=fit.ring_bytes,
+        demand_bytes=fit.demand_bytes,
+        kv_bytes=fixed.kv_bytes,
+        activation_bytes=fixed.activation_bytes,
         floor_bytes=min(floor_bytes, memory_bytes),
-        placements=placements,
-        stream_order=[w.id for w in placed.streamed],
+        placements=_placements(model, fit, neurons),
+        stream_order=[w.id for w in fit.streamed],
         neuron_mode=neurons.mode,
         neuron_keep=neurons.keep,
         neuron_bytes=neurons.bytes,
         neuron_staging_bytes=neurons.staging_bytes,
         neuron_slots=neuron_slots,
-        slab_bytes=[neuron_slots[w.id] * w.chunk_bytes for w in model.neurons.records]
+        slab_bytes=[neurons.slots[w.id] * w.chunk_bytes for w in model.neurons.records]
         if neuron_slots
         else [],
-        expert_slots=placed.expert_slots,
+        expert_slots=fit.expert_slots,
         experts_per_token=model.experts_per_token,
-        flash_bytes_per_token=_flash_bytes_per_token(model, placed, on_flash, context),
-        kv_on_flash=on_flash,
-        kv_type=kv_type_of(decoder),
+        flash_bytes_per_token=_flash_bytes_per_token(model, fit, fixed.kv_on_flash, context),
+        kv_on_flash=fixed.kv_on_flash,
+        kv_type=kv_type_of(model.decoder),
     )
 
 
+def _placements(model: Directory, fit: Fit, neurons: NeuronPlacement) -> list[int]:
+    """By weight id."""
+    placements = [RESIDENT] * len(model.entries)
+    if fit.demand_bytes:
+        for weight in model.tables + model.experts:
+            placements[weight.id] = DEMAND
+    for weight in fit.streamed:
+        placements[weight.id] = STREAM
+    for unused in model.unused:
+        placements[unused] = UNUSED
+    for loaded in neurons.resident:
+        placements[loaded] = RESIDENT
+    for held in neurons.slots:
+        placements[held] = NEURONS
+    return placements
+
+
 @dataclass(frozen=True)
-class _Placed:
-    """One way to fit the weights into some room."""
+class _Fixed:
+    """What a pass needs at a time whatever is done with weights: keys and values, activations, logits."""
 
-    name: str
-    resident_bytes: int
-    streamed: list[Weight]
-    ring_bytes: int
-    demand_bytes: int
-    neurons: NeuronPlacement | None = None
-    expert_slots: int = 0
+    kv_bytes: int
+    activation_bytes: int
+    kv_on_flash: KvOnFlash | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self.kv_bytes + self.activation_bytes
 
 
-def _flash_bytes_per_token(model: Directory, placed: _Placed, kv: KvOnFlash | None, context: int) -> int:
-    n_bytes = float(_bytes(placed.streamed))
+class _Sizes:
+    """What a model takes at one context: in memory all of it, at least, and besides its weights.
+
+    Raises:
+        ArgumentError: a predictor is to decide, and there is none.
+    """
+
+    def __init__(self, model: Directory, context: int, threads: int, predictor: Guess, kv: str) -> None:
+        neurons = model.neurons
+        guided = predictor == "on"
+        if (guided or isinstance(predictor, float)) and not neurons.predictors:
+            raise ArgumentError(
+                "predictor: expected a pack with predictors, found none (edge train-predictor)"
+            )
+        self._model, self._context, self._threads = model, context, threads
+        self._predictor, self._kv = predictor, kv
+        self._whole = neurons.whole(guided) if neurons.records else None
+        self._dense_bytes = total_bytes([w for w in model.weights if w.format != BLOB])
+        if self._whole is not None:
+            self._dense_bytes += neurons.resident_bytes(self._whole)
+        self.everything_bytes = self._dense_bytes + SLACK_BYTES + (self._whole.bytes if self._whole else 0)
+        self._least_weights = min(self.everything_bytes, model.least_bytes(predictor))
+
+    @property
+    def least_bytes(self) -> int:
+        """The least that runs, what the host holds aside."""
+        return self._fixed(_MAX_ROWS[-1]).bytes + self._least_weights
+
+    def fit(self, room_bytes: int, most_activation_bytes: int) -> tuple[int, _Fixed, Fit | None]:
+        """(rows of a pass, what they need, how the weights fit into the rest); None where they do not."""
+        # Shorter prompt chunks are a small price for neurons that are all in memory.
+        fitting = [rows for rows in _MAX_ROWS if self._holds_all(rows, room_bytes)] if self._whole else []
+        for max_rows in fitting[:1] or _MAX_ROWS:
+            fixed = self._fixed_within(max_rows, room_bytes)
+            if self.everything_bytes <= room_bytes - fixed.bytes:
+                return max_rows, fixed, Fit("resident", self._dense_bytes, [], 0, 0, self._whole)
+            if self._whole is not None and max_rows > _NEURON_ROWS:
+                continue
+            fit = fit_into(self._model, room_bytes - fixed.bytes, self._predictor)
+            # Fewer rows per pass only when more would crowd the weights out.
+            if fit is not None and fixed.activation_bytes <= most_activation_bytes:
+                break
+        return max_rows, fixed, fit
+
+    def _fixed(self, max_rows: int, spare_bytes: int = 0, left_over_bytes: int = 0) -> _Fixed:
+        import _edge
+
+        decoder, thresholds_bytes = self._model.decoder, self._model.thresholds_bytes
+        if self._kv == "flash":
+            kv = kv_on_flash(decoder, self._context, max_rows, self._threads, spare_bytes, left_over_bytes)
+            return _Fixed(kv.memory_bytes, kv.activation_bytes + thresholds_bytes, kv)
+        pages, activations, logits = _edge.fixed_bytes(decoder, self._context, max_rows, self._threads)
+        return _Fixed(round_up(pages), round_up(activations) + round_up(logits) + thresholds_bytes)
+
+    def _fixed_within(self, max_rows: int, room_bytes: int) -> _Fixed:
+        free = room_bytes - self._fixed(max_rows).bytes
+        return self._fixed(max_rows, free - self._least_weights, free - self.everything_bytes)
+
+    def _holds_all(self, max_rows: int, room_bytes: int) -> bool:
+        return self.everything_bytes <= room_bytes - self._fixed_within(max_rows, room_bytes).bytes
+
+
+def _flash_bytes_per_token(model: Directory, placed: Fit, kv: KvOnFlash | None, context: int) -> int:
+    n_bytes = float(total_bytes(placed.streamed))
     if placed.expert_slots:
         missing = 1 - placed.expert_slots / model.n_experts
         n_bytes += model.experts_per_token * missing * model.expert_bytes
@@ -473,63 +351,6 @@ def _flash_bytes_per_token(model: Directory, placed: _Placed, kv: KvOnFlash | No
     if kv is not None:
         n_bytes += kv.mean_read_bytes(model.decoder["windows"], context)
     return round(n_bytes)
-
-
-def _window(model: Directory, room_bytes: int, predictor: Guess) -> _Placed | None:
-    """Records of neurons in slots, everything else in memory; where that is too much, the rest streams as well.
-
-    A byte of attention that streams is read for every token, one of a record only when its neuron is active: so slots
-    get what the rest leaves.
-    """
-    neurons = model.neurons
-    held_bytes = _bytes(model.fixed) + _bytes(model.layers) + _bytes(model.head)
-    modes = neurons.modes(predictor)
-    keep = predictor if isinstance(predictor, float) else 1.0
-    slot_room = room_bytes - held_bytes - model.demand_bytes - _SLACK_BYTES
-    fitting = {mode: neurons.window(mode, slot_room, keep) for mode in modes}
-    chosen, guess = fitting.get("exact", fitting.get("lean")), fitting.get("predictor")
-    if guess is not None and (chosen is None or neurons.predictor_pays(guess, chosen)):
-        chosen = guess
-    if chosen is not None:
-        held_bytes += neurons.resident_bytes(chosen)
-        return _Placed("neurons", held_bytes, [], 0, model.demand_bytes, chosen)
-    for mode, ahead_bytes in itertools.product(modes, (neurons.ahead_bytes(room_bytes), 0)):
-        least_bytes = neurons.least_bytes(mode) + ahead_bytes
-        least = neurons.window(mode, least_bytes, keep)
-        streaming = _stream(model, room_bytes - least_bytes)
-        if least is not None and streaming is not None:
-            resident_bytes = streaming.resident_bytes + neurons.resident_bytes(least)
-            return replace(streaming, name="neurons", resident_bytes=resident_bytes, neurons=least)
-    return None
-
-
-def _stream(model: Directory, room_bytes: int) -> _Placed | None:
-    """What stays and what streams when not everything fits; None when nothing helps."""
-    always = _bytes(model.layers) + _bytes(model.head)
-    room_bytes -= _SLACK_BYTES + _bytes(model.fixed) + model.demand_bytes
-    held = _bytes(model.fixed)
-    if model.experts and always <= room_bytes:
-        # Everything but the experts is read for every token; what is left goes to as many experts as it holds whole.
-        slots = min(_LEAST_EXPERTS + (room_bytes - always) // model.expert_bytes, model.n_experts)
-        demand_bytes = _row_bytes(model.tables) + slots * model.expert_bytes
-        return _Placed("experts", held + always, [], 0, demand_bytes, expert_slots=slots)
-    # The head stays if it can: a prompt chunk that needs no logits would stream it for nothing.
-    for streamable, ring_bytes, row_bytes in (
-        (model.layers, model.ring_bytes, 0),
-        (model.layers, _RING_LEAST * model.largest_bytes, 0),
-        (model.layers + model.head, model.ring_with_head_bytes, _row_bytes(model.tied)),
-    ):
-        pinned = always - _bytes(streamable)
-        if pinned + ring_bytes + row_bytes <= room_bytes:
-            streamed = _spread(streamable, room_bytes - pinned - ring_bytes - row_bytes)
-            resident = held + always - _bytes(streamed)
-            name = "stream" if streamed else "resident"
-            demand_bytes = model.demand_bytes + row_bytes
-            slots = _LEAST_EXPERTS if model.experts else 0
-            return _Placed(
-                name, resident, streamed, ring_bytes if streamed else 0, demand_bytes, expert_slots=slots
-            )
-    return None
 
 
 def _too_small(
@@ -547,16 +368,3 @@ def _too_small(
     )
     error.floor_bytes = floor_bytes
     return error
-
-
-def directory_of(pack: PackFile) -> Directory:
-    """The directory of a pack, ready to be planned."""
-    return Directory(weights_of(pack), pack.config.to_json())
-
-
-def weights_of(pack: PackFile) -> list[Weight]:
-    """The directory of a pack in the plan's terms."""
-    return [
-        Weight(i, e.name, e.layer, e.expert, int(e.format), _round_up(e.bytes), e.rows, e.chunk_bytes)
-        for i, e in enumerate(pack.entries.values())
-    ]

@@ -9,8 +9,8 @@ import _edge
 import numpy as np
 import pytest
 
+from flashload import plan_directory
 from flashload.errors import ArgumentError, CorruptError, DiskError
-from flashload.plan import Weight, _part_bytes
 from tests.pack_maker import F16, F32, F32_VECTOR, PAGE, Q4_0, Q4_K, Q8_0, STREAM, Entry, Pack, tile_bytes
 
 ENTRIES = [
@@ -29,9 +29,12 @@ PART_BYTES = [PAGE, 3 * PAGE, 10_000, 1 << 20]
 
 def part_bytes_of(entry: Entry, part_bytes: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """What the plan reckons a part of it takes of the ring."""
-    monkeypatch.setattr("flashload.plan._PART_BYTES", part_bytes)
+    monkeypatch.setattr(plan_directory, "_PART_BYTES", part_bytes)
     stored, rows = len(entry.padded), entry.rows
-    return _part_bytes(Weight(0, entry.name, entry.layer, -1, entry.format, stored, rows, entry.chunk_bytes))
+    weight = plan_directory.Weight(
+        0, entry.name, entry.layer, -1, entry.format, stored, rows, entry.chunk_bytes
+    )
+    return plan_directory.part_bytes(weight)
 
 
 @pytest.fixture(scope="module")
