@@ -186,6 +186,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             label=kv_type,
         )
     axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="us per layer and token")
+    report.plain_ticks(axes)
     axes.legend()
     figure.savefig(path, dpi=150)
 

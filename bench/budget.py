@@ -73,7 +73,7 @@ def _is_done_already(system: str, percent: float, points: list[dict[str, Any]]) 
     ran = next(
         (p for p in points if p["system"] == "edge" and p["percent"] == percent and p["survived"]), None
     )
-    if ran is None or peers.SYSTEMS[system].child != "edge_decode.py":
+    if ran is None or peers.system_of(system).child != "edge_decode.py":
         return False
     return not ran["neuron_mode"] or (system == "edge-exact" and not is_lossy(ran))
 
@@ -88,7 +88,7 @@ def _request(
     entries: dict[str, peers.Entry],
 ) -> peers.Request | None:
     """What is asked of a system at a limit; None where only edge can answer."""
-    by_edge = peers.SYSTEMS[system].child == "edge_decode.py"
+    by_edge = peers.system_of(system).child == "edge_decode.py"
     if percent == BELOW_FLOOR and not by_edge:
         return None
     return peers.Request(
@@ -132,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         default="100,75,50,35,25",
         help="limits in percent of the file, separated by commas; 0 is one that edge has to refuse",
     )
-    parser.add_argument("--systems", default="edge,llama.cpp-mmap", help=f"of {', '.join(peers.SYSTEMS)}")
+    parser.add_argument(
+        "--systems", default="edge,llama.cpp-mmap", help=f"of {', '.join(peers.SYSTEMS)}, edge-lean:SHARE"
+    )
     parser.add_argument(
         "--process",
         type=float,

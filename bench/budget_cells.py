@@ -99,7 +99,7 @@ def measure_cell(
     facts = machine.facts()
     return {
         "system": system,
-        "options": peers.SYSTEMS[system].options,
+        "options": peers.system_of(system).options,
         "version": next((run.loaded["version"] for run in runs if run.loaded), None),
         "weights": {"token_bytes": weights.token_bytes, **vars(weights)},
         "percent": percent,
@@ -186,7 +186,7 @@ class Cells:
 
 def asked_of(system: str, request: peers.Request, rounds: int) -> dict[str, Any]:
     """Everything that a cell's figures depend on besides the machine and the commit, as JSON."""
-    text, asked = request.text, json.loads(request.json(peers.SYSTEMS[system].options))
+    text, asked = request.text, json.loads(request.json(peers.system_of(system).options))
     files = [file for file in (request.model, text) if file is not None]
     stats = {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     asked |= {"rounds": rounds, "timeout_seconds": request.timeout_seconds, "files": stats}

@@ -39,7 +39,6 @@ def plot_speed_over_memory(document: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("decode, tokens/s")
     axes.set_yscale("log")
     axes.set_ylim(bottom=bottom)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_title(f"{document['model']}, {document['full_bytes'] / 1e9:.2f} GB", fontsize=10)
     report.save_figure(figure, axes, document, path)
 

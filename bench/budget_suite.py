@@ -63,12 +63,12 @@ def case_of(settings: Mapping[str, Any], models: Path) -> Case:
     if not isinstance(settings.get("model"), str):
         raise ValueError(f"model: expected a file's name, found {settings.get('model')!r}")
     for system in settings["systems"]:
-        if system not in peers.SYSTEMS:
-            raise ValueError(f"systems: {system!r} is not one of {', '.join(peers.SYSTEMS)}")
+        _known(system, "systems")
     percents = tuple(_number("budgets", percent, 0, 1000) for percent in settings["budgets"])
     per_system = settings.get("per_system", {})
     for system, changes in per_system.items():
-        if system not in peers.SYSTEMS or not _PER_SYSTEM.issuperset(changes):
+        _known(system, "per_system")
+        if not _PER_SYSTEM.issuperset(changes):
             raise ValueError(
                 f"per_system: {system!r}: expected a system with any of {', '.join(_PER_SYSTEM)}"
             )
@@ -88,6 +88,13 @@ def case_of(settings: Mapping[str, Any], models: Path) -> Case:
         pack_weights=settings.get("weights", "keep"),
         **found,
     )
+
+
+def _known(system: str, key: str) -> None:
+    try:
+        peers.system_of(system)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def _number(key: str, value: object, least: float, most: float) -> float:

@@ -79,7 +79,7 @@ def show(document: dict[str, Any]) -> None:
 def _notes(document: dict[str, Any]) -> list[str]:
     points = document["points"]
     notes = [f"{_limit(p)}, {p['system']}: {p['outcome']}" for p in points if p["survived"] < p["runs"]]
-    notes += [f"{name}: {peers.SYSTEMS[name].says}" for name in dict.fromkeys(p["system"] for p in points)]
+    notes += [f"{name}: {peers.system_of(name).says}" for name in dict.fromkeys(p["system"] for p in points)]
     other = {(p["prompt_tokens"], p["tokens"], p["system"]) for p in points if p.get("tokens", 0)} - {
         (document["prompt_tokens"], document["tokens"], p["system"]) for p in points
     }
@@ -123,7 +123,9 @@ def _cell(point: dict[str, Any] | None) -> str:
 def markdown(documents: Iterable[dict[str, Any]]) -> str:
     """All models in one table: tok/s of each system, and what edge read, held and could have reached."""
     documents = list(documents)
-    systems = [s for s in peers.SYSTEMS if any(p["system"] == s for d in documents for p in d["points"])]
+    usual = list(peers.SYSTEMS)
+    found = dict.fromkeys(p["system"] for d in documents for p in d["points"])
+    systems = sorted(found, key=lambda s: usual.index(s.partition(":")[0]))
     columns = ["model", "memory", *systems, "edge: MB read/token", "drive allows", "share", "peak GB"]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for document in documents:

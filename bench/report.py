@@ -133,10 +133,26 @@ def put_out(
     print(f"saved {path} and what belongs to it", file=sys.stderr)
 
 
+def plain_ticks(axes: Any) -> None:
+    """Logarithmic axes of matplotlib with plain numbers: 1, 2 and 5 of a decade, or all of a single one."""
+    from matplotlib.ticker import FuncFormatter
+
+    def label(axis: Any, value: float) -> str:
+        low, high = sorted(axis.get_view_interval())
+        return f"{value:g}" if high < 10 * low or f"{value:e}"[0] in "125" else ""
+
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            plain = FuncFormatter(lambda value, _, axis=axis: label(axis, value))
+            axis.set_major_formatter(plain)
+            axis.set_minor_formatter(plain)
+
+
 def save_figure(figure: Any, axes: Any, document: dict[str, Any], path: Path) -> None:
     """A figure of matplotlib with its legend and where its numbers come from, as PNG; closes it."""
     from matplotlib import pyplot
 
+    plain_ticks(axes)
     facts = document["machine"]
     figure.supxlabel(
         f"{facts['cpu']}, {document['threads']} threads, {facts['date'][:10]}, commit {facts['commit']}",

@@ -193,6 +193,24 @@ def test_exact_is_measured_where_edge_is_lossy(measured: Callable[..., dict[str,
     ]  # fmt: skip
 
 
+def test_lean_takes_a_share(measured: Callable[..., dict[str, Any]]) -> None:
+    found = measured(systems=["edge", "edge-lean:0.9", "edge-lean"], budgets=[50])
+    assert [a[:2] for a in found["asked"]] == [("edge", 50), ("edge-lean:0.9", 50), ("edge-lean", 50)]
+    assert peers.system_of("edge-lean:0.9").options == {"predictor": 0.9}
+    assert peers.system_of("edge-lean") is peers.SYSTEMS["edge-lean"]
+    points = [cell(system) for system in ("naive", "edge-lean:0.9", "edge-lean:0.8", "edge")]
+    header = budget_tables.markdown([document(*points)]).splitlines()[0]
+    assert header.index("| edge |") < header.index("edge-lean:0.9") < header.index("edge-lean:0.8")
+
+
+@pytest.mark.parametrize(
+    "name", ["edge-lean:1", "edge-lean:0", "edge-lean:x", "edge:0.9", "edge-leaner", "edge-lean:nan"]
+)
+def test_a_share_that_lean_cannot_have_is_no_system(name: str) -> None:
+    with pytest.raises(ValueError, match=r"is not one of edge, .* or edge-lean:SHARE"):
+        peers.system_of(name)
+
+
 def test_only_edge_is_asked_below_its_floor(
     measured: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +315,24 @@ def test_all_models_make_one_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| m | 50 % = 1.00 GB | 2.00 | as edge | killed | 500 | 4.00 | 50 % |" in rows[2]
     assert "3.00 (lossy, perplexity 4.90) | 1.00 (perplexity 4.80) | - |" in rows[3]
     assert "edge: 4 cells: 3 done, 1 refused as it should; 0 killed" in text
+
+
+@pytest.mark.parametrize(
+    ("limits", "labels"),
+    [((30, 70), ["30", "40", "50", "60", "70"]), ((0.5, 30), ["0.5", "1", "2", "5", "10", "20"])],
+)
+def test_logarithmic_axes_have_plain_numbers(limits: tuple[float, float], labels: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set(yscale="log", ylim=limits)
+    report.plain_ticks(axes)
+    figure.canvas.draw()
+    shown = [t for t in axes.get_yticklabels(which="both") if limits[0] <= t.get_position()[1] <= limits[1]]
+    assert sorted((t.get_text() for t in shown if t.get_text()), key=float) == labels
+    assert axes.get_xscale() == "linear" and any(t.get_text() for t in axes.get_xticklabels())
 
 
 def test_figures_over_powers_hold_what_died(tmp_path: Path) -> None:
