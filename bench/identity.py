@@ -83,12 +83,12 @@ def asked(number: int, n_tokens: int, plain: str = "") -> dict[str, Any]:
     return config
 
 
-def engines(model: str, draft: str | None) -> Iterator[Any]:
+def engines(model: str, draft: str | None, threads: int | None) -> Iterator[Any]:
     """A model with everything in memory, then with less: streamed, windowed, or with a cache of experts."""
     import edge
     from edge.errors import BudgetError
 
-    load: dict[str, Any] = {"context": _CONTEXT, "exact": True, "pressure": "off"}
+    load: dict[str, Any] = {"context": _CONTEXT, "exact": True, "pressure": "off", "threads": threads}
     with edge.load(model, draft=draft, **load) as engine:
         yield engine
     # Only now: the first load of a process takes more, for its modules.
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> Found:
     end = time.monotonic() + 60 * args.minutes
     for path in args.model or _DRAFTS:
         model, texts = Path(path).stem, list[Any]()
-        for engine in engines(path, _DRAFTS.get(path, "self")):
+        for engine in engines(path, _DRAFTS.get(path, "self"), args.threads):
             texts = texts or _plain(engine, args)
             with log.open("a") if log is not None else nullcontext() as file:
                 for entry in compare(engine, texts, model, found, args.tokens):
@@ -207,6 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=256, help="of each text")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many; the log knows where")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--log", help="JSON lines of what was compared")
     report.add_output(parser)
     args = parser.parse_args(argv)
