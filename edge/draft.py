@@ -34,8 +34,8 @@ SELF = "self"
 _COPY_ACCEPTANCE, _COPY_DEPTH, _BUS_OVER_DRIVE = 0.85, 8, 8
 #: A copy must promise this much: it takes memory that other things could have.
 _WORTHWHILE = 1.1
-#: Look-ups keep two positions in each of two tables for a token.
-_LOOKUP_TOKEN_BYTES = 16
+#: A suffix automaton has at most two states and three edges of 16 bytes for a token, and 4 to 8 places of 4 to find them.
+_LOOKUP_TOKEN_BYTES = 112
 #: Rounding of blocks, and the state of a drafter.
 _SLACK_BYTES = 64 << 10
 #: The kernel charges a page table of 4 KiB for every 2 MiB.
@@ -221,7 +221,7 @@ def reserve(host: Host, plan: Plan, replan: PlanHost, draft: DraftModel | None) 
             reserved.notes.append(
                 f"Medusa heads left out: their {format_bytes(n_bytes)} and the output head do not fit in memory"
             )
-    n_bytes = _LOOKUP_TOKEN_BYTES * min(2 * plan.context, LOOKUP_WINDOW_TOKENS) + 4096
+    n_bytes = _LOOKUP_TOKEN_BYTES * min(plan.context, LOOKUP_WINDOW_TOKENS) + 4096
     if (found := fits(n_bytes)) is not None:
         reserved = replace(reserved, plan=found, core_bytes=reserved.core_bytes + n_bytes)
     return reserved

@@ -19,7 +19,7 @@ DRAFTERS = ("lookup", "draft", "self", "medusa", "lookahead")
 ACCEPTANCES = ("coupling", "rejection", "typical")
 _OFF = "off"
 _AUTO = "auto"
-#: Tokens of the text that look-ups remember; 16 bytes each.
+#: Tokens of the text that look-ups remember; some 100 bytes each.
 LOOKUP_WINDOW_TOKENS = 8192
 _LONGEST_DEPTH, MOST_ROWS = 16, 128
 

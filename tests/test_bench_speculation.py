@@ -74,7 +74,7 @@ def identity_of(model: Path, log: Path, capsys: pytest.CaptureFixture[str], prom
 
 @pytest.fixture
 def one_placement(monkeypatch: pytest.MonkeyPatch) -> None:
-    def engines(model: str, draft: str | None) -> Any:
+    def engines(model: str, draft: str | None, threads: int | None) -> Any:
         with edge.load(model, context=96, threads=2) as engine:
             yield engine
 

@@ -93,6 +93,31 @@ int64_t chain_verified(Controller& controller, const std::vector<int32_t>& guess
   return tree.size() - 1;
 }
 
+constexpr int64_t kMostAutomatonTokens = 1 << 20;
+
+// With memory of its own, for tests.
+struct LoneAutomaton {
+  explicit LoneAutomaton(int64_t max_tokens)
+      : budget(SuffixAutomaton::bytes(max_tokens) + (64 << 10)),
+        automaton(max_tokens, value(budget.reserve(SuffixAutomaton::bytes(max_tokens), "automaton"))) {}
+
+  py::list contexts() const {
+    py::list all;
+    for (int32_t state = automaton.longest(); state > 0; state = automaton.shorter(state)) {
+      std::vector<std::pair<int32_t, int64_t>> next;
+      automaton.continuations(state, [&](int32_t token, int64_t end) {
+        next.emplace_back(token, end);
+        return true;
+      });
+      all.append(py::make_tuple(automaton.length(state), next));
+    }
+    return all;
+  }
+
+  Budget budget;
+  SuffixAutomaton automaton;
+};
+
 const Binding kBinding("speculation", [](py::module_& module) {
   py::class_<Speculator>(module, "Speculator", "Drafters, verification and their controller for one engine.")
       .def(py::init<Engine&>(), py::arg("engine"), py::keep_alive<1, 2>())
@@ -168,6 +193,22 @@ const Binding kBinding("speculation", [](py::module_& module) {
            "How many of a chain of guesses are verified; then it learns which of them the text bears out.")
       .def("account", &Controller::account)
       .def("may_spend", &Controller::may_spend, py::arg("ms") = 0.0);
+  py::class_<LoneAutomaton>(module, "SuffixAutomaton", "What followed the end of a text where it occurred before.")
+      .def(py::init([](int64_t max_tokens) {
+             if (max_tokens < 1 || max_tokens > kMostAutomatonTokens) {
+               raise(error(Code::kBadArgument, "suffix automaton: expected room for 1..%lld tokens, found %lld",
+                           static_cast<long long>(kMostAutomatonTokens), static_cast<long long>(max_tokens)));
+             }
+             return std::make_unique<LoneAutomaton>(max_tokens);
+           }),
+           py::arg("max_tokens"))
+      .def("append",
+           [](LoneAutomaton& self, int32_t token) {
+             if (self.automaton.full()) raise(error(Code::kBadArgument, "suffix automaton: it is full"));
+             self.automaton.append(token);
+           })
+      .def("contexts", &LoneAutomaton::contexts,
+           "(length, [(token, where it stood last)]) of the ends of the text that occurred before, longest first.");
   module.def(
       "draw_without_replacement",
       [](const Pairs& q, size_t n, uint64_t seed, uint64_t position) {

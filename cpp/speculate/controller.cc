@@ -52,6 +52,7 @@ void Acceptance::record(uint8_t source, int64_t depth, bool accepted) {
 }
 
 void Acceptance::fade(uint8_t source) {
+  if (source >= kMaxSources) return;
   for (Count& count : counts_[source]) {
     count.tried /= 2;
     count.accepted /= 2;

@@ -35,9 +35,11 @@ class PassCost {
 class Acceptance {
  public:
   static constexpr int64_t kMaxDepth = 16;
-  static constexpr int kMaxSources = 64;
+  static constexpr int kMaxSources = 128;
 
-  void set_prior(uint8_t source, double rate) { prior_[source] = rate; }
+  void set_prior(uint8_t source, double rate) {
+    if (source < kMaxSources) prior_[source] = rate;
+  }
   void record(uint8_t source, int64_t depth, bool accepted);
   // Makes room for news of a source that was off.
   void fade(uint8_t source);
