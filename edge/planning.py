@@ -16,6 +16,7 @@ from flashload.curve import Curve, Option
 from flashload.errors import ArgumentError, BudgetError
 from flashload.estimate import CostModel
 from flashload.format import PackFile, is_pack
+from flashload.lean import with_free_reads
 from flashload.machine import cpu_count, format_bytes, parse_bytes, rss_bytes
 from flashload.pack import WEIGHTS
 from flashload.plan import Plan, directory_of
@@ -157,7 +158,8 @@ def _curve(
     packed = host.holding(cast(PackFile, pack))
 
     def make(memory_bytes: int) -> Plan:
-        return place_host(packed, replace(wanted, memory=memory_bytes)).plan
+        reserved = place_host(packed, replace(wanted, memory=memory_bytes))
+        return with_free_reads(reserved.plan, packed.directory, machine)
 
     weight_bytes, bits = _bits(pack)
     return Curve(
@@ -242,6 +244,7 @@ def plan(
     files = [] if found.largest_file is None else [found.largest_file]
     formats = {int(entry.format) for pack in found.packs.values() for entry in pack.entries.values()}
     machine = probe(place, n_threads, files, force=probe_again, formats=formats, on_measure=on_probe)
+    placed = placed and with_free_reads(placed, packed.directory, machine)
     wanted = replace(wanted, context=context, threads=n_threads)
     curves = [_curve(option, found, host, machine, wanted) for option in WEIGHTS]
     asked = curves[WEIGHTS.index(weights)]

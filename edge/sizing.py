@@ -17,6 +17,10 @@ from flashload.plan import Plan
 if TYPE_CHECKING:
     import _edge
 
+_NOT_MEASURED = (
+    "lean leaves out more than it might: how fast this drive is was not measured (edge plan does it)"
+)
+
 
 @dataclass(frozen=True)
 class Sized:
@@ -80,7 +84,20 @@ class Sizing:
         plan = reserved.plan
         self._wanted = replace(self._wanted, context=plan.context, threads=plan.threads)
         self.host = replace(self.host, peak_bytes=0)
-        return Sized(plan, self._engine_options(reserved), reserved)
+        reserved = self._with_free_reads(reserved)
+        return Sized(reserved.plan, self._engine_options(reserved), reserved)
+
+    def _with_free_reads(self, reserved: Reserved) -> Reserved:
+        """Where a predictor is lean: with the reads that cost no time, as far as the machine was measured."""
+        if reserved.plan.neuron_mode != "lean":
+            return reserved
+        from flashload.lean import with_free_reads
+        from flashload.probe import known
+
+        machine = known(self.host.pack.path.parent, reserved.plan.threads)
+        plan = with_free_reads(reserved.plan, self.host.directory, machine)
+        notes = [] if machine is not None else [_NOT_MEASURED]
+        return replace(reserved, plan=plan, notes=[*reserved.notes, *notes])
 
     def _draft_beside(self, plan: Plan) -> DraftModel:
         """The draft model, opened when first needed: later the files are closed."""

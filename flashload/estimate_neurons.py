@@ -134,7 +134,8 @@ class NeuronCost:
         compute += self._axpy_seconds(records.format, gate_share * self._active_share * rows * n_bytes)
         slots = plan.neuron_slots[records.id] if plan.neuron_slots else records.rows
         missing = wanted_share(self._active_share, rows, min(1.0, slots / records.rows))
-        missing *= read_share(plan.neuron_keep)
+        free = plan.neuron_free_reads / records.rows
+        missing = max(read_share(plan.neuron_keep) * missing, min(free, missing))
         if missing <= 0:
             return NeuronWork(decide + compute, 0.0, 0.0)
         drive = self._machine.drive

@@ -77,6 +77,8 @@ class Plan:
     neuron_mode: str = ""
     #: Share of a layer's energy for which records without a slot are read (mode "lean").
     neuron_keep: float = 1.0
+    #: And of each layer so many in any case, for they cost no time (flashload.lean).
+    neuron_free_reads: int = 0
     neuron_bytes: int = 0
     neuron_staging_bytes: int = 0
     neuron_slots: list[int] = field(default_factory=list, repr=False)
@@ -129,6 +131,7 @@ class Plan:
             "neuron_slots": self.neuron_slots,
             "neuron_bytes": self.neuron_bytes,
             "neuron_keep": self.neuron_keep,
+            "neuron_free_reads": self.neuron_free_reads,
             "neuron_staging_bytes": self.neuron_staging_bytes,
             "io_engine": "auto",
             "threads": self.threads,
@@ -145,8 +148,8 @@ class Plan:
         """JSON form, without the per-weight lists."""
         keys = (
             "memory_bytes context threads max_rows placement host_bytes resident_bytes stream_bytes ring_bytes "
-            "demand_bytes kv_bytes activation_bytes floor_bytes neuron_mode neuron_keep neuron_bytes "
-            "neuron_staging_bytes slab_bytes expert_slots experts_per_token slack_bytes "
+            "demand_bytes kv_bytes activation_bytes floor_bytes neuron_mode neuron_keep neuron_free_reads "
+            "neuron_bytes neuron_staging_bytes slab_bytes expert_slots experts_per_token slack_bytes "
             "flash_bytes_per_token"
         )
         return {key: getattr(self, key) for key in keys.split()} | {

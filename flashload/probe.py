@@ -309,8 +309,7 @@ def probe(
 
     place = _existing(place)
     isa = str(_edge.default_isa())
-    key = [_VERSION, file_system(place), _machine_name(), platform.machine(), isa, threads, os.cpu_count()]
-    kept = cache_folder() / f"probe-{xxh3(json.dumps(key).encode()):016x}.json"
+    kept = _kept(place, threads)
     found = None if force else _cached(kept)
     if found is not None and (found.drive.measured or not os.access(place, os.W_OK)):
         if found.missing(formats):
@@ -341,6 +340,19 @@ def probe(
     if why := _keep(kept, machine):
         machine.notes.append(why)
     return machine
+
+
+def known(place: Path, threads: int) -> Machine | None:
+    """What :func:`probe` measured of this machine before; None when it has not, or that is old."""
+    return _cached(_kept(_existing(place), threads))
+
+
+def _kept(place: Path, threads: int) -> Path:
+    import _edge
+
+    isa = str(_edge.default_isa())
+    key = [_VERSION, file_system(place), _machine_name(), platform.machine(), isa, threads, os.cpu_count()]
+    return cache_folder() / f"probe-{xxh3(json.dumps(key).encode()):016x}.json"
 
 
 def _with_formats(machine: Machine, formats: Collection[int]) -> Machine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ import numpy as np
 import pytest
 
 import edge
+from edge import loading
 from edge.errors import ArgumentError
 from flashload.format import PackFile
+from flashload.lean import with_free_reads
+from flashload.plan import directory_of
 from flashload.plan_neurons import LEAN_KEEP, read_share
+from flashload.probe import Machine
 from tests.neuron_packs import by_neuron, tiny_relu
-from tests.test_neuron_engine import N_NEURONS, generate, long_prompt, plan_of, windowed
+from tests.test_estimate import MACHINE
+from tests.test_neuron_engine import CONTEXT, N_NEURONS, generate, long_prompt, plan_of, windowed
 from tests.test_neuron_window import WEIGHTS, check, open_window, write
 
 SLOTS = N_NEURONS // 8
@@ -60,6 +66,26 @@ def test_nothing_is_passed_over_where_all_have_a_slot(pack: Path) -> None:
     whole, found = run(settings(pack, 0.5, slots=N_NEURONS))
     assert found["neurons_passed_over"] == 0 and found["neuron_misses"] == 0
     assert whole == run(settings(pack, 1.0, slots=N_NEURONS))[0]
+
+
+def test_the_more_reads_are_free_the_fewer_are_passed_over(pack: Path) -> None:
+    counted = [run(settings(pack, 0.5, neuron_free_reads=free))[1] for free in (0, 4, 16, 64)]
+    passed = [found["neurons_passed_over"] for found in counted]
+    assert passed == sorted(passed, reverse=True) and passed[-1] < passed[0] / 2
+    plain, _ = run(settings(pack))
+    all_free, found = run(settings(pack, 0.5, neuron_free_reads=N_NEURONS))
+    assert all_free == plain and found["neurons_passed_over"] == 0
+
+
+def test_with_free_reads_nothing_is_left_out_in_the_end(pack: Path) -> None:
+    """The more memory there is, the less is lost, at the same cost."""
+    shares = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+    made = [settings(pack, 0.7, slots=int(s * N_NEURONS), neuron_free_reads=24) for s in shares]
+    counted = [run(options)[1] for options in made]
+    passed = [found["neurons_passed_over"] for found in counted]
+    assert passed == sorted(passed, reverse=True) and passed[-1] < passed[0] / 100
+    misses = [found["neuron_misses"] for found in counted]
+    assert max(misses[1:]) <= misses[0]
 
 
 def test_exact_gates_leave_nothing_out(pack: Path) -> None:
@@ -117,6 +143,43 @@ def test_what_was_learnt_outlives_a_change_of_budget(pack: Path) -> None:
 def test_an_impossible_share_is_refused(pack: Path, keep: float) -> None:
     with pytest.raises(ArgumentError, match="neuron_keep: expected a share above 0"):
         _edge.Engine(settings(pack, keep))
+
+
+def test_reads_cannot_be_fewer_than_none(pack: Path) -> None:
+    with pytest.raises(ArgumentError, match="neuron_free_reads: expected 0 or more, found -1"):
+        _edge.Engine(settings(pack, neuron_free_reads=-1))
+
+
+def test_the_faster_the_drive_the_more_reads_are_free(pack: Path) -> None:
+    with PackFile(pack) as file:
+        directory = directory_of(file)
+    plan, _ = plan_of(pack, SHORT, LEAN_KEEP)
+    drives = [dataclasses.replace(MACHINE.drive, request_seconds=s) for s in (1.0, 2e-6, 1e-6)]
+    free = [with_free_reads(plan, directory, dataclasses.replace(MACHINE, drive=d)) for d in drives]
+    reads = [p.neuron_free_reads for p in free]
+    assert reads[0] == 0 < reads[1] < reads[2]
+    assert plan.flash_bytes_per_token == free[0].flash_bytes_per_token <= free[2].flash_bytes_per_token
+    assert free[2].engine_options(pack, {})["neuron_free_reads"] == reads[2]
+    for other in (plan_of(pack, SHORT, "on")[0], plan_of(pack, 1, LEAN_KEEP)[0]):
+        assert with_free_reads(other, directory, MACHINE) is other
+    assert with_free_reads(plan, directory, None) is plan
+
+
+def test_a_machine_that_was_measured_reads_for_nothing(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = dataclasses.replace(
+        MACHINE.drive, request_seconds=1e-7, bytes_per_second=1e11, sequential_bytes_per_second=1e11
+    )
+    found: list[Machine | None] = [None, dataclasses.replace(MACHINE, drive=quick)]
+    monkeypatch.setattr(loading, "rss_bytes", lambda: 0)
+    monkeypatch.setattr(loading, "peak_rss_bytes", lambda: 0)
+    options = {"context": CONTEXT, "threads": 2, "kv": "memory", "predictor": "lean"}
+    memory = plan_of(pack, SHORT, LEAN_KEEP)[0].memory_bytes
+    for machine in found:
+        monkeypatch.setattr("flashload.probe.known", lambda *_, machine=machine: machine)
+        with edge.load(pack, memory=memory, **options) as engine:
+            assert engine.plan.neuron_mode == "lean"
+            assert (engine.plan.neuron_free_reads > 0) == (machine is not None)
+            assert any("was not measured" in note for note in engine.notes) == (machine is None)
 
 
 def test_plan_is_lean_where_records_do_not_fit_and_exact_where_they_do(pack: Path) -> None:

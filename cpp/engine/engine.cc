@@ -40,6 +40,7 @@ DecoderOptions decoder_options(int64_t max_rows, int64_t context, const KvShape&
 DecoderOptions decoder_options(const EngineOptions& options, const KvShape& shape) {
   DecoderOptions out = decoder_options(options.max_rows, options.context, shape, options.kv, options.score_rows);
   out.neuron_keep = options.neuron_keep;
+  out.neuron_free_reads = options.neuron_free_reads;
   return out;
 }
 
@@ -118,6 +119,7 @@ Status Engine::resize(const EngineOptions& wanted) {
   options.max_rows = wanted.max_rows;
   options.budget_bytes = wanted.budget_bytes;
   options.neuron_keep = wanted.neuron_keep;
+  options.neuron_free_reads = wanted.neuron_free_reads;
   options.kv = with_tails(options.decoder, wanted.kv, options.max_rows);
   options.score_rows = wanted.score_rows;
   const KvShape shape = kv_shape(options.decoder, options.kv);

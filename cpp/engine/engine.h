@@ -28,6 +28,7 @@ struct EngineOptions {
   int64_t max_rows = 128;     // rows of one forward pass; never changes a result
   uint64_t budget_bytes = 0;  // for everything the core reserves
   float neuron_keep = 1;      // of a layer's energy, where a predictor decides (model/neuron_price.h); 1: all it names
+  int64_t neuron_free_reads = 0;  // and so many of a layer in any case
   KvOptions kv;
   int64_t score_rows = 1;  // with keys and values on a drive: rows whose scores are held at once
 };
@@ -46,8 +47,8 @@ class Engine {
   // partner: an engine that never computes at the same time; its threads serve this one too.
   static Result<std::unique_ptr<Engine>> open(EngineOptions options, Engine* partner = nullptr);
 
-  // Another budget between passes: plan, max_rows, budget_bytes, neuron_keep, kv and score_rows of `options` count, all else
-  // stays. What goes is given back before anything new is reserved; texts in the making go on bit for bit.
+  // Another budget between passes: plan, max_rows, budget_bytes, what neurons keep, kv and score_rows of `options` count, all
+  // else stays. What goes is given back before anything new is reserved; texts in the making go on bit for bit.
   // After an error the engine has its old plan again, or, should the drive fail for that too, restores it when next asked
   // to compute.
   Status resize(const EngineOptions& options);

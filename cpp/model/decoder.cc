@@ -62,9 +62,13 @@ Status Decoder::reserve(const DecoderOptions& options, Budget& budget) {
     return error(Code::kBadArgument, "neuron_keep: expected a share above 0, at most 1, found %g",
                  static_cast<double>(options.neuron_keep));
   }
+  if (options.neuron_free_reads < 0) {
+    return error(Code::kBadArgument, "neuron_free_reads: expected 0 or more, found %lld",
+                 static_cast<long long>(options.neuron_free_reads));
+  }
   release();
   options_ = options;
-  price_.set_keep(options.neuron_keep, config_.n_layers);
+  price_.set_keep(options.neuron_keep, options.neuron_free_reads, config_.n_layers);
   EDGE_ASSIGN(scratch_, Scratch::create(config_, options.max_rows, scratch_context(config_, options), pool_.size(), budget));
   if (config_.kv_type != KvType::kF16) {
     EDGE_ASSIGN(tiles_, TileAttention::create(config_, tile_options(options), kernels_, pool_, budget));

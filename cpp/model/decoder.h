@@ -46,6 +46,7 @@ struct DecoderOptions {
   // Where a predictor decides: the share of a layer's energy for which neurons without a place in memory are read
   // (model/neuron_price.h), in (0, 1].
   float neuron_keep = 1;
+  int64_t neuron_free_reads = 0;  // and so many of a layer in any case
 };
 
 class Decoder {

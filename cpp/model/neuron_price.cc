@@ -39,14 +39,25 @@ float NeuronPrice::price(int64_t layer, const Counts& n_predicted, const Counts&
   double left = (1 - static_cast<double>(keep_)) * total;
   for (size_t i = 0; i < n_known; ++i) {
     const double lost = mean[i] * n_missing[i];
-    if (lost > left) {
-      // Scores lie evenly in a bin.
-      const float edge = lower_edge(i);
-      return edge + static_cast<float>(left / lost) * (lower_edge(i + 1) - edge);
-    }
+    if (lost > left) return std::min(inside(i, left / lost), free_price(n_missing));
     left -= lost;
   }
-  return n_known > 0 ? lower_edge(n_known) : 0.0f;
+  return std::min(n_known > 0 ? lower_edge(n_known) : 0.0f, free_price(n_missing));
+}
+
+float NeuronPrice::free_price(const Counts& n_missing) const {
+  int64_t left = n_free_;
+  for (size_t i = kBins; i-- > 0;) {
+    const int64_t n = n_missing[i];
+    if (n > left) return inside(i, 1 - static_cast<double>(left) / static_cast<double>(n));
+    left -= n;
+  }
+  return 0.0f;
+}
+
+float NeuronPrice::inside(size_t bin, double share) {
+  const float edge = lower_edge(bin);
+  return edge + static_cast<float>(share) * (lower_edge(bin + 1) - edge);
 }
 
 }  // namespace edge

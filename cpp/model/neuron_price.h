@@ -1,6 +1,7 @@
 // What reading a neuron is worth, by the score that a predictor gave it: the energy (act(gate) * up)^2 that neurons of that
 // score turned out to have. Down columns of a layer are taken to be equally long. From that follows a price: the score up to
-// which those that have no place in memory may be passed over, so that a stated share of a layer's energy is kept.
+// which those that have no place in memory may be passed over, so that a stated share of a layer's energy is kept. It is
+// never so high that fewer are read than cost no time: what a drive brings while a layer is computed need not be left out.
 #pragma once
 
 #include <algorithm>
@@ -21,9 +22,11 @@ class NeuronPrice {
     return static_cast<uint8_t>(std::clamp(bin, 0, static_cast<int>(kBins) - 1));
   }
 
-  // keep: share of the energy, above 0; 1: everything is read. What was learnt stays.
-  void set_keep(float keep, int64_t n_layers) {
+  // keep: share of the energy, above 0; 1: everything is read. n_free: so many of a layer's missing neurons, those with the
+  // highest scores, are read in any case. What was learnt stays.
+  void set_keep(float keep, int64_t n_free, int64_t n_layers) {
     keep_ = keep;
+    n_free_ = n_free;
     if (keep < 1) layers_.resize(static_cast<size_t>(n_layers));
   }
   bool is_free() const { return !(keep_ < 1); }
@@ -43,11 +46,16 @@ class NeuronPrice {
   static float lower_edge(size_t bin) {
     return std::bit_cast<float>(static_cast<uint32_t>(kFirstBin + static_cast<int>(bin)) << kShift);
   }
+  // The score that a share of a bin's neurons are below, which lie evenly in it.
+  static float inside(size_t bin, double share);
+  // The score that about n_free_ of the missing are above.
+  float free_price(const Counts& n_missing) const;
   struct Seen {
     float n = 0;
     float energy = 0;
   };
   float keep_ = 1;
+  int64_t n_free_ = 0;
   std::vector<std::array<Seen, kBins>> layers_;
 };
 
