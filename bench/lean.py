@@ -2,12 +2,14 @@
 
 A text is decoded token by token with so many of each layer's records in memory: all neurons computed, all that the
 predictor names, and of these only as many of the missing ones read as keep a share of a layer's energy
-(``edge.load(predictor="lean")``). Perplexity stands beside what was read for a token.
+(``edge.load(predictor="lean")``), or of each layer so many in any case (``--free``: what it takes to cost no time).
+Perplexity stands beside what was read for a token.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -41,15 +43,17 @@ class _Scores:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every way to decide with every share of slots."""
     decoder, texts, document = window.prepare(args)
-    ways = [("all neurons", "exact", 1.0), ("predictor", "predictor", 1.0)]
-    ways += [(f"lean {keep:g}", "predictor", keep) for keep in args.keep]
+    ways = [("all neurons", "exact", 1.0, 0), ("predictor", "predictor", 1.0, 0)]
+    for keep, free in itertools.product(args.keep, args.free):
+        ways.append((f"lean {keep:g}" + (f", {free} free" if free else ""), "predictor", keep, free))
     for share in args.shares:
-        for way, mode, keep in ways:
+        for way, mode, keep, free in ways:
             options = window.options_of(args.pack, decoder, share, mode, max(map(len, texts)) + 8)
             scores = _Scores(texts[0])
-            figures = window.replay(options | {"neuron_keep": keep}, texts, scores.step)
-            result = {"slot_share": share, "way": way, "keep": keep, "perplexity": scores.perplexity}
-            document["results"].append(result | figures)
+            asked = {"neuron_keep": keep, "neuron_free_reads": free}
+            figures = window.replay(options | asked, texts, scores.step)
+            result = {"slot_share": share, "way": way, "perplexity": scores.perplexity}
+            document["results"].append(result | asked | figures)
     return document
 
 
@@ -99,6 +103,9 @@ def main() -> int:
     )
     window.add_options(parser, [0.05, 0.15, 0.3])
     parser.add_argument("--keep", type=float, nargs="+", default=[0.98, 0.95, 0.9, 0.8])
+    parser.add_argument(
+        "--free", type=int, nargs="+", default=[0], help="reads of a layer and pass that are free"
+    )
     args = parser.parse_args()
     if args.texts < 2:
         parser.error(f"--texts: expected 2 or more, the first warms, found {args.texts}")
