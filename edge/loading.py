@@ -63,8 +63,8 @@ def load(
             is too short to know (a small loss); "on" lets it guess wherever memory is, "off" never. "lean" reads, of
             what it names and memory does not hold, only the neurons that count most: those that keep 95 % of a layer's
             energy, or a share given as a number, and those whose reads cost no time on this machine (as far as
-            :func:`edge.plan` has measured it). That is faster, and the text then depends on what memory holds, so on the
-            budget and on the texts before.
+            :func:`edge.plan` has measured it). That is faster, and the text then depends on what memory holds, so on
+            the budget and on the texts before.
         draft: a smaller model of the same vocabulary whose guesses speculation verifies; held in memory inside the
             same budget, or left out with a note (``Engine.notes``) where it does not fit. "self" takes a copy of the
             model itself at 4 bits, made once and kept in the cache folder, where its guesses save more than its
