@@ -18,7 +18,7 @@ from bench import machine, peers, report
 from bench.cgroup import CgroupResult
 from bench.report import Spread
 from bench.weights import Weights
-from flashload.plan_neurons import GUESSED
+from flashload.neuron_use import GUESSED
 
 #: "Percent" of a limit that edge has to refuse, and its share of the least that edge says it needs.
 BELOW_FLOOR, BELOW_FLOOR_SHARE = 0.0, 0.9

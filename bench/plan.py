@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -114,14 +115,17 @@ def _predict(
     """The prediction for what was run; how many neurons the text needs is not the plan's to know and comes from it."""
     from flashload.estimate import CostModel
     from flashload.format import PackFile
-    from flashload.plan import weights_of
+    from flashload.plan import directory_of, weights_of
     from flashload.probe import machine_from
 
     with PackFile(pack) as file:
         weights = weights_of(file)
         neurons = sum(w.rows for w in weights if w.name.endswith(".neurons.records"))
-        share = {"active_share": neurons_wanted / neurons} if neurons_wanted else {}
-        model = CostModel(weights, file.config.to_json(), machine_from(figures), **share)
+        use = directory_of(file).neurons.use
+        if neurons_wanted:
+            share = neurons_wanted / neurons
+            use = replace(use, active_share=share, predicted_share=share)
+        model = CostModel(weights, file.config.to_json(), machine_from(figures), use)
     found = model.predict(plan, position=position, prompt_tokens=prompt)
     return found.to_dict() | {"peak_bytes": plan.predicted_peak_bytes}
 

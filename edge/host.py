@@ -56,7 +56,7 @@ class Host:
         """The same process with another pack."""
         directory = directory_of(pack)
         if self.directory.thresholds_bytes:
-            directory = directory.with_thresholds(self.directory.neurons.active_share)
+            directory = directory.with_thresholds(self.directory.neurons.use.active_share)
         directory = directory.with_kv_type(kv_type_of(self.directory.decoder))
         return replace(self, pack=pack, directory=directory)
 

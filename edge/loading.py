@@ -163,7 +163,7 @@ def _load(
     notes: list[str] = []
     thresholds = read_thresholds(host.pack) if host.directory.thresholds_bytes else None
     if thresholds is not None:
-        if thresholds_pay(sized.plan, host.directory.entries, host.directory.neurons.active_share):
+        if thresholds_pay(sized.plan, host.directory.entries, host.directory.neurons.use.active_share):
             core.set_neuron_thresholds(thresholds)
         else:
             notes.append("no neuron is left out: with this little memory, more would be read from the drive")

@@ -169,7 +169,7 @@ def _curve(
             packed.directory.entries,
             packed.directory.decoder,
             machine,
-            packed.directory.neurons.active_share,
+            packed.directory.neurons.use,
         ),
         weight_bytes=weight_bytes,
         bits_per_weight=bits,
@@ -264,7 +264,7 @@ def plan(
         recommendation=words,
         machine=machine,
         notes=found.notes
-        + _assumed(found, packed.directory.neurons.active_share)
+        + _assumed(found, packed.directory.neurons.use.active_share)
         + machine.notes
         + ([machine.drive.note] if machine.drive.note else []),
     )
@@ -283,7 +283,7 @@ def _assumed(model: Outline, active_share: float) -> list[str]:
         )
     if _has_neurons(model):
         notes.append(
-            f"{100 * active_share:.0f} % of the neurons are taken to be active, any as likely as another"
+            f"{100 * active_share:.0f} % of the neurons are taken to be active, some far more often than others"
         )
     return notes
 

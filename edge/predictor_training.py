@@ -30,6 +30,7 @@ from flashload.checkpoint import open_checkpoint
 from flashload.errors import ArgumentError, BudgetError
 from flashload.format import PackFile, is_pack
 from flashload.machine import format_bytes, parse_bytes, rss_bytes, trim_memory
+from flashload.neuron_use import measure_falloff
 from flashload.pack import pack
 from flashload.pack_layout import xxh3
 from flashload.pack_predictor import BITS, add_predictors
@@ -276,8 +277,11 @@ def train_predictor(
     done = [found for layer in range(n_layers) if (found := work.layer(layer)) is not None]
     reports = [LayerReport(rank=stored.down.rows, bytes=stored.bytes, **found) for stored, found in done]
     facts = {
-        key: round(sum(getattr(r, key) for r in reports) / n_layers, 4) for key in ("recall", "predicted")
+        key: round(sum(getattr(r, key) for r in reports) / n_layers, 4)
+        for key in ("recall", "predicted", "active")
     }
+    if falloff := measure_falloff([work.open_rows("held-out", i, neurons) for i in range(n_layers)]):
+        facts["falloff"] = falloff
     file_bytes = add_predictors(
         work.base,
         path,

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge.calibration import Captured
 from flashload.errors import DiskError
+from flashload.neuron_use import USE_TOKENS
 from flashload.pack_predictor import StoredMatrix, StoredPredictor
 from quant.formats import WeightFormat
 
@@ -69,6 +71,14 @@ class WorkFolder:
     def rows(self, part: str, layer: int) -> tuple[Path, Path]:
         """Files of one layer's inputs and open bits; part is "fit" or "held-out"."""
         return self.path / f"{part}-{layer}.inputs", self.path / f"{part}-{layer}.open"
+
+    def open_rows(self, part: str, layer: int, n_neurons: int) -> NDArray[np.bool_]:
+        """[tokens, neurons]: which neurons were open for the first tokens of the text, as many as tell their use."""
+        row_bytes = -(-n_neurons // 8)
+        packed = np.fromfile(self.rows(part, layer)[1], np.uint8, USE_TOKENS * row_bytes).reshape(
+            -1, row_bytes
+        )
+        return np.unpackbits(packed, axis=1, count=n_neurons, bitorder="little").astype(bool)
 
     def write_rows(self, part: str, blocks: Iterable[Captured], n_layers: int, n_bytes: int) -> None:
         """Appends captured blocks to the files of every layer.

@@ -19,9 +19,10 @@ from typing import Any
 
 from flashload.calibrate import row_values
 from flashload.estimate_neurons import NeuronCost
+from flashload.neuron_use import NeuronUse
 from flashload.plan import RESIDENT, Plan, Weight
 from flashload.plan_kv import KV_BUFFERS, kv_token_bytes, kv_type_of
-from flashload.plan_neurons import ACTIVE_SHARE, is_extra
+from flashload.plan_neurons import is_extra
 from flashload.probe import READ_BYTES, Machine
 from quant.formats import TILE_FORMATS, TILE_ROWS, WeightFormat
 
@@ -33,9 +34,9 @@ _DENSE_STEPS = 5
 _EXPERT_STEPS, _ROUTED_STEPS = 2, 4
 #: Time that attention computes, against that over f16: integer products take several values at a time.
 _KV_COMPUTE = {"f16": 1.0, "int8": 0.4, "int4": 0.4}
-#: Share of missing experts whose read begins before their layer has chosen: of what routers of trained and random
-#: weights named from the residual stream of the layer before, 0.73 to 0.81 was then chosen.
-_GUESSED = 0.8
+#: Of what routers of trained and random weights named from the residual stream of the layer before, so much was then
+#: chosen.
+_RIGHT_GUESSES = 0.75
 _TABLES = ("embed.weight", "embed.position")
 _NOT_READ = (int(WeightFormat.F32_VECTOR), int(WeightFormat.BYTES))
 
@@ -124,7 +125,7 @@ class CostModel:
         weights: the directory in file order.
         decoder: DecoderConfig as a dict.
         machine: the probe's figures.
-        active_share: share of a sparse FFN's neurons that a token needs (packs with records of neurons).
+        use: how texts use neurons (packs with records of them).
     """
 
     def __init__(
@@ -132,12 +133,12 @@ class CostModel:
         weights: Sequence[Weight],
         decoder: Mapping[str, Any],
         machine: Machine,
-        active_share: float = ACTIVE_SHARE,
+        use: NeuronUse | None = None,
     ) -> None:
         self._weights = weights
         self._decoder = decoder
         self._machine = machine
-        self._neurons = NeuronCost(weights, machine, active_share)
+        self._neurons = NeuronCost(weights, machine, use)
         self._layers, self._head, self._experts = _Group(), _Group(), _Group()
         self._tables: list[Weight] = []
         tied = bool(decoder["tied_head"])
@@ -264,12 +265,8 @@ class CostModel:
             + self._token_seconds()
             + row_seconds
         )
-        mixture, expert_bytes = self._mixture_seconds(hit, 1, top_k)
-        if expert_bytes:
-            hiding = self._layers.seconds(self._machine, 1) + self._attention_seconds(at)
-            reading = self._machine.drive.seconds(expert_bytes, self._read_bytes)
-            alone, _ = self._mixture_seconds(1.0, 1, top_k)
-            mixture += _GUESSED * (max(alone, reading - hiding) - mixture)
+        idle = self._layers.seconds(self._machine, 1) + self._attention_seconds(at)
+        mixture, expert_bytes = self._mixture_seconds(hit, 1, top_k, idle)
         neurons = self._neurons.work(plan, 1)
         stream = self._machine.drive.seconds(plan.stream_bytes)
         kv = self._kv_reads(plan, at, 1)
@@ -296,20 +293,34 @@ class CostModel:
     def _read_bytes(self) -> float:
         return min(READ_BYTES, self._expert_weight_bytes or READ_BYTES)
 
-    def _mixture_seconds(self, hit: float | None, rows: float, at_work: float) -> tuple[float, float]:
-        """(seconds, bytes read) of all mixtures when each uses ``at_work`` of its experts, on ``rows`` rows each."""
+    def _mixture_seconds(
+        self, hit: float | None, rows: float, at_work: float, idle_seconds: float = 0.0
+    ) -> tuple[float, float]:
+        """(seconds, bytes read) of all mixtures when each uses ``at_work`` of its experts, on ``rows`` rows each.
+
+        Args:
+            idle_seconds: what else the layers of a pass do, when guesses may be read; 0 where nothing is guessed.
+        """
         if hit is None or not self._n_sparse:
             return 0.0, 0.0
         machine = self._machine
         share = 1 / (self._n_sparse * self._decoder["n_experts"])
         one = self._experts.seconds(machine, rows, share)
-        read = at_work * (1 - hit) * self._expert_bytes
-        if read <= 0:
+        missing = at_work * (1 - hit)
+        if missing <= 0:
             return self._n_sparse * at_work * one, 0.0
+        # The drive is idle between what one layer has read and what the next one chooses. A guess begins then, where
+        # the likeliest expert is not at hand; a wrong one is read to its end, while the layer waits.
+        read_one = machine.drive.seconds(self._expert_bytes, self._read_bytes)
+        idle = idle_seconds / self._n_sparse
+        guessing = (self._n_sparse - 1) / self._n_sparse if idle else 0.0
+        guesses = guessing * min(missing, (1 - hit) * max(1.0, idle / read_one))
+        read = (missing + (1 - _RIGHT_GUESSES) * guesses) * self._expert_bytes
+        ahead = min(idle, guesses * read_one)
         # All of a layer's reads start together; the last expert read is computed after it has landed.
         any_miss = 1 - hit**at_work
         reading = any_miss * machine.drive.first_byte_seconds + machine.drive.seconds(read, self._read_bytes)
-        layer = max(at_work * one, reading) + any_miss * one / 2
+        layer = max(at_work * one, reading - ahead) + any_miss * one / 2
         return self._n_sparse * layer, self._n_sparse * read
 
     # -- prompt -----------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flashload.neuron_use import GUESSED, NeuronUse
 from flashload.plan import Plan, Weight
-from flashload.plan_neurons import ACTIVE_SHARE, GUESSED, is_neurons, read_share, wanted_share
+from flashload.plan_neurons import is_neurons, read_share
 from flashload.probe import Machine
 from quant.formats import WeightFormat
 
@@ -24,6 +25,9 @@ _RUN_BYTES = 256 << 10
 _BLOCK_BYTES = 512
 #: A predictor lets so many rows at once look a layer ahead (cpp/model/sparse_ffn.cc).
 _AHEAD_ROWS = 4
+#: Of what a layer lacks, the part that is there or on its way when the layer is reached: 0.75 to 0.93 was asked for a
+#: layer ahead, and not all of that had come.
+_FORETOLD = 0.75
 #: Formats of records, the tile format with the same bits, and bytes per value with scales (quant.formats.neuron).
 _LIKE = {
     WeightFormat.NEURON_F16: (WeightFormat.F16, 2.0),
@@ -80,14 +84,12 @@ class NeuronCost:
     """The layers of a directory that are stored by neuron.
 
     Args:
-        active_share: share of the neurons that a token needs.
+        use: how texts use them.
     """
 
-    def __init__(
-        self, weights: Sequence[Weight], machine: Machine, active_share: float = ACTIVE_SHARE
-    ) -> None:
+    def __init__(self, weights: Sequence[Weight], machine: Machine, use: NeuronUse | None = None) -> None:
         self._machine = machine
-        self._active_share = active_share
+        self._use = use or NeuronUse()
         self._records = [w for w in weights if w.name.endswith(".neurons.records")]
         self._gates = {w.layer: w for w in weights if w.name.endswith(".neurons.gates")}
         self._predictors = [w for w in weights if ".predictor." in w.name]
@@ -120,20 +122,21 @@ class NeuronCost:
         gates = self._gates.get(records.layer)
         gate_share = gates.chunk_bytes / records.chunk_bytes if gates is not None else 1 / 3
         n_bytes = float(records.rows * records.chunk_bytes)
-        union = wanted_share(self._active_share, rows)
+        mode = plan.neuron_mode
+        token_share, union = self._use.token_share(mode), self._use.wanted_share(mode, rows)
         # Rows at work on one record, on average.
-        each = rows * self._active_share / union
+        each = rows * token_share / union
         decide = 0.0
         # Of an active record the down column is added, its other rows are multiplied; the gate is known already where
         # it decided.
         multiplied = 1 - gate_share
-        if plan.neuron_mode not in GUESSED:
+        if mode not in GUESSED:
             decide = self._dot_seconds(records.format, gate_share * n_bytes, rows)
             multiplied -= gate_share
         compute = self._dot_seconds(records.format, multiplied * union * n_bytes, each)
-        compute += self._axpy_seconds(records.format, gate_share * self._active_share * rows * n_bytes)
+        compute += self._axpy_seconds(records.format, gate_share * token_share * rows * n_bytes)
         slots = plan.neuron_slots[records.id] if plan.neuron_slots else records.rows
-        missing = wanted_share(self._active_share, rows, min(1.0, slots / records.rows))
+        missing = self._use.wanted_share(mode, rows, min(1.0, slots / records.rows))
         free = plan.neuron_free_reads / records.rows
         missing = max(read_share(plan.neuron_keep) * missing, min(free, missing))
         if missing <= 0:
@@ -142,12 +145,15 @@ class NeuronCost:
         most_bytes = min(_RUN_BYTES, plan.neuron_staging_bytes / 4)
         read, requests = reads_of(records.rows, records.chunk_bytes, missing, most_bytes)
         reading = drive.first_byte_seconds + drive.seconds(read, read / requests)
-        if plan.neuron_mode in GUESSED and rows <= _AHEAD_ROWS:
-            # The drive reads a layer ahead, behind everything else that a pass does.
-            return NeuronWork(decide + compute, read, reading)
+        # Who computes also asks for what is missing.
+        asking = requests * drive.cpu_seconds_per_request
+        if mode in GUESSED and rows <= _AHEAD_ROWS:
+            # Most is read a layer ahead, behind everything else that a pass does.
+            late = drive.first_byte_seconds + (1 - _FORETOLD) * reading
+            return NeuronWork(decide + compute + asking + late, read, reading)
         # What is in memory is multiplied while the rest arrives.
         here = compute * (1 - missing / union)
-        return NeuronWork(decide + max(here, reading) + (compute - here) / 2, read, reading)
+        return NeuronWork(decide + max(here + asking, reading) + (compute - here) / 2, read, reading)
 
     def _dot_seconds(self, code: int, n_bytes: float, rows: float) -> float:
         rate = self._machine.neurons.get(code)

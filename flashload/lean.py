@@ -26,7 +26,7 @@ def with_free_reads(plan: Plan, model: Directory, machine: Machine | None) -> Pl
     if plan.neuron_mode != "lean" or machine is None:
         return plan
     records = model.neurons.records
-    cost = CostModel(model.entries, model.decoder, machine, model.neurons.active_share)
+    cost = CostModel(model.entries, model.decoder, machine, model.neurons.use)
     in_memory = replace(plan, neuron_slots=[w.rows for w in model.entries])
     seconds = _IDLE_SHARE * cost.predict(in_memory).memory_seconds / len(records)
     record_bytes = max(w.chunk_bytes for w in records) + _BLOCK_BYTES

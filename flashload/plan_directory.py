@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from flashload.plan_neurons import ACTIVE_SHARE, Guess, NeuronModel, is_extra, is_neurons
+from flashload.neuron_use import neuron_use
+from flashload.plan_neurons import Guess, NeuronModel, is_extra, is_neurons
 
 if TYPE_CHECKING:
     from flashload.format import PackFile
@@ -57,12 +58,14 @@ class Directory:
     Args:
         weights: the directory in file order, which is the order a pass reads them.
         decoder: DecoderConfig as a dict.
+        metadata: the pack's, which may say how texts use its neurons.
     """
 
-    def __init__(self, weights: Sequence[Weight], decoder: dict[str, Any]) -> None:
+    def __init__(
+        self, weights: Sequence[Weight], decoder: dict[str, Any], metadata: Mapping[str, Any] | None = None
+    ) -> None:
         self.entries = weights
-        # Other functions than ReLU leave no neuron at zero.
-        self.neurons = NeuronModel(weights, ACTIVE_SHARE if decoder["activation"] == "relu" else 1.0)
+        self.neurons = NeuronModel(weights, neuron_use(metadata or {}, decoder["activation"]))
         self.decoder = decoder | {"by_neuron": bool(self.neurons.records)}
         #: Of neurons' activations, where the core is given them (flashload.sparsity).
         self.thresholds_bytes = 0
@@ -100,7 +103,7 @@ class Directory:
     def with_thresholds(self, active_share: float) -> Directory:
         """The same for a core that is given thresholds of all neurons, which leave this share of them active."""
         other = copy(self)
-        other.neurons = NeuronModel(self.entries, active_share)
+        other.neurons = NeuronModel(self.entries, replace(self.neurons.use, active_share=active_share))
         n_neurons = int(self.decoder["n_layers"]) * int(self.decoder["intermediate_size"])
         other.thresholds_bytes = round_up(4 * n_neurons)
         return other
@@ -152,7 +155,7 @@ def row_bytes(tables: Sequence[Weight]) -> int:
 
 def directory_of(pack: PackFile) -> Directory:
     """The directory of a pack, ready to be planned."""
-    return Directory(weights_of(pack), pack.config.to_json())
+    return Directory(weights_of(pack), pack.config.to_json(), pack.metadata)
 
 
 def weights_of(pack: PackFile) -> list[Weight]:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+from flashload.neuron_use import GUESSED, NeuronUse
+
 _PAGE_BYTES = 4096
 #: Records on their way in: as many reads as keep a drive busy, less in a small budget.
 _STAGING_MOST_BYTES, _STAGING_SHARE = 4 << 20, 32
@@ -16,17 +18,8 @@ _STAGING_MOST_BYTES, _STAGING_SHARE = 4 << 20, 32
 #: once for all layers, the misses of one turn and the guesses of the next.
 _TABLE_PER_NEURON, _TABLE_PER_SLOT = 8 + 3 * 4, 4
 _TURN_PER_NEURON, _TURN_PER_SLOT = 24 + 16 + 4, 4
-#: Of the neurons a token wants, (1 - share held) ** 3 have no slot: some are used far more than others. And a predictor
-#: wants a third more of them than are active. Measured: ``python -m bench window`` on a model of which 6 % are active.
-_MISS_POWER, _PREDICTED_PER_ACTIVE = 3, 4 / 3
-#: Share of the neurons that a token needs: OPT 0.03 (arXiv 2312.11514), Llamas trained to ReLU 0.1 to 0.3 (2402.13516).
-ACTIVE_SHARE = 0.1
-#: Ranks at which the use of neurons is summed up.
-_RANKS = 64
 #: A predictor changes the text a little: it has to save a third of the reads.
 _WORTH_A_LOSS = 2 / 3
-#: Modes in which a predictor decides.
-GUESSED = ("predictor", "lean")
 #: What ``predictor="lean"`` keeps of a layer's energy; the perplexity it costs: ``python -m bench lean``.
 LEAN_KEEP = 0.95
 #: Of the missing, exp(-10 * loss ** 0.6) are read then: so does the random process of ``bench.sparsity``, with a
@@ -53,20 +46,6 @@ class Weight(Protocol):
     def rows(self) -> int: ...
     @property
     def chunk_bytes(self) -> int: ...
-
-
-def wanted_share(active_share: float, rows: int, held_share: float = 0.0) -> float:
-    """Share of a layer's neurons that some of ``rows`` rows want and that are not among the ``held_share`` most used.
-
-    A neuron of rank s (0 is the most used, 1 the least) is wanted by a row with probability 3 * active_share *
-    (1 - s)**2: for one row this leaves (1 - held_share)**3 of the active ones to be read, which is what was measured.
-    Where more than a third are active, use is as uneven as probabilities can be, down to all being equal.
-    """
-    power = min(float(_MISS_POWER), 1 / active_share)
-    step = (1 - held_share) / _RANKS
-    ranks = (held_share + (i + 0.5) * step for i in range(_RANKS))
-    use = (min(1.0, power * active_share * (1 - s) ** (power - 1)) for s in ranks)
-    return float(sum(1 - (1 - p) ** rows for p in use) * step)
 
 
 def read_share(keep: float) -> float:
@@ -110,11 +89,11 @@ class NeuronModel:
     """The entries of a pack that belong to neurons.
 
     Args:
-        active_share: share of the neurons that a token needs.
+        use: how texts use them.
     """
 
-    def __init__(self, weights: Sequence[Weight], active_share: float = ACTIVE_SHARE) -> None:
-        self.active_share = active_share
+    def __init__(self, weights: Sequence[Weight], use: NeuronUse | None = None) -> None:
+        self.use = use or NeuronUse()
         self.records = [w for w in weights if w.name.endswith(".neurons.records")]
         self.gates = [w for w in weights if w.name.endswith(".neurons.gates")]
         predictors = [w for w in weights if ".predictor." in w.name]
@@ -178,19 +157,17 @@ class NeuronModel:
 
     def predictor_pays(self, guess: NeuronPlacement, exact: NeuronPlacement) -> bool:
         """Whether the place that gate rows would take, given to more slots, saves reads enough to bear a loss."""
-        return _PREDICTED_PER_ACTIVE * self._missing(guess) < _WORTH_A_LOSS * self._missing(exact)
+        return self._missing_share(guess) < _WORTH_A_LOSS * self._missing_share(exact)
 
-    def _missing(self, placement: NeuronPlacement) -> float:
-        """Share of the wanted neurons that have no slot."""
+    def _missing_share(self, placement: NeuronPlacement) -> float:
+        """Share of the neurons that a token wants and that have no slot."""
         held = sum(placement.slots[w.id] for w in self.records)
-        share = held / sum(w.rows for w in self.records)
-        return wanted_share(self.active_share, 1, share) / wanted_share(self.active_share, 1)
+        return self.use.wanted_share(placement.mode, 1, held / sum(w.rows for w in self.records))
 
     def read_bytes(self, placement: NeuronPlacement) -> float:
         """Read from the drive for one token."""
-        wanted = self.active_share * (_PREDICTED_PER_ACTIVE if placement.mode in GUESSED else 1)
-        wanted *= read_share(placement.keep)
-        return wanted * self._missing(placement) * sum(w.rows * w.chunk_bytes for w in self.records)
+        read = self._missing_share(placement) * read_share(placement.keep)
+        return read * sum(w.rows * w.chunk_bytes for w in self.records)
 
     def resident_bytes(self, placement: NeuronPlacement) -> int:
         """Bytes of the predictor weights that a placement loads."""

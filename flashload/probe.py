@@ -35,7 +35,7 @@ from flashload.probe_kernels import (
 from quant.formats import TILE_FORMATS
 from quant.formats.neuron import NEURON_FORMATS
 
-_VERSION = 3
+_VERSION = 4
 #: Bytes of one read of a stream (cpp/store/read_run.h), and reads the core keeps in flight (cpp/store).
 READ_BYTES = 1 << 20
 _DEPTH = 32
@@ -62,6 +62,7 @@ class DriveRate:
         sequential_bytes_per_second: the most one long stream gets.
         first_byte_seconds: latency of a single small request.
         cpu_seconds_per_byte: processor time the reading itself takes (submission, and hashing every chunk).
+        cpu_seconds_per_request: the same of one small request, besides its bytes.
         measured: False for assumed figures; ``note`` says why.
     """
 
@@ -74,6 +75,7 @@ class DriveRate:
     direct: bool = True
     measured: bool = True
     note: str = ""
+    cpu_seconds_per_request: float = 0.0
 
     def seconds(self, n_bytes: float, request_bytes: float = READ_BYTES) -> float:
         """Time to read ``n_bytes`` in requests of ``request_bytes``, many in flight."""
@@ -191,14 +193,14 @@ def probe_drive(path: Path) -> DriveRate:
                 for _ in range(2)
             ]
             got = max(runs, key=lambda run: run["bytes_per_second"])
-            keys = ("bytes_per_second", "mean_latency_us", "p99_latency_us")
+            keys = ("bytes_per_second", "mean_latency_us", "p99_latency_us", "bytes", "cpu_seconds")
             points.append({"bytes_per_request": size, "depth": depth} | {key: got[key] for key in keys})
     got = _edge.bench_read(
         str(path), bytes_per_request=READ_BYTES, depth=_DEPTH, seconds=_SEQUENTIAL_SECONDS, sequential=True
     )
     cpu = got["cpu_seconds"] / got["bytes"]
     request_seconds, rate = fit_drive([p for p in points if p["depth"] == _DEPTH])
-    single = next(p for p in points if p["depth"] == 1)
+    single, many = (next(p for p in points if p["depth"] == depth) for depth in _DEPTHS)
     fastest = max(got["bytes_per_second"], *(p["bytes_per_second"] for p in points))
     return DriveRate(
         request_seconds,
@@ -209,6 +211,7 @@ def probe_drive(path: Path) -> DriveRate:
         points,
         direct=bool(got["direct"]),
         note="" if got["direct"] else "the file system refuses O_DIRECT: rates include the kernel's copy",
+        cpu_seconds_per_request=many["cpu_seconds"] * many["bytes_per_request"] / many["bytes"],
     )
 
 

@@ -39,6 +39,7 @@ class VirtualPack:
     path: Path
     config: DecoderConfig
     entries: dict[str, Entry]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ def _planned(
 
 def _of_pack(path: Path) -> Outline:
     with PackFile(path) as pack:
-        packs = {"keep": VirtualPack(path, pack.config, pack.entries)}
+        packs = {"keep": VirtualPack(path, pack.config, pack.entries, pack.metadata)}
         for option in WEIGHTS[1:]:
-            packs[option] = VirtualPack(path, pack.config, _converted(pack.entries, option))
+            packs[option] = VirtualPack(path, pack.config, _converted(pack.entries, option), pack.metadata)
         return Outline(path, "pack", packs, path, _vocab_bytes(pack.config.vocab_size, None))
 
 

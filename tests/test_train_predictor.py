@@ -19,6 +19,7 @@ from edge.predictor_work import WorkFolder
 from flashload.errors import ArgumentError, BudgetError
 from flashload.format import PackFile
 from flashload.pack import pack
+from flashload.plan import directory_of
 from tests.builtin_family import one_thread  # noqa: F401
 from tests.neuron_packs import tiny_relu
 from tests.tiny import tiny_hf
@@ -94,6 +95,11 @@ def test_a_dense_pack_learns_its_predictors(
         file.verify()
         assert file.metadata["predictor"]["rank"] == [32, 32]
         assert file.metadata["predictor"]["recall"] == pytest.approx(report.mean.recall, abs=1e-4)
+        # A plan of the pack knows how much of it texts use.
+        use = directory_of(file).neurons.use
+        assert use.active_share == pytest.approx(report.mean.active, abs=1e-4)
+        assert use.predicted_share == pytest.approx(report.mean.predicted, abs=1e-4)
+        assert use.falloff == file.metadata["predictor"]["falloff"] > 0
     with edge.load(report.path, context=64) as one, edge.load(source, context=64) as other:
         assert one.plan.neuron_mode == "exact" and other.plan.neuron_mode == ""
     assert not list(tmp_path.glob(".*training"))
