@@ -156,6 +156,11 @@ class Engine:
     save_session, load_session = session.save_session, session.load_session
     set_memory = live.set_memory
 
+    @property
+    def context(self) -> int:
+        """Tokens that fit, prompt and text together."""
+        return self.plan.context
+
     # -- life -------------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import edge
 from edge.backends import BACKENDS
 from edge.backends.peer import LogitsPeer
+from edge.cli import cli
 from edge.errors import ArgumentError, ContextOverflowError, EdgeError, ModelFileError
 from edge.models import resolve_model
 from edge.tokenizer import load_tokenizer
@@ -218,11 +222,71 @@ def test_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_onnxruntime_refuses_what_it_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", onnx_package([]))
-    with pytest.raises(ArgumentError, match="context: expected at most the model's 128 tokens, found 4096"):
-        folder = onnx_folder(tmp_path, {"model": {"vocab_size": 5000, "context_length": 128}})
-        edge.load(folder, backend="onnxruntime")
+    folder = onnx_folder(tmp_path, {"model": {"vocab_size": 5000, "context_length": 128}})
+    with pytest.raises(ArgumentError, match="context: expected at most the model's 128 tokens, found 256"):
+        edge.load(folder, backend="onnxruntime", context=256)
+    with edge.load(folder, backend="onnxruntime") as peer:
+        assert peer.context == 128
     with pytest.raises(ModelFileError, match=r"genai_config\.json: expected model\.vocab_size"):
         edge.load(onnx_folder(tmp_path, {"model": {}}), backend="onnxruntime")
+
+
+def test_onnxruntime_writes_what_edge_writes(shared: Path) -> None:
+    """``python -m onnxruntime_genai.models.builder -i tinystories-656k -o FOLDER -p fp32 -e cpu`` makes its model."""
+    try:
+        importlib.import_module("onnxruntime_genai")
+    except ImportError:
+        pytest.skip("onnxruntime-genai is not installed")
+    folder = os.environ.get("EDGE_ONNX_MODEL")
+    if folder is None:
+        pytest.skip(
+            "EDGE_ONNX_MODEL does not name the folder of tinystories-656k as onnxruntime-genai builds it"
+        )
+    model = shared / "models" / "tinystories-656k"
+    with edge.load(model) as own, edge.load(folder, backend="onnxruntime", threads=2) as peer:
+        prompt = "Once upon a time there was"
+        settings: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
+        assert peer.generate(prompt, **settings).text == own.generate(prompt, **settings).text
+        assert peer.score(prompt)[1:] == pytest.approx(own.score(prompt)[1:], abs=0.02)
+        again = [peer.generate(prompt, max_tokens=12, seed=3).tokens for _ in range(2)]
+        assert again[0] == again[1] and len(again[0]) == 12
+        peer.context = 6
+        with pytest.raises(ContextOverflowError):
+            peer.generate(prompt, max_tokens=12)
+
+
+def _cli(*arguments: object) -> Any:
+    return CliRunner().invoke(cli, [str(one) for one in arguments])
+
+
+def test_command_line_with_another_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", onnx_package([]))
+    folder = onnx_folder(tmp_path, {"model": {"vocab_size": 5000, "context_length": 128}})
+    run = ("run", folder, "the cat", "-n", 3, "--backend", "onnxruntime", "--temperature", 0, "--ignore-eos")
+    text = load_tokenizer(STORY).encode("the cat", add_special_tokens=True)[-1]
+    found = json.loads(_cli(*run, "--json").stdout)
+    assert found["tokens"] == [text + 2, text + 4, text + 6]
+    assert found["backend"] == "onnxruntime" and found["context"] == 128
+    shown = _cli(*run, "--stats")
+    assert "the cat" + found["text"] in shown.stdout
+    assert "onnxruntime 0.0" in shown.stderr and "[prompt: " in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "given"),
+    [
+        ("run", "memory", ("--memory", "1GiB")),
+        ("run", "draft", ("--draft", "story")),
+        ("chat", "kv_type", ("--kv-type", "int8")),
+        ("run", "--samples", ("--samples", "2")),
+        ("run", "--skeleton", ("--skeleton", "on")),
+        ("chat", "--skeleton", ("--skeleton", "auto")),
+    ],
+)
+def test_command_line_refuses_what_edge_alone_has(command: str, flag: str, given: tuple[str, ...]) -> None:
+    error = _cli(command, STORY, *given, "--backend", "mlc").exception
+    assert isinstance(error, ArgumentError)
+    assert re.match(rf"{flag}: only edge's own engine (has|takes) it; leave it out with mlc$", str(error))
 
 
 class MlcEngine:

@@ -11,12 +11,13 @@ import os
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from edge.backends.peer import Peer
 from edge.options import check_sizes
-from edge.tokenizer import load_tokenizer
 from flashload.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from edge.backends.peer import Peer
 
 #: Name, the module here that adapts it, the package it needs, and how to get that.
 BACKENDS = {
@@ -29,7 +30,9 @@ BACKENDS = {
 class Adapter(Protocol):
     """What a module here offers."""
 
-    def open_peer(self, package: Any, model: Path, tokenizer: Any, context: int, threads: int) -> Peer: ...
+    def open_peer(
+        self, package: Any, model: Path, tokenizer: Any, context: int | None, threads: int
+    ) -> Peer: ...
 
 
 def load_peer(
@@ -39,13 +42,14 @@ def load_peer(
 
     Args:
         model: what that runtime reads: a GGUF file for llama.cpp, the folder of an ONNX or MLC model for the others.
-        context: tokens; None takes 4096.
+        context: tokens; None takes what the model was made for, at most 4096.
         threads: None takes the cores this process may use.
 
     Raises:
         ArgumentError: the backend is not known, its package is not installed, or a parameter is out of range.
         ModelFileError: the model is not one it reads.
     """
+    from edge.tokenizer import load_tokenizer
     from flashload.machine import cpu_count
 
     if backend not in BACKENDS:
@@ -59,7 +63,7 @@ def load_peer(
     start = time.perf_counter()
     tokenizer = load_tokenizer(path)
     module = cast(Adapter, importlib.import_module(f"edge.backends.{adapter}"))
-    peer = module.open_peer(found, path, tokenizer, context or 4096, threads or cpu_count())
+    peer = module.open_peer(found, path, tokenizer, context, threads or cpu_count())
     peer.load_seconds = time.perf_counter() - start
     return peer
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.peer import LogitsPeer
+from edge.backends.peer import USUAL_CONTEXT, LogitsPeer
 from edge.tokenizer import Tokenizer
 from flashload.errors import EdgeError, ModelFileError
 
@@ -21,7 +21,7 @@ _ERROR_LEVEL = 4
 class LlamaRunner:
     """One sequence in one context."""
 
-    def __init__(self, package: Any, model: Path, context: int, threads: int) -> None:
+    def __init__(self, package: Any, model: Path, context: int | None, threads: int) -> None:
         self._lib = package
         self._model = self._context = None
         self.last_error = ""
@@ -36,6 +36,7 @@ class LlamaRunner:
             raise ModelFileError(
                 f"{model}: llama.cpp does not load it: {self.last_error or 'no reason given'}"
             )
+        context = context or min(USUAL_CONTEXT, int(package.llama_model_n_ctx_train(self._model)))
         options = package.llama_context_default_params()
         options.n_ctx = context
         options.n_batch = options.n_ubatch = min(_BATCH, context)
@@ -103,7 +104,9 @@ class LlamaRunner:
         self._model = self._context = None
 
 
-def open_peer(package: Any, model: Path, tokenizer: Tokenizer, context: int, threads: int) -> LogitsPeer:
+def open_peer(
+    package: Any, model: Path, tokenizer: Tokenizer, context: int | None, threads: int
+) -> LogitsPeer:
     """A GGUF file in llama.cpp."""
     runner = LlamaRunner(package, model, context, threads)
     return LogitsPeer("llama.cpp", str(package.__version__), tokenizer, runner)

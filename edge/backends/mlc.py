@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge.backends.peer import Drawn, Peer
+from edge.backends.peer import USUAL_CONTEXT, Drawn, Peer
 from edge.config import GenerationConfig
 from edge.tokenizer import Tokenizer
 from flashload.errors import ArgumentError, ModelFileError
@@ -75,6 +75,6 @@ class MlcPeer(Peer):
         self._engine.terminate()
 
 
-def open_peer(package: Any, model: Path, tokenizer: Tokenizer, context: int, threads: int) -> MlcPeer:
+def open_peer(package: Any, model: Path, tokenizer: Tokenizer, context: int | None, threads: int) -> MlcPeer:
     """The folder of a compiled model; it takes its threads from its own settings."""
-    return MlcPeer(package, model, tokenizer, context)
+    return MlcPeer(package, model, tokenizer, context or USUAL_CONTEXT)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.peer import LogitsPeer
+from edge.backends.peer import USUAL_CONTEXT, LogitsPeer
 from edge.tokenizer import Tokenizer
 from flashload.errors import ArgumentError, ModelFileError
 
@@ -18,13 +18,13 @@ from flashload.errors import ArgumentError, ModelFileError
 class OnnxRunner:
     """One generator, used for its passes alone."""
 
-    def __init__(self, package: Any, model: Path, context: int, threads: int) -> None:
+    def __init__(self, package: Any, model: Path, context: int | None, threads: int) -> None:
         settings = _settings(model)
         self.vocab_size = int(settings["vocab_size"])
-        longest = int(settings.get("context_length", context))
-        if context > longest:
+        longest = int(settings.get("context_length", context or USUAL_CONTEXT))
+        if context is not None and context > longest:
             raise ArgumentError(f"context: expected at most the model's {longest} tokens, found {context}")
-        self.context = context
+        self.context = context or min(USUAL_CONTEXT, longest)
         self._package = package
         config = package.Config(str(model))
         config.clear_providers()
@@ -36,7 +36,7 @@ class OnnxRunner:
         except Exception as error:  # what the package raises is not documented
             raise ModelFileError(f"{model}: onnxruntime does not load it: {error}") from error
         self._params = package.GeneratorParams(self._model)
-        self._params.set_search_options(max_length=context)
+        self._params.set_search_options(max_length=self.context)
         self._generator: Any = None
 
     def restart(self) -> None:
@@ -71,7 +71,9 @@ def _settings(model: Path) -> dict[str, Any]:
     return dict(settings)
 
 
-def open_peer(package: Any, model: Path, tokenizer: Tokenizer, context: int, threads: int) -> LogitsPeer:
+def open_peer(
+    package: Any, model: Path, tokenizer: Tokenizer, context: int | None, threads: int
+) -> LogitsPeer:
     """The folder of an ONNX model in onnxruntime-genai."""
     runner = OnnxRunner(package, model, context, threads)
     return LogitsPeer("onnxruntime", str(package.__version__), tokenizer, runner)

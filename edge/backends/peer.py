@@ -19,12 +19,17 @@ from edge.config import GenerationConfig, config_from
 from edge.prompt import check_context, has_begun, prompt_ids
 from edge.stream import Stream, Turns
 from edge.tokenizer import Tokenizer
+from edge.watch import Progress
 from edge.writer import Writer
 from flashload.errors import ArgumentError, EdgeError
 from flashload.machine import peak_rss_bytes
 
 #: A token, its log-probability under the model, and the most likely ids with theirs.
 Drawn = tuple[int, float, list[tuple[int, float]]]
+
+
+#: Tokens of context where nobody says.
+USUAL_CONTEXT = 4096
 
 
 class Peer(ABC):
@@ -34,8 +39,12 @@ class Peer(ABC):
 
     Attributes:
         backend: its name; ``version`` of its package.
+        context: tokens that fit, prompt and text together.
+        notes: as :attr:`edge.Engine.notes`; none.
         tokenizer: edge's, made from the model's own files.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self, backend: str, version: str, tokenizer: Tokenizer, context: int, vocab_size: int
@@ -52,14 +61,19 @@ class Peer(ABC):
 
     # -- requests: as edge.Engine has them --------------------------------------------------------------------------
 
-    def generate(self, prompt: str | Sequence[int], **settings: Any) -> Completion:
-        """See :meth:`edge.Engine.generate`."""
-        return collect(self.stream(prompt, **settings), settings.get("logprobs"))
+    def generate(
+        self, prompt: str | Sequence[int], *, on_progress: Progress | None = None, **settings: Any
+    ) -> Completion:
+        """See :meth:`edge.Engine.generate`; the prompt is one step."""
+        return collect(self.stream(prompt, on_progress=on_progress, **settings), settings.get("logprobs"))
 
-    def stream(self, prompt: str | Sequence[int], **settings: Any) -> Stream:
-        """See :meth:`edge.Engine.stream`."""
+    def stream(
+        self, prompt: str | Sequence[int], *, on_progress: Progress | None = None, **settings: Any
+    ) -> Stream:
+        """See :meth:`edge.Engine.stream`; the prompt is one step."""
         tokens = prompt_ids(prompt, self.tokenizer, self.vocab_size)
-        return self._streamed(tokens, config_from(settings), has_begun(tokens, self.tokenizer))
+        begun = has_begun(tokens, self.tokenizer)
+        return self._streamed(tokens, config_from(settings), begun, on_progress)
 
     def chat(
         self,
@@ -67,13 +81,15 @@ class Peer(ABC):
         *,
         stream: bool = False,
         template: str | None = None,
+        on_progress: Progress | None = None,
         **settings: Any,
     ) -> Completion | Stream:
         """See :meth:`edge.Engine.chat`."""
         from edge.chat import prompt_tokens
 
         config = config_from(settings)
-        chunks = self._streamed(prompt_tokens(self.tokenizer, messages, template=template), config, False)
+        tokens = prompt_tokens(self.tokenizer, messages, template=template)
+        chunks = self._streamed(tokens, config, False, on_progress)
         return chunks if stream else collect(chunks, config.logprobs)
 
     @abstractmethod
@@ -122,7 +138,9 @@ class Peer(ABC):
         if self._closed:
             raise EdgeError("engine: closed; load the model again")
 
-    def _streamed(self, tokens: list[int], config: GenerationConfig, continues: bool) -> Stream:
+    def _streamed(
+        self, tokens: list[int], config: GenerationConfig, continues: bool, on_progress: Progress | None
+    ) -> Stream:
         if config.speculation not in ("auto", "off"):
             raise ArgumentError(
                 f"speculation: expected auto or off with {self.backend}, found {config.speculation!r}"
@@ -130,10 +148,10 @@ class Peer(ABC):
         if config.overflow != "error":
             raise ArgumentError(f"overflow: expected error with {self.backend}, found {config.overflow!r}")
         check_context(len(tokens), config.max_tokens or 0, self.context)
-        return Stream(self._turns, self._chunks(tokens, config, continues))
+        return Stream(self._turns, self._chunks(tokens, config, continues, on_progress))
 
     def _chunks(
-        self, tokens: list[int], config: GenerationConfig, continues: bool
+        self, tokens: list[int], config: GenerationConfig, continues: bool, on_progress: Progress | None
     ) -> Generator[Chunk, None, None]:
         self._check_open()
         self._cancelled.clear()
@@ -145,6 +163,8 @@ class Peer(ABC):
             for drawn in self._draw(tokens, config, seed, limit):
                 if writer.n_generated == 0:
                     first = time.perf_counter()
+                    if on_progress is not None:
+                        on_progress(len(tokens), len(tokens))
                 yield writer.push(*drawn)
                 if self._cancelled.is_set() and not writer.ended:
                     writer.cancel()

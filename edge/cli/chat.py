@@ -12,11 +12,12 @@ from edge.cli.common import (
     load_engine,
     load_options,
     print_json,
+    refuse_elsewhere,
     sampling_options,
     skeleton_option,
     take_load_options,
 )
-from edge.cli.run import changes, summary
+from edge.cli.report import changes, summary
 
 
 @click.command("chat")
@@ -37,6 +38,7 @@ def command(
 ) -> None:
     """Talk with MODEL. With --json, each line of stdin is a user message and each line of stdout an answer."""
     load = take_load_options(options)
+    refuse_elsewhere(load["backend"], **{"--skeleton": skeleton != "off"})
     text = None if template is None else template.read()
     messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
     interactive = sys.stdin.isatty() and not as_json

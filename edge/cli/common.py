@@ -10,12 +10,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edge.backends import BACKENDS
+from flashload.errors import ArgumentError
 from flashload.plan_kv import KV, KV_TYPES
 
 if TYPE_CHECKING:
     from edge.engine import Engine
 
-_LOAD = ("memory", "context", "threads", "device", "weights", "io", "kv", "kv_type", "sparsity", "predictor")
+_LOAD = (
+    "memory",
+    "context",
+    "threads",
+    "device",
+    "weights",
+    "io",
+    "kv",
+    "kv_type",
+    "sparsity",
+    "predictor",
+    "backend",
+)
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -76,6 +90,14 @@ predictor_option = click.option(
     "it does, and only so many are read as keep this share of the energy (0.95).",
 )
 
+backend_option = click.option(
+    "--backend",
+    default="edge",
+    show_default=True,
+    type=click.Choice(["edge", *BACKENDS]),
+    help="Another runtime that is installed; it reads its own files and takes --context and --threads alone.",
+)
+
 skeleton_option = click.option(
     "--skeleton",
     default="off",
@@ -101,6 +123,7 @@ def load_options(function: _F) -> _F:
             kv_type_option,
             sparsity_option,
             predictor_option,
+            backend_option,
         ]
     ):
         function = option(function)
@@ -110,6 +133,12 @@ def load_options(function: _F) -> _F:
 def take_load_options(options: dict[str, Any]) -> dict[str, Any]:
     """Removes from a command's options those of :func:`load_options`, and returns them."""
     return {key: options.pop(key) for key in _LOAD}
+
+
+def refuse_elsewhere(backend: str, **given: bool) -> None:
+    """Raises ArgumentError for the first flag that is given and that only edge's own engine has."""
+    for flag in (flag for flag, is_given in given.items() if is_given and backend != "edge"):
+        raise ArgumentError(f"{flag}: only edge's own engine has it; leave it out with {backend}")
 
 
 def sampling_options(function: _F) -> _F:

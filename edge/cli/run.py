@@ -13,11 +13,12 @@ from edge.cli.common import (
     load_options,
     print_json,
     progress_bar,
+    refuse_elsewhere,
     sampling_options,
     skeleton_option,
     take_load_options,
 )
-from flashload.machine import format_bytes
+from edge.cli.report import about, changes, details, summary
 
 _DEFAULT_TOKENS = 256
 
@@ -64,9 +65,10 @@ def command(
     if samples > 1 and skeleton != "off":
         raise click.UsageError("--samples: expected --skeleton off for several texts")
     load = take_load_options(options) | {"draft": options.pop("draft")}
+    refuse_elsewhere(load["backend"], **{"--samples": samples > 1, "--skeleton": skeleton != "off"})
     with load_engine(model, as_json, load) as engine:
         if max_tokens is None:
-            room = engine.plan.context - len(engine.tokenizer.encode(prompt, add_special_tokens=True))
+            room = engine.context - len(engine.tokenizer.encode(prompt, add_special_tokens=True))
             max_tokens = min(_DEFAULT_TOKENS, max(1, room))
         if skeleton != "off":
             from edge.cli.skeleton import run_answer
@@ -114,61 +116,3 @@ def _print_result(engine: Any, first: Any, chunks: Any) -> None:
             {"token": item.token, "logprob": item.logprob, "top": item.top} for item in logprobs if item
         ]
     print_json(result)
-
-
-def about(engine: Any) -> dict[str, Any]:
-    """What a request's JSON says of the engine."""
-    return {
-        "context": engine.plan.context,
-        "threads": engine.plan.threads,
-        "plan": engine.plan.to_dict(),
-        "memory_by_use": engine.stats()["by_tag"],
-        "notes": list(engine.notes),
-    }
-
-
-def summary(stats: dict[str, Any], reason: str) -> str:
-    """One line of what a request cost."""
-    return (
-        f"[{stats['generated_tokens']} tokens, {reason} | {stats['decode_tokens_per_second']:.1f} tok/s "
-        f"(prompt {stats['prefill_tokens_per_second']:.0f}) | peak {format_bytes(stats['peak_memory_bytes'])} "
-        f"of {format_bytes(stats['budget_bytes'])} | flash {format_bytes(stats['flash_bytes_per_token'])}/token "
-        f"| {stats['placement']} | seed {stats['seed']}]"
-    )
-
-
-def changes(stats: dict[str, Any]) -> list[str]:
-    """What became of the budget meanwhile, in one line; none where nothing did."""
-    from edge.live import describe
-
-    found = stats["memory_changes"]
-    if not found:
-        return []
-    rest = f"; {len(found) - 1} changes before it" if len(found) > 1 else ""
-    return [describe(found[-1]) + rest]
-
-
-def details(stats: dict[str, Any]) -> list[str]:
-    """What each phase and each drafter did, a line each."""
-    from edge.live import describe
-
-    spent = stats["speculation"]
-    lines = [
-        f"prompt: {stats['prompt_tokens']} tokens, {stats['reused_tokens']} of them known, "
-        f"{stats['prefill_seconds']:.3f} s; decode: {stats['decode_seconds']:.3f} s, "
-        f"{spent['tokens_per_pass']:.2f} tokens a pass; load: {stats['load_seconds']:.2f} s",
-        f"speculation: {spent['passes']} passes over drafts, {spent['plain_passes']} over one token, "
-        f"{spent['saved_seconds']:+.3f} s saved",
-    ]
-    if stats["experts_guessed"]:
-        lines.append(
-            f"experts: {stats['experts_guessed']} read before their layer had chosen, "
-            f"{stats['experts_guessed_right']} of them rightly"
-        )
-    lines += [describe(change) for change in stats["memory_changes"]]
-    for name, found in spent["drafters"].items():
-        lines.append(
-            f"{name}: {found['accepted']} of {found['tried']} guesses accepted ({found['acceptance']:.0%}), "
-            f"{found['seconds']:.3f} s"
-        )
-    return lines

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from edge.cli.common import print_json
+from edge.cli.report import about, changes, summary
 from flashload.errors import ArgumentError
 
 
@@ -16,8 +17,6 @@ def run_samples(engine: Any, prompt: str, n: int, as_json: bool, **settings: Any
     Raises:
         ArgumentError: a setting that several texts cannot have.
     """
-    from edge.cli.run import about, changes, summary
-
     if settings["speculation"] not in ("auto", "off"):
         raise ArgumentError(
             f"--samples: expected --speculation auto or off, found {settings['speculation']!r}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge.cli.common import print_json
-from edge.cli.run import about, summary
+from edge.cli.report import about, summary
 from edge.skeleton import Answer, SkeletonOfThought, gather, in_order
 
 if TYPE_CHECKING:
