@@ -169,7 +169,7 @@ def chunks_many(
 ) -> Generator[Chunk, None, None]:
     """The chunks of :func:`stream_many`, computed as they are read, by whoever has the turn then."""
     trunk = engine._begin()
-    engine._prefixes.clear()
+    engine._prefixes.leave_memory(park=True)
     engine._hold_kv()
     try:
         yield from _texts(engine, trunk, tokens, config, max_parallel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -46,6 +47,7 @@ class Engine:
         load_seconds: float,
         drafting: speculation.Drafting | None = None,
         memory: live.LiveMemory | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.plan = plan
         self.tokenizer = tokenizer
@@ -58,7 +60,7 @@ class Engine:
             core, plan.context, self._drafting
         )
         self._memory = memory
-        self._prefixes = Prefixes()
+        self._prefixes = Prefixes() if prefixes is None else prefixes
         self._turns = Turns()
         self._passes = Passes()
         self._cancelled = threading.Event()
@@ -191,8 +193,8 @@ class Engine:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What could not be had inside the budget, a sentence each."""
-        return () if self._drafting is None else self._drafting.notes
+        """What could not be had inside the budget, and what of texts parked on a drive failed, a sentence each."""
+        return (*(() if self._drafting is None else self._drafting.notes), *self._prefixes.notes)
 
     def close(self) -> None:
         """Returns all memory. Waits for a running request; call :meth:`cancel` first to cut it short.
@@ -202,7 +204,7 @@ class Engine:
         self._turns.take_last(self._cancelled.is_set)
         try:
             with self._passes.between():
-                self._prefixes.clear()
+                self._prefixes.close()
                 self._speculators = None
                 self._drafting = None
                 self._sequence = None
@@ -265,13 +267,13 @@ class Engine:
     def _at_prefix(self, tokens: list[int]) -> _edge.Sequence:
         """What a request begins with: the text that shares most with it, of this and earlier requests."""
         assert self._sequence is not None
-        if self.plan.shares_kv:
-            self._sequence = self._prefixes.begin(self._sequence, tokens)
+        core, shares = self._open_core(), self.plan.shares_kv
+        self._sequence = self._prefixes.begin(core, self._sequence, tokens, shares)
         return self._sequence
 
     def _relieve(self, n_rows: int = speculation.MOST_ROWS) -> None:
         """Before a pass: gives way where others need memory, and earlier texts where its rows need pages."""
-        if self._prefixes:
+        if len(self._prefixes):
             with self._passes:
                 self._prefixes.make_room(self._open_core(), n_rows)
         if self._memory is not None:
@@ -322,6 +324,7 @@ class Engine:
                 sequence = self._at_prefix(tokens)
                 meter.reused = sequence.set_tokens(tokens)
             # The last token's pass belongs to the prompt: its logits are what the first token is drawn from.
+            n_new, start = sequence.n_pending, time.perf_counter()
             while not writer.ended and sequence.n_pending > 0:
                 self._relieve(min(sequence.n_pending, self.plan.max_rows))
                 with self._passes:
@@ -329,6 +332,7 @@ class Engine:
                 if on_progress is not None:
                     on_progress(len(tokens) - sequence.n_pending, len(tokens))
             meter.prefilled(len(tokens))
+            self._prefixes.computed(n_new, time.perf_counter() - start)
             while not writer.ended:
                 self._relieve()
                 with self._passes:

@@ -77,7 +77,7 @@ class LiveMemory:
         core = engine._open_core()
         change = self._change(sized.plan.memory_bytes, reason) | {"placement": sized.plan.placement}
         # What goes is given back before anything new is read. Pages of one text can go to a drive, shared ones cannot.
-        engine._prefixes.clear()
+        engine._prefixes.leave_memory(park=False)
         drafting = engine._part_with_drafters(keep_draft=sized.draft is not None)
         draft, notes = drafting.draft, list[str]()
         try:

@@ -36,6 +36,7 @@ def load(
     exact: bool = False,
     draft: str | os.PathLike[str] | None = None,
     pressure: str = "auto",
+    prefix_disk: int | str | None = None,
     backend: str = "edge",
     whole_process: bool = False,
     on_pack: Progress | None = None,
@@ -74,6 +75,10 @@ def load(
             which ``Engine.notes`` says; "off" computes them all.
         pressure: "auto" looks, between tokens, at the memory that the machine and the process's cgroup have left, and
             gives some back for as long as others need it (:mod:`edge.pressure`); "off" keeps to the budget.
+        prefix_disk: bytes (or a size) of files for keys and values of earlier requests that memory no longer has room
+            for; a request that begins alike reads them where that is quicker than computing them, and its text is the
+            same. They lie in a folder of their own, readable by their owner alone, in EDGE_SCRATCH (the cache folder
+            when unset), and go with the engine. None writes nothing.
         backend: "edge", or another runtime that is installed, "llama.cpp", "onnxruntime" or "mlc": then an
             :class:`edge.backends.peer.Peer` comes back, which answers the same calls but keeps no budget; of all other
             parameters it takes ``context`` and ``threads`` alone.
@@ -105,6 +110,7 @@ def load(
         exact=exact,
         draft=draft,
         pressure=pressure,
+        prefix_disk=prefix_disk,
         backend=backend,
         whole_process=whole_process,
     )
@@ -152,6 +158,8 @@ def _load(
     from edge.draft import open_draft_core
     from edge.engine import Engine
     from edge.live import LiveMemory
+    from edge.parked import parking
+    from edge.prefixes import Prefixes
     from edge.pressure import Pressure
     from edge.sizing import Sizing
     from flashload.estimate_neurons import thresholds_pay
@@ -177,6 +185,7 @@ def _load(
         0.0,
         sized.drafting(draft, *notes),
         LiveMemory(sizing, sized, watcher),
+        Prefixes(parking(options.prefix_disk)),
     )
     engine.prepare()
     engine.load_seconds = time.perf_counter() - start - host.pack_seconds

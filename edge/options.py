@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from flashload.errors import ArgumentError
-from flashload.machine import cpu_count
+from flashload.machine import cpu_count, parse_bytes
 from flashload.plan_kv import KV
 from flashload.plan_neurons import LEAN_KEEP, Guess
 
@@ -92,6 +92,7 @@ class LoadOptions:
     exact: bool = False
     draft: str | os.PathLike[str] | None = None
     pressure: str = "auto"
+    prefix_disk: int | str | None = None
     backend: str = "edge"
     whole_process: bool = False
 
@@ -101,6 +102,8 @@ class LoadOptions:
         _one_of("sparsity", self.sparsity, SPARSITY)
         _one_of("pressure", self.pressure, _PRESSURE)
         guess_of(self.predictor)
+        if self.prefix_disk is not None:
+            parse_bytes(self.prefix_disk, "prefix_disk")
 
     @property
     def plan(self) -> PlanOptions:
