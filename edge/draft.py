@@ -1,5 +1,5 @@
-"""What speculation takes of the budget: a draft model of the same vocabulary, or a copy of the model at fewer bits; the
-model's own heads, look-up tables.
+"""What speculation takes of the budget: a draft model, or a copy of the model at fewer bits; the model's own heads,
+look-up tables. A draft model of another vocabulary brings its tokenizer.
 
 None of it may cost the model its place: what would move weights to the drive, or does not fit, is left out with a note.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edge.speculation import LOOKUP_WINDOW_TOKENS
 from flashload.errors import ArgumentError, BudgetError
 from flashload.format import TOKENIZER, PackFile
-from flashload.machine import format_bytes
+from flashload.machine import format_bytes, rss_bytes, trim_memory
 from flashload.plan import STREAM, Directory, Plan, directory_of, place
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from edge.host import Host
     from edge.options import LoadOptions
+    from edge.tokenizer import Tokenizer
     from edge.watch import Progress
 
 PlanHost = Callable[["Host", int], Plan]
@@ -51,6 +52,8 @@ class DraftModel:
         bytes: its share of the budget.
         weight_bytes: read for a guess.
         is_copy: it is the model itself at fewer bits.
+        has_own_words: its vocabulary is another, so that its guesses pass through text.
+        tokenizer: that vocabulary, while there is room for it.
     """
 
     name: str
@@ -58,6 +61,17 @@ class DraftModel:
     bytes: int
     weight_bytes: int
     is_copy: bool
+    has_own_words: bool = False
+    tokenizer: Tokenizer | None = None
+
+    def words(self) -> Tokenizer | None:
+        """Its own tokenizer; None where it shares the model's."""
+        if not self.has_own_words or self.tokenizer is not None:
+            return self.tokenizer
+        from edge.tokenizer import Tokenizer
+
+        with PackFile(self.options["pack_path"]) as pack:
+            return Tokenizer(pack.vocab())
 
 
 @dataclass(frozen=True)
@@ -91,31 +105,46 @@ def _tokens(pack: PackFile) -> dict[str, int]:
     return ids | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
 
 
-def check_vocabulary(target: PackFile, draft: PackFile) -> None:
-    """Proves that ids mean the same in both models.
+def same_vocabulary(target: PackFile, draft: PackFile) -> bool:
+    """Whether ids mean the same in both models."""
+    return _digest(target) == _digest(draft) or _tokens(target) == _tokens(draft)
+
+
+def own_words(target: Tokenizer, target_pack: PackFile, draft_pack: PackFile) -> tuple[Tokenizer | None, int]:
+    """The draft model's tokenizer where its vocabulary is another, and the bytes it takes.
 
     Raises:
-        ArgumentError: they do not; names a token that differs.
+        ArgumentError: guesses cannot pass through text either.
     """
-    if _digest(target) == _digest(draft):
-        return
-    ours, theirs = _tokens(target), _tokens(draft)
-    if ours == theirs:
-        return
-    token = min((t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)), key=repr)
-    raise ArgumentError(
-        f"draft: {draft.path}: expected the vocabulary of {target.path} ({len(ours)} tokens), found {len(theirs)} "
-        f"tokens of which {token!r:.40} is {theirs.get(token)}, not {ours.get(token)}"
-    )
+    if same_vocabulary(target_pack, draft_pack):
+        return None, 0
+    from edge.tokenizer import Tokenizer
+    from edge.translation import spells_text
+
+    trim_memory()
+    before_bytes = rss_bytes()
+    tokenizer = Tokenizer(draft_pack.vocab())
+    trim_memory()
+    taken = max(0, rss_bytes() - before_bytes)
+    for path, found in ((target_pack.path, target), (draft_pack.path, tokenizer)):
+        if not spells_text(found):
+            raise ArgumentError(
+                f"draft: {draft_pack.path}: expected the vocabulary of {target_pack.path}, or two that give text back "
+                f"as it was, found that {path} does not"
+            )
+    return tokenizer, taken
 
 
 def open_draft(
-    target: PackFile, plan: Plan, options: LoadOptions, on_pack: Progress | None = None
+    target: PackFile, words: Tokenizer, plan: Plan, options: LoadOptions, on_pack: Progress | None = None
 ) -> DraftModel:
     """The draft model of ``options``, placed in memory whole; "self" is a copy of the model, made once.
 
+    Args:
+        words: the target's tokenizer.
+
     Raises:
-        ArgumentError: no such model, or another vocabulary.
+        ArgumentError: no such model, or another vocabulary that text does not pass through.
         UnsupportedModelError: no copy can be made that is smaller.
     """
     from edge.models import open_pack
@@ -125,7 +154,7 @@ def open_draft(
     is_copy = options.draft == SELF
     path = ensure_copied(target, on_pack) if is_copy else options.draft
     with open_pack(path, weights=options.weights, on_pack=on_pack) as pack:
-        check_vocabulary(target, pack)
+        tokenizer, tokenizer_bytes = own_words(words, target, pack)
         model = directory_of(pack)
         decoder = model.decoder
         placed = place(
@@ -136,8 +165,9 @@ def open_draft(
             host_bytes=0,
         )
         opened = placed.engine_options(pack.path, decoder, io_engine=options.io, isa=options.isa)
-    taken = placed.core_bytes + placed.core_bytes // _PAGE_TABLE_SHARE
-    return DraftModel(str(options.draft), opened, taken, placed.resident_bytes, is_copy)
+    taken = placed.core_bytes + placed.core_bytes // _PAGE_TABLE_SHARE + tokenizer_bytes
+    own = tokenizer is not None
+    return DraftModel(str(options.draft), opened, taken, placed.resident_bytes, is_copy, own, tokenizer)
 
 
 def copy_pays(alone: Plan, beside: Plan, copy_bytes: int) -> bool:

@@ -66,8 +66,8 @@ def load(
             energy, or a share given as a number, and those whose reads cost no time on this machine (as far as
             :func:`edge.plan` has measured it). That is faster, and the text then depends on what memory holds, so on
             the budget and on the texts before.
-        draft: a smaller model of the same vocabulary whose guesses speculation verifies; held in memory inside the
-            same budget, or left out with a note (``Engine.notes``) where it does not fit. "self" takes a copy of the
+        draft: a smaller model whose guesses speculation verifies (as text, where its vocabulary is another); held in
+            memory inside the same budget, or left out with a note (``Engine.notes``) where it does not fit. "self" takes a copy of the
             model itself at 4 bits, made once and kept in the cache folder, where its guesses save more than its
             memory costs: for weights of 8 bits and more that come from the drive.
         sparsity: "on" leaves out the neurons that the thresholds of the pack say count little (``edge sparsify`` makes

@@ -17,6 +17,8 @@ from flashload.plan import Plan
 if TYPE_CHECKING:
     import _edge
 
+    from edge.tokenizer import Tokenizer
+
 _NOT_MEASURED = (
     "lean leaves out more than it might: how fast this drive is was not measured (edge plan does it)"
 )
@@ -30,11 +32,13 @@ class Sized:
         plan: where the weights live.
         options: what the core's engine is opened with, or resized to.
         reserved: what drafting takes beside the model.
+        words: the model's tokenizer.
     """
 
     plan: Plan
     options: dict[str, Any]
     reserved: Reserved
+    words: Tokenizer
 
     @property
     def draft(self) -> DraftModel | None:
@@ -43,12 +47,14 @@ class Sized:
 
     def drafting(self, draft: _edge.Engine | None, *notes: str) -> Drafting:
         """What the engine drafts with; ``draft`` is the open core of :attr:`draft`."""
+        own = self.draft.words() if self.draft is not None and draft is not None else None
         return Drafting(
             draft,
             self.reserved.medusa,
             bool(self.plan.stream_order),
             (*self.reserved.notes, *notes),
             self.draft is not None and self.draft.is_copy,
+            None if own is None else (self.words, own),
         )
 
 
@@ -84,8 +90,11 @@ class Sizing:
         plan = reserved.plan
         self._wanted = replace(self._wanted, context=plan.context, threads=plan.threads)
         self.host = replace(self.host, peak_bytes=0)
+        if self._draft is not None and reserved.draft is None:
+            # What was left out must not be held either.
+            self._draft = replace(self._draft, tokenizer=None)
         reserved = self._with_free_reads(reserved)
-        return Sized(reserved.plan, self._engine_options(reserved), reserved)
+        return Sized(reserved.plan, self._engine_options(reserved), reserved, self.host.tokenizer)
 
     def _with_free_reads(self, reserved: Reserved) -> Reserved:
         """Where a predictor is lean: with the reads that cost no time, as far as the machine was measured."""
@@ -102,7 +111,7 @@ class Sizing:
     def _draft_beside(self, plan: Plan) -> DraftModel:
         """The draft model, opened when first needed: later the files are closed."""
         if self._draft is None:
-            self._draft = open_draft(self.host.pack, plan, self._options, self._on_pack)
+            self._draft = open_draft(self.host.pack, self.host.tokenizer, plan, self._options, self._on_pack)
         return self._draft
 
     def _engine_options(self, reserved: Reserved) -> dict[str, Any]:

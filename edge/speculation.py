@@ -15,6 +15,8 @@ from flashload.errors import ArgumentError, BudgetError, UnsupportedModelError
 if TYPE_CHECKING:
     import _edge
 
+    from edge.tokenizer import Tokenizer
+
 DRAFTERS = ("lookup", "draft", "self", "medusa", "lookahead")
 ACCEPTANCES = ("coupling", "rejection", "typical")
 _OFF = "off"
@@ -109,6 +111,7 @@ class Drafting:
         streams: whether weights come from the drive in every pass, so that rows cost next to nothing.
         notes: why something that was asked for is missing.
         draft_is_copy: which of the two it is.
+        words: the tokenizers of the model and of its draft, where these differ.
     """
 
     draft: _edge.Engine | None = None
@@ -116,6 +119,7 @@ class Drafting:
     streams: bool = False
     notes: tuple[str, ...] = ()
     draft_is_copy: bool = False
+    words: tuple[Tokenizer, Tokenizer] | None = None
 
     def by_default(self, drafter: str) -> bool:
         """Whether "auto" uses it."""
@@ -227,7 +231,7 @@ class Speculators:
             return True
         try:
             if name in ("draft", "self") and self._drafting.draft is not None:
-                speculator.add_draft(self._drafting.draft, name == "self")
+                self._add_draft(speculator, self._drafting.draft, name == "self")
             elif name == "medusa":
                 speculator.add_medusa()
             elif name == "lookup":
@@ -240,6 +244,15 @@ class Speculators:
             return False  # nobody asked for this one by name
         self._made[name] = key
         return True
+
+    def _add_draft(self, speculator: _edge.Speculator, draft: _edge.Engine, is_copy: bool) -> None:
+        words = self._drafting.words
+        if words is None:
+            speculator.add_draft(draft, is_copy)
+            return
+        from edge.translation import TranslatedDraft
+
+        speculator.add_callback(TranslatedDraft(draft, draft.context, *words).propose, "draft")
 
 
 def spent(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> dict[str, Any]:

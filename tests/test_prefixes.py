@@ -121,3 +121,13 @@ def test_nothing_is_kept_of_keys_and_values_on_a_drive() -> None:
         assert engine.plan.kv_on_flash is not None
         texts = [_generate(engine, tokens).tokens for tokens in (_prompt(1000), _prompt(2000), _prompt(1000))]
         assert texts[0] == texts[2] and len(engine._prefixes) == 0
+
+
+@pytest.mark.parametrize("speculation", ["off", "lookup"])
+def test_texts_that_are_no_longer_kept_give_their_pages_back(engine: edge.Engine, speculation: str) -> None:
+    engine.forget()
+    left = []
+    for round_ in range(8):
+        _generate(engine, _prompt(1100 + round_ % 2, 300), max_tokens=40, speculation=speculation)
+        left.append(engine._core.kv_pages_left)
+    assert left[2:4] == left[6:8]

@@ -35,7 +35,6 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "target": make("target", seed=1),
         "mixture": make("mixture", "mixtral", seed=2),
         "draft": make("draft", seed=3, num_hidden_layers=1),
-        "other words": make("other", seed=3, vocab_size=300),
     }
     # The same tokenizer over a longer and a shorter embedding.
     for name, rows in (("longer", 336), ("shorter", 304)):
@@ -131,9 +130,7 @@ def test_embeddings_may_be_padded(packs: dict[str, Path], draft: str) -> None:
             assert found.tokens == plain.tokens
 
 
-def test_another_vocabulary_is_refused(packs: dict[str, Path]) -> None:
-    with pytest.raises(ArgumentError, match=r"draft: .*expected the vocabulary of .*320 tokens.*found 300"):
-        edge.load(packs["target"], context=CONTEXT, draft=packs["other words"])
+def test_no_such_draft_is_refused(packs: dict[str, Path]) -> None:
     with pytest.raises(ArgumentError, match="no-such-model"):
         edge.load(packs["target"], context=CONTEXT, draft="no-such-model")
 

@@ -135,6 +135,8 @@ void bind(py::module_& module) {
            py::arg("options"), py::arg("progress").none(true) = nullptr,
            "Another budget and the plan made for it, between passes. After an error the old one is in place.")
       .def("stats", &stats)
+      .def_property_readonly("context", [](Engine& self) { return self.options().context; })
+      .def_property_readonly("vocab_size", [](Engine& self) { return self.decoder().config().vocab_size; })
       .def_property_readonly("kv_page_tokens", [](Engine& self) { return self.kv_pool().shape().page_tokens; })
       .def_property_readonly("kv_pages_left", [](Engine& self) { return self.kv_pool().n_pages_left(); },
                              "Pages of keys and values that no sequence has.")
@@ -179,8 +181,14 @@ void bind(py::module_& module) {
            [](const Sequence& self) { return to_array({self.hidden().begin(), self.hidden().end()}); },
            "Final-normed state [hidden_size] that the newest token was drawn from, after keep_hidden().")
       .def(
-          "fork", [](Sequence& self, int64_t n_tokens) { return value(self.fork(n_tokens)); }, py::arg("n_tokens"),
-          py::keep_alive<0, 1>(),
+          "fork",
+          [](Sequence& self, int64_t n_tokens) {
+            py::object text = py::cast(value(self.fork(n_tokens)));
+            // The engine must stay; the text it begins like must not, or its pages would.
+            py::detail::keep_alive_impl(text, py::cast(&self.engine(), py::return_value_policy::reference));
+            return text;
+          },
+          py::arg("n_tokens"),
           "Another text that begins as the first n_tokens of this one and shares their keys and values.")
       .def("truncate", [](Sequence& self, int64_t n_tokens) { check(self.truncate(n_tokens)); })
       .def("shift", [](Sequence& self, int64_t keep_first, int64_t keep_last) {

@@ -11,22 +11,25 @@ namespace py = pybind11;
 namespace edge {
 namespace {
 
-// Guesses from Python, for tests: propose(text, max_nodes) gives (token, parent) pairs, parent 0 being the root.
+// Guesses from Python: propose(text, max_nodes) gives (token, parent) pairs, parent 0 being the root. Those of "draft"
+// take time: it is asked for a chain as deep as pays. Those of "callback", for tests, are taken to cost nothing.
 class CallbackDrafter final : public Drafter {
  public:
-  explicit CallbackDrafter(py::object propose) : propose_(std::move(propose)) {}
+  CallbackDrafter(py::object propose, bool is_draft) : propose_(std::move(propose)), is_draft_(is_draft) {}
   ~CallbackDrafter() override {
     py::gil_scoped_acquire gil;
     propose_ = py::object();
   }
 
-  const char* name() const override { return "callback"; }
+  const char* name() const override { return is_draft_ ? "draft" : "callback"; }
   void restart() override {}
   Status propose(const DraftContext& context, DraftTree& tree) override {
     py::gil_scoped_acquire gil;
+    const int64_t most = tree.limits().max_nodes;
+    const int64_t deepest = std::min(context.depth, tree.limits().max_depth);
     try {
       const std::vector<int32_t> text(context.text.begin(), context.text.end());
-      const auto nodes = propose_(text, tree.limits().max_nodes).cast<std::vector<std::pair<int64_t, int64_t>>>();
+      const auto nodes = propose_(text, is_draft_ ? std::min(most, deepest + 1) : most).cast<std::vector<std::pair<int64_t, int64_t>>>();
       std::vector<int32_t> made{0};  // what became of the root and of each pair
       for (const auto& [token, parent] : nodes) {
         const int32_t below = parent >= 0 && parent < static_cast<int64_t>(made.size()) ? made[parent] : -1;
@@ -40,10 +43,11 @@ class CallbackDrafter final : public Drafter {
     }
     return {};
   }
-  bool is_free() const override { return true; }
+  bool is_free() const override { return !is_draft_; }
 
  private:
   py::object propose_;
+  bool is_draft_;
 };
 
 AcceptRule rule_of(const std::string& name) {
@@ -153,9 +157,13 @@ const Binding kBinding("speculation", [](py::module_& module) {
              self.add(std::make_unique<LookaheadDrafter>(window, n, n_grams));
            })
       .def("add_callback",
-           [](Speculator& self, py::object propose) {
-             self.add(std::make_unique<CallbackDrafter>(std::move(propose)));
-           })
+           [](Speculator& self, py::object propose, const std::string& name) {
+             if (name != "callback" && name != "draft") {
+               raise(error(Code::kBadArgument, "add_callback: expected callback or draft, found %s", name.c_str()));
+             }
+             self.add(std::make_unique<CallbackDrafter>(std::move(propose), name == "draft"));
+           },
+           py::arg("propose"), py::arg("name") = "callback")
       .def("measure", [](Speculator& self) { check(run([&] { return self.measure(); })); },
            "Times passes and guesses in a few milliseconds.")
       .def("step",

@@ -42,6 +42,7 @@ class Sequence {
   // Another text that begins as the first n_tokens of this one and shares their keys and values (KvCache::share). The
   // budget is asked for its logits only when it is advanced by itself.
   Result<std::unique_ptr<Sequence>> fork(int64_t n_tokens);
+  Engine& engine() const { return engine_; }
   // A text and what draws its tokens.
   struct Lane {
     Sequence* text = nullptr;
