@@ -35,7 +35,7 @@ SELF = "self"
 _COPY_ACCEPTANCE, _COPY_DEPTH, _BUS_OVER_DRIVE = 0.85, 8, 8
 #: A copy must promise this much: it takes memory that other things could have.
 _WORTHWHILE = 1.1
-#: A suffix automaton has at most two states and three edges of 16 bytes for a token, and 4 to 8 places of 4 to find them.
+#: A suffix automaton has at most two states and three edges of 16 bytes for a token, and 8 places of 4 to find them.
 _LOOKUP_TOKEN_BYTES = 112
 #: Rounding of blocks, and the state of a drafter.
 _SLACK_BYTES = 64 << 10

@@ -67,9 +67,9 @@ def load(
             :func:`edge.plan` has measured it). That is faster, and the text then depends on what memory holds, so on
             the budget and on the texts before.
         draft: a smaller model whose guesses speculation verifies (as text, where its vocabulary is another); held in
-            memory inside the same budget, or left out with a note (``Engine.notes``) where it does not fit. "self" takes a copy of the
-            model itself at 4 bits, made once and kept in the cache folder, where its guesses save more than its
-            memory costs: for weights of 8 bits and more that come from the drive.
+            memory inside the same budget, or left out with a note (``Engine.notes``) where it does not fit. "self"
+            takes a copy of the model itself at 4 bits, made once and kept in the cache folder, where its guesses save
+            more than its memory costs: for weights of 8 bits and more that come from the drive.
         sparsity: "on" leaves out the neurons that the thresholds of the pack say count little (``edge sparsify`` makes
             them and says what they cost), unless memory is so short that more would have to be read from the drive,
             which ``Engine.notes`` says; "off" computes them all.

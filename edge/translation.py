@@ -46,6 +46,7 @@ class TranslatedDraft:
     def __init__(self, core: _edge.Engine, context: int, target: Tokenizer, draft: Tokenizer) -> None:
         """``context``: tokens that fit the draft model's cache."""
         self._sequence = _edge.Sequence(core)
+        self._vocab_size = core.vocab_size
         self._sampler = _edge.Sampler({"temperature": 0.0}, core.vocab_size)
         self._context = context
         self._target = target
@@ -57,7 +58,7 @@ class TranslatedDraft:
         ids = self._draft.encode(said)
         # What is said last is no guess.
         n_new = min(max_nodes, self._context - len(ids))
-        if n_new < 2 or not said:
+        if n_new < 2 or not ids or max(ids) >= self._vocab_size:
             return []
         self._sequence.set_tokens(ids)
         decoder, more = StreamDecoder(self._draft, continues=True), ""
