@@ -328,15 +328,12 @@ class CostModel:
     def _prompt_seconds(self, plan: Plan, n_tokens: int, hit: float | None, row_seconds: float) -> float:
         """A prompt in chunks of ``max_rows``; each chunk is one pass over what streams."""
         total = self._head.seconds(self._machine, 1) + self._token_seconds() + n_tokens * row_seconds
-        # What the first pass writes, and the experts that it reads, are in memory that nobody has used yet.
+        # What the first pass writes is memory that nobody has used yet; the experts' is filled by loading.
         new_bytes = plan.activation_bytes + plan.kv_bytes * n_tokens / plan.context
-        if hit is not None and hit < 1:
-            new_bytes += plan.demand_bytes
         total += new_bytes * self._machine.touch_seconds_per_byte
         for first in range(0, n_tokens, plan.max_rows):
             rows = min(plan.max_rows, n_tokens - first)
-            at_hand = hit if first or hit == 1 or hit is None else 0.0
-            total += self._chunk_seconds(plan, first, rows, at_hand)
+            total += self._chunk_seconds(plan, first, rows, hit)
         return total
 
     def _chunk_seconds(self, plan: Plan, first: int, rows: int, hit: float | None) -> float:

@@ -90,6 +90,64 @@ def routing(n_tokens: int, top: int = 2, seed: int = 0) -> list[tuple[int, tuple
     return visits
 
 
+# Filling
+
+
+@pytest.mark.parametrize("records", [2, 7, LAYERS * EXPERTS, LAYERS * EXPERTS + 5])
+def test_filling_takes_the_free_room_and_no_more(path: str, records: int) -> None:
+    store = open_store(path, records)
+    store.fill()
+    stats = store.stats()
+    assert (stats["flash_bytes"], stats["hits"], stats["misses"]) == (0, 0, 0)
+    held = min(records, LAYERS * EXPERTS)
+    assert (held - 1) * RECORD * 0.6 < stats["load_bytes"] <= held * RECORD
+    store.fill()  # nothing is left, or no room
+    assert store.stats()["load_bytes"] == stats["load_bytes"]
+
+
+def test_filling_takes_as_much_of_every_layer(path: str) -> None:
+    store = open_store(path, 2 * LAYERS)
+    store.fill()
+    for layer in range(LAYERS):
+        for expert in (0, 1):
+            take(store, layer, expert)
+    stats = store.stats()
+    assert (stats["flash_bytes"], stats["misses"]) == (0, 0) and stats["hits"] == 2 * LAYERS * PARTS
+
+
+def test_all_of_a_mixture_that_fits_is_read_once(path: str) -> None:
+    store = open_store(path, LAYERS * EXPERTS)
+    store.fill()
+    for layer, chosen in routing(8):
+        visit(store, layer, list(chosen))
+    assert store.stats()["flash_bytes"] == 0 and store.stats()["misses"] == 0
+
+
+def test_what_was_filled_makes_way(path: str) -> None:
+    store = open_store(path, 3)
+    store.fill()
+    for expert in range(EXPERTS):
+        visit(store, 2, [expert])
+    assert store.stats()["flash_bytes"] > 0
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_expert_that_cannot_be_filled_is_read_when_wanted(path: str, fault: str) -> None:
+    for at in range(4):
+        store = open_store(path, 4, fault=fault.format(at))
+        store.fill()
+        for layer in range(LAYERS):
+            visit(store, layer, [0, 1, 2])
+
+
+def test_filling_leaves_what_is_not_on_demand(path: str) -> None:
+    placements = [DEMAND] + [RESIDENT] * (N - 1)
+    store = _edge.WeightStoreTest(path, placements, demand_bytes=8 * RECORD)
+    before = store.stats()["load_bytes"]
+    store.fill()
+    assert store.stats()["load_bytes"] == before
+
+
 # Records
 
 

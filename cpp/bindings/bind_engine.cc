@@ -36,6 +36,7 @@ EngineOptions options_from(const py::dict& dict) {
   if (dict.contains("neuron_keep")) options.neuron_keep = dict["neuron_keep"].cast<float>();
   if (dict.contains("neuron_free_reads")) options.neuron_free_reads = dict["neuron_free_reads"].cast<int64_t>();
   if (dict.contains("expert_guess_layers")) options.store.expert_guess_layers = dict["expert_guess_layers"].cast<int>();
+  options.store.fill_experts = !dict.contains("fill_experts") || dict["fill_experts"].cast<bool>();
   options.store.io_engine = dict["io_engine"].cast<std::string>();
   options.n_threads = dict["threads"].cast<int>();
   options.isa = dict["isa"].cast<std::string>();

@@ -117,6 +117,10 @@ class StoreTest {
     store_ = value(without_gil([&] { return open_store(path, directory_, plan, options, budget_); }));
   }
 
+  void fill() {
+    check(without_gil([&] { return store_->fill(nullptr); }));
+  }
+
   // Another plan under another budget, as an engine does it.
   void replace(const std::vector<int>& placements, const std::vector<WeightId>& stream_order, uint64_t ring_bytes,
                uint64_t demand_bytes, uint64_t budget_bytes) {
@@ -291,6 +295,7 @@ void bind(py::module_& module) {
       .def("replace", &StoreTest::replace, py::arg("placements"), py::arg("stream_order"), py::arg("ring_bytes"),
            py::arg("demand_bytes"), py::arg("budget"))
       .def("peak_bytes", &StoreTest::peak_bytes)
+      .def("fill", &StoreTest::fill)
       .def("acquire", &StoreTest::acquire, py::arg("weight"), py::arg("rows") = std::vector<int32_t>(),
            "Bytes of the weight, or of one tile per row; the lease is dropped at once.")
       .def("hold", &StoreTest::hold, py::arg("weight"), py::arg("rows") = std::vector<int32_t>(),

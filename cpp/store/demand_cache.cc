@@ -421,6 +421,7 @@ Result<Lease> DemandCache::acquire_whole(WeightId weight) {
 StoreStats DemandCache::stats() const {
   StoreStats stats;
   stats.flash_bytes = flash_bytes_;
+  stats.load_bytes = load_bytes_;
   stats.staging_bytes = memory_.bytes();
   stats.hits = hits_;
   stats.misses = misses_;

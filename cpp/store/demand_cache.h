@@ -31,6 +31,9 @@ class DemandCache final : public WeightStore {
   ~DemandCache() override;
 
   uint64_t bytes() const { return memory_.bytes(); }
+  // Reads experts of these weights while there is room, the same ones of every layer, before anything is acquired. One that
+  // cannot be read is left out, and tells why when it is wanted. kCancelled; `progress` may be null.
+  Status fill(std::span<const WeightId> weights, LoadProgress* progress);
   // Less room, or more; what is worth most stays. No leases may be held. On error the cache is to be thrown away.
   Status resize(uint64_t demand_bytes, Budget& budget);
 
@@ -118,6 +121,8 @@ class DemandCache final : public WeightStore {
   Result<Lease> acquire_whole(WeightId weight);
   Result<Lease> acquire_rows(WeightId weight, RowSet rows);
   Result<Entries::iterator> start(const Record& record, Need need);
+  // Experts not here, in the order to be filled with; as many as free room holds.
+  std::vector<Record> records_that_fit(std::span<const WeightId> weights) const;
   void start_expected();
   void to_front(Load* load);
   // Expected from here on: what is missing of it is in the queue.
@@ -176,6 +181,7 @@ class DemandCache final : public WeightStore {
   int last_layer_ = -1;
   uint64_t pass_bytes_ = 0;
 
+  std::atomic<uint64_t> load_bytes_{0};  // of what fill() read
   std::atomic<uint64_t> flash_bytes_{0}, hits_{0}, misses_{0}, wait_ns_{0}, pass_expert_bytes_{0};
   std::atomic<uint64_t> n_guessed_{0}, n_guessed_right_{0};
   std::unique_ptr<BlockReader> reader_;  // last: destroyed first, while what it reads into still stands

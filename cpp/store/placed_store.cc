@@ -115,6 +115,10 @@ Status PlacedStore::place_parts(const StorePlan& plan, const StoreOptions& optio
   return {};
 }
 
+Status PlacedStore::fill(LoadProgress* progress) {
+  return demand_ == nullptr ? Status() : demand_->fill(weights_in(directory_, plan_, Placement::kDemand), progress);
+}
+
 void PlacedStore::prefetch(WeightId weight, RowSet rows) {
   if (WeightStore* store = route(weight, rows)) store->prefetch(weight, rows);
 }
@@ -240,6 +244,7 @@ Result<std::unique_ptr<PlacedStore>> open_store(const std::string& path, const P
   EDGE_TRY(PlacedStore::check(directory, plan));
   auto store = std::make_unique<PlacedStore>(path, directory, options, budget);
   EDGE_TRY(store->place(plan, options.progress));
+  if (options.fill_experts) EDGE_TRY(store->fill(options.progress));
   return store;
 }
 

@@ -30,6 +30,8 @@ class PlacedStore final : public WeightStore {
   // Releases, reads what is missing, starts the stream. kBadArgument, kOverBudget, kDiskError, kCorrupt, kCancelled; place()
   // may then be called again, with this plan or another. `progress` may be null.
   Status place(const StorePlan& plan, LoadProgress* progress);
+  // Reads ahead of the first pass what the plan leaves to demand, as far as there is room (DemandCache::fill).
+  Status fill(LoadProgress* progress);
 
   void prefetch(WeightId weight, RowSet rows) override;
   void expect(std::span<const ExpectedWeight> weights, int64_t n_rows) override;

@@ -188,6 +188,8 @@ struct StoreOptions {
   std::string io_fault;              // FaultPlan of every reader; tests only
   // Layers ahead that experts are guessed for, at most WeightStore::kGuessLayers.
   int expert_guess_layers = WeightStore::kGuessLayers;
+  // Whether experts are read while the store opens, as many as there is room for; else each when it is first wanted.
+  bool fill_experts = false;
   float neuron_half_life_tokens = NeuronPolicy::kHalfLifeTokens;
   LoadProgress* progress = nullptr;  // must outlive open_store
 };
