@@ -106,6 +106,57 @@ def test_the_same_text_is_the_same_file(packs: dict[str, Path], tmp_path: Path) 
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("kv_type", ["f16", "int8"])
+def test_a_fork_is_saved_as_the_text_it_is(kv_type: str, packs: dict[str, Path], tmp_path: Path) -> None:
+    """Whose pages it shares does not matter, nor that the other text goes on."""
+
+    def saved_bytes(sequence: _edge.Sequence) -> bytes:
+        _edge.save_session(sequence, str(tmp_path / "text.session"))
+        return (tmp_path / "text.session").read_bytes()
+
+    engines = [open_engine(packs["llama"], tmp_path, RESIDENT, kv_type=kv_type) for _ in range(2)]
+    trunk, alone = (_edge.Sequence(engine) for engine in engines)
+    answer(trunk, PROMPT[:90], 1)
+    for n in (90, 80, 71, 64):
+        answer(alone, PROMPT[:n], 1)
+        fork = trunk.fork(n)
+        answer(fork, PROMPT[:n], 1)
+        assert saved_bytes(fork) == saved_bytes(alone)
+        want = goes_on(fork)
+        del fork  # its pages
+        answer(trunk, PROMPT[:90], 1)
+        _edge.load_session(alone, str(tmp_path / "text.session"))
+        assert goes_on(alone) == want
+    answer(alone, PROMPT[:90], 1)
+    assert saved_bytes(trunk) == saved_bytes(alone)
+
+
+@pytest.mark.parametrize("kv", ["memory", "flash"])
+@pytest.mark.parametrize("kv_type", ["f16", "int8", "int4"])
+def test_a_text_that_was_guessed_is_the_same_file(
+    kv_type: str, kv: str, packs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Rows of guesses that were wrong leave nothing behind; and a restored text goes on under speculation."""
+    settings: dict[str, Any] = {"max_tokens": 40, "temperature": 0.6, "seed": 4, "ignore_eos": True}
+    prompt = PROMPT[:30] * 2
+    ways = ("off", {"drafters": "lookup", "depth": 3}, {"drafters": "lookahead", "depth": 3})
+    files, texts = [], []
+    with edge.load(packs["llama"], context=300, threads=2, kv=kv, kv_type=kv_type) as engine:
+        for way in ways:
+            engine.forget()
+            found = engine.generate(prompt, speculation=way, **settings)
+            assert way == "off" or found.stats["speculation"]["passes"] > 0
+            # Whether the last token drawn was computed depends on whether it was guessed.
+            engine._sequence.truncate(len(prompt) + 39)  # type: ignore[union-attr]
+            engine.save_session(tmp_path / "text.session")
+            files.append((tmp_path / "text.session").read_bytes())
+            text = [*prompt, *found.tokens[:39], 7]
+            engine.generate([9, 8, 7], speculation="off", **settings)
+            assert engine.load_session(tmp_path / "text.session") == text[:-1]
+            texts.append(engine.generate(text, speculation=way, **settings).tokens)
+    assert files[0] == files[1] == files[2] and texts[0] == texts[1] == texts[2]
+
+
 def test_an_empty_and_a_pending_text(packs: dict[str, Path], tmp_path: Path) -> None:
     path = str(tmp_path / "text.session")
     sequence = _edge.Sequence(open_engine(packs["llama"], tmp_path, RESIDENT))

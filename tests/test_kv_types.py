@@ -109,18 +109,21 @@ def test_texts_share_pages(kv_type: str, packs: dict[str, Path], tmp_path: Path)
     assert answer(trunk, PROMPT[:150], 8) == want
 
 
+@pytest.mark.parametrize("before", [None, (4, 2, 5)], ids=["memory", "flash"])
 @pytest.mark.parametrize("kv_type", TYPES)
-def test_sessions(kv_type: str, packs: dict[str, Path], tmp_path: Path) -> None:
+def test_sessions(kv_type: str, before: Any, packs: dict[str, Path], tmp_path: Path) -> None:
+    """Saved and restored in memory or on a drive, at and around the blocks of 64 tokens of which int4 keeps f16."""
     path = str(tmp_path / "s")
-    sequence = _edge.Sequence(open_engine(packs["llama"], tmp_path, None, kv_type=kv_type))
-    answer(sequence, PROMPT, 4)
-    _edge.save_session(sequence, path)
+    sequence = _edge.Sequence(open_engine(packs["llama"], tmp_path, before, kv_type=kv_type))
     sampler = _edge.Sampler({"temperature": 0.0}, 320)
-    want = [sequence.next(sampler)[:2] for _ in range(6)]
-    for kv in (None, (4, 2, 5)):
-        restored = _edge.Sequence(open_engine(packs["llama"], tmp_path, kv, kv_type=kv_type))
-        _edge.load_session(restored, path)
-        assert [restored.next(sampler)[:2] for _ in range(6)] == want
+    for n in (20, 60, 61, 64, len(PROMPT)):
+        answer(sequence, PROMPT[:n], 4)
+        _edge.save_session(sequence, path)
+        want = [sequence.next(sampler)[:2] for _ in range(6)]
+        for kv in (None, (4, 2, 5)):
+            restored = _edge.Sequence(open_engine(packs["llama"], tmp_path, kv, kv_type=kv_type))
+            _edge.load_session(restored, path)
+            assert [restored.next(sampler)[:2] for _ in range(6)] == want, (n, kv)
     with pytest.raises(UnsupportedModelError, match=f"expected a session of f16 .* found {kv_type}"):
         _edge.load_session(_edge.Sequence(open_engine(packs["llama"], tmp_path, None)), path)
 
