@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import machine, peers, report
-from bench.weights import Weights
+from bench import contest, machine, peers, report
+from bench.contest import Contestant
 
 
 def agreement(first: list[int], second: list[int]) -> int:
@@ -27,73 +28,62 @@ def agreement(first: list[int], second: list[int]) -> int:
     )
 
 
-def summarise(name: str, runs: list[peers.Run], bandwidth: list[float], weights: Weights) -> dict[str, Any]:
-    """One system's medians; its share of the read rate is taken per round, against that round's own rate."""
-    done = [(run, rate) for run, rate in zip(runs, bandwidth, strict=True) if run.result]
-
-    decode = [run.result["decode_tokens_per_second"] for run, _ in done if run.result]
-    return {
-        "system": name,
-        "options": peers.SYSTEMS[name].options,
-        "weights": {"token_bytes": weights.token_bytes, **vars(weights)},
-        "version": next((run.loaded["version"] for run in runs if run.loaded), None),
-        "runs": len(runs),
-        "survived": len(done),
-        "failures": sorted({run.failure for run in runs if run.failure}),
+def summarise(one: Contestant, found: contest.Rounds) -> dict[str, Any]:
+    """One contestant's medians; its share of the read rate is taken per round, against that round's own rate."""
+    done, token_bytes = found.done(one.label), one.entry.weights.token_bytes
+    decode = [result["decode_tokens_per_second"] for result, _ in done]
+    return contest.summary(one, found) | {
         "decode_tokens_per_second": report.spread_json(decode),
-        "weight_bytes_per_second": report.spread_json([rate * weights.token_bytes for rate in decode]),
+        "weight_bytes_per_second": report.spread_json([rate * token_bytes for rate in decode]),
         "bandwidth_share": report.spread_json(
-            [rate * weights.token_bytes / limit for rate, (_, limit) in zip(decode, done, strict=True)]
+            [rate * token_bytes / limit for rate, (_, limit) in zip(decode, done, strict=True)]
         ),
         "prefill_tokens_per_second": report.spread_json(
-            [run.result["prefill_tokens_per_second"] for run, _ in done if run.result]
+            [result["prefill_tokens_per_second"] for result, _ in done]
         ),
-        "load_seconds": report.spread_json([run.loaded["seconds"] for run in runs if run.loaded]),
-        "max_rss_bytes": report.spread_json([float(run.finished.max_rss_bytes) for run, _ in done]),
-        "foreign_cpus": report.spread_json([run.foreign_cpus for run, _ in done]),
-        "generated": next((run.result["tokens"] for run, _ in done if run.result), []),
+        "generated": next((result["tokens"] for result, _ in done), []),
     }
 
 
 def measure(
-    model: Path,
-    entries: dict[str, peers.Entry],
-    missing: dict[str, str],
-    threads: int,
-    prompt_tokens: int,
-    tokens: int,
-    rounds: int,
+    model: Path, entrants: list[Contestant], missing: dict[str, str], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Runs the rounds; returns the document that ``--json`` prints."""
     facts = machine.facts()
-    vocab = min((entry.weights.vocab for entry in entries.values()), default=0)
-    bandwidth: list[float] = []
-    runs: dict[str, list[peers.Run]] = {name: [] for name in entries}
-    for number in range(rounds if entries else 0):
-        bandwidth.append(machine.read_bandwidth(threads)["median"])
-        for name, entry in entries.items():
-            run = peers.run(name, peers.Request(entry.path, threads, vocab, prompt_tokens, tokens))
-            runs[name].append(run)
-            print(f"round {number + 1}/{rounds}, {name}: {peers.brief(run)}", file=sys.stderr)
+    with contest.competitors(args.competitor):
+        found = contest.take_turns(
+            entrants,
+            args.runs,
+            lambda: machine.read_bandwidth(args.threads)["median"],
+            args.prompt,
+            args.tokens,
+        )
     return {
         "benchmark": "decode",
         "machine": facts,
         "model": model.name,
-        "threads": threads,
-        "prompt_tokens": prompt_tokens,
-        "tokens": tokens,
-        "read_bandwidth": report.spread_json(bandwidth),
+        "threads": args.threads,
+        "competitors": args.competitor,
+        "prompt_tokens": args.prompt,
+        "tokens": args.tokens,
+        "read_bandwidth": report.spread_json(found.limits),
         "absent": missing,
-        "systems": [summarise(name, found, bandwidth, entries[name].weights) for name, found in runs.items()],
+        "systems": [summarise(one, found) for one in entrants],
     }
 
 
+def with_one_thread(entrants: list[Contestant]) -> list[Contestant]:
+    """Each contestant, and beside it the same with one thread: what a second one brings when others are busy."""
+    alone = [replace(one, label=f"{one.label}, 1 thread", threads=1) for one in entrants if one.threads > 1]
+    return sorted([*entrants, *alone], key=lambda one: (one.system, -one.threads))
+
+
 def show(document: dict[str, Any]) -> None:
-    rows, notes = [], []
+    rows = []
     for s in document["systems"]:
         rows.append(
             (
-                s["system"],
+                s["label"],
                 f"{s['weights']['token_bytes'] / 1e9:.3f}",
                 report.spread_text(s["decode_tokens_per_second"]),
                 report.spread_text(s["weight_bytes_per_second"], 1e9),
@@ -104,17 +94,12 @@ def show(document: dict[str, Any]) -> None:
                 report.spread_text(s["foreign_cpus"]),
             )
         )
-        notes += [
-            f"{s['system']}: {s['runs'] - s['survived']} of {s['runs']} failed: {why}"
-            for why in s["failures"]
-        ]
-        if peers.SYSTEMS[s["system"]].says and s["version"]:
-            notes.append(f"{s['system']} {s['version']}: {peers.SYSTEMS[s['system']].says}")
+    notes = contest.notes(document)
     ran = [s for s in document["systems"] if s["generated"]]
     for s in ran[1:]:
         same = agreement(ran[0]["generated"], s["generated"])
         said = f"agree on the first {same} of {len(s['generated'])} greedy tokens"
-        notes.append(f"{ran[0]['system']} and {s['system']} {said}")
+        notes.append(f"{ran[0]['label']} and {s['label']} {said}")
     title = (
         f"{document['model']}: {document['threads']} threads, prompt {document['prompt_tokens']}, "
         f"{document['tokens']} tokens; median [smallest..largest]"
@@ -131,6 +116,10 @@ def show(document: dict[str, Any]) -> None:
         "others' cpus",
     )
     rate = document["read_bandwidth"]
+    if document["competitors"]:
+        notes.append(
+            f"beside {document['competitors']} busy processes of one thread (counted as others' cpus)"
+        )
     notes.append(f"memory read rate in the same rounds: {report.spread_text(rate, 1e9)} GB/s")
     notes.append(report.machine_line(document["machine"]))
     report.print_table(title, columns, rows, notes)
@@ -141,13 +130,13 @@ def main(argv: list[str] | None = None) -> int:
     peers.add_model_options(parser)
     parser.add_argument("--tokens", type=int, default=64, help="timed tokens per run")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens per run")
-    parser.add_argument("--runs", type=int, default=5, help="rounds")
+    contest.add_rounds(parser, runs=5)
     parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        choices=[n for n in peers.SYSTEMS if n != "edge"],
-        help="repeatable",
+        "--competitor",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N busy processes beside every run, and every system with one thread too",
     )
     parser.add_argument("--only-peer", action="store_true", help="leave edge out")
     report.add_output(parser)
@@ -157,9 +146,10 @@ def main(argv: list[str] | None = None) -> int:
     entries, missing = peers.entries(args.model, systems, args.peer_model, args.weights)
     if not entries:
         return 1  # each one's reason is already on standard error
-    document = measure(args.model, entries, missing, args.threads, args.prompt, args.tokens, args.runs)
+    entrants = contest.contestants(entries, args.threads)
+    document = measure(args.model, with_one_thread(entrants) if args.competitor else entrants, missing, args)
     report.put_out(f"decode-{args.model.stem}", document, show, args)
-    return 0 if any(s["survived"] for s in document["systems"]) else 1
+    return 0 if contest.survived(document) else 1
 
 
 if __name__ == "__main__":

@@ -308,7 +308,7 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program with one line when a count is not positive or a model is not there."""
     for name in ("threads", "tokens", "prompt", "runs"):
-        if getattr(args, name) < 1:
+        if getattr(args, name, 1) < 1:
             parser.error(f"--{name}: expected at least 1, found {getattr(args, name)}")
     for path in filter(None, (*getattr(args, "models", ()), getattr(args, "model", None), args.peer_model)):
         if not path.exists():

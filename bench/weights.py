@@ -18,6 +18,7 @@ class Weights:
         active_expert_bytes: of the experts one token uses.
         table_bytes: of embedding tables, of which a token reads one row.
         vocab: tokens in the vocabulary.
+        multiply_adds: of a prompt's token in all its matrices but the output matrix, which only the last token needs.
         extra_bytes: of gate copies, predictors and draft heads, which a run with memory for all does not load.
     """
 
@@ -28,6 +29,7 @@ class Weights:
     table_bytes: int
     vocab: int
     extra_bytes: int = 0
+    multiply_adds: int = 0
 
     @property
     def model_bytes(self) -> int:
@@ -68,6 +70,11 @@ def read_weights(path: Path) -> Weights:
     raise ValueError(f"{path}: expected a GGUF file or a pack, found a file that begins with {magic!r}")
 
 
+#: Matrices that a prompt's tokens do not multiply with, in GGUF and in packs.
+_OUTER = {"token_embd.weight", "position_embd.weight", "output.weight"}
+_OUTER |= {"embed.weight", "embed.position", "head.weight"}
+
+
 def _from_gguf(path: Path) -> Weights:
     from gguf import GGUFReader
 
@@ -83,9 +90,12 @@ def _from_gguf(path: Path) -> Weights:
     # A tied embedding is the output matrix too, and read whole.
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
     rows = {"position_embd.weight"} | (set() if tied else {"token_embd.weight"})
-    always = experts = tables = 0
+    always = experts = tables = products = 0
     for tensor in reader.tensors:
         n_bytes = int(tensor.n_bytes)
+        if tensor.name not in _OUTER and len(tensor.shape) > 1:
+            n_values = int(tensor.n_elements)
+            products += n_values * used // n_experts if "_exps." in tensor.name else n_values
         if "_exps." in tensor.name:
             experts += n_bytes
         elif tensor.name in rows:
@@ -99,6 +109,7 @@ def _from_gguf(path: Path) -> Weights:
         active_expert_bytes=experts * used // n_experts if n_experts else 0,
         table_bytes=tables,
         vocab=len(reader.fields["tokenizer.ggml.tokens"].data),
+        multiply_adds=products,
     )
 
 
@@ -111,10 +122,13 @@ def _from_pack(path: Path) -> Weights:
         config = pack.config
         tied = "head.weight" not in pack.entries
         rows = {"embed.position"} | (set() if tied else {"embed.weight"})
-        always = experts = tables = extra = 0
+        n_experts = config.n_experts
+        always = experts = tables = extra = products = 0
         for name, entry in pack.entries.items():
             if entry.format == WeightFormat.BYTES:
                 continue
+            n_values = 0 if name in _OUTER or entry.rows < 2 or is_extra(name) else entry.rows * entry.cols
+            products += n_values * config.experts_per_token // n_experts if entry.expert >= 0 else n_values
             if is_extra(name) or name.endswith(".neurons.gates"):
                 extra += entry.stored_bytes
             elif entry.expert >= 0:
@@ -123,7 +137,6 @@ def _from_pack(path: Path) -> Weights:
                 tables += entry.bytes
             else:
                 always += entry.bytes
-    n_experts = config.n_experts
     return Weights(
         file_bytes=path.stat().st_size,
         always_bytes=always,
@@ -132,6 +145,7 @@ def _from_pack(path: Path) -> Weights:
         table_bytes=tables,
         vocab=config.vocab_size,
         extra_bytes=extra,
+        multiply_adds=products,
     )
 
 

@@ -17,7 +17,8 @@ import pytest
 gguf = pytest.importorskip("gguf", reason="the benchmarks write GGUF files with the gguf package")
 
 from bench import __main__ as menu  # noqa: E402
-from bench import budget, cgroup, decode, machine, peers, report, weights  # noqa: E402
+from bench import budget, cgroup, contest, decode, machine, peers, prefill, report, weights  # noqa: E402
+from bench import open as opening  # noqa: E402
 from bench.budget_figure import plot_speed_over_memory  # noqa: E402
 
 MB = 1 << 20
@@ -458,3 +459,61 @@ def test_budget_of_a_tiny_model(
     )
     (found,) = json.loads(capsys.readouterr().out)["points"]
     assert found["survived"] == 0 and found["outcome"] != "survived"
+
+
+# --- comparisons
+
+
+def test_competitors_compute_while_the_runs_last() -> None:
+    before = machine.busy_seconds()
+    with contest.competitors(1):
+        while machine.busy_seconds() == before:
+            time.sleep(0.01)
+
+
+def test_who_competes_is_compared_with_its_own_single_thread() -> None:
+    entry = peers.Entry(Path("x"), weights.Weights(1, 1, 0, 0, 0, 1))
+    both = decode.with_one_thread(contest.contestants({"edge": entry, "naive": entry}, 2))
+    assert [(one.label, one.threads) for one in both] == [
+        ("edge", 2),
+        ("edge, 1 thread", 1),
+        ("naive", 2),
+        ("naive, 1 thread", 1),
+    ]
+    alone = contest.contestants({"edge": entry}, 1)
+    assert decode.with_one_thread(alone) == alone
+
+
+def test_multiply_adds_leave_out_the_tables_and_the_output_matrix(tiny: Callable[..., Path]) -> None:
+    d, ff, kv = 256, 512, 128
+    assert weights.read_weights(tiny("tiny", "q8_0")).multiply_adds == 2 * (
+        2 * d * d + 2 * kv * d + 3 * d * ff
+    )
+    tied = weights.read_weights(tiny("tiny-opt", as_mpt=True))
+    assert tied.multiply_adds == 2 * (4 * d * d + 2 * d * ff)
+
+
+def test_multiply_adds_of_an_moe_count_the_experts_of_a_token(tiny: Callable[..., Path]) -> None:
+    found = weights.read_weights(tiny("tiny-moe", "q8_0"))
+    assert found.multiply_adds < found.always_bytes + found.expert_bytes
+    assert found.multiply_adds > 32 * found.active_expert_bytes // 34
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "figure"), [(prefill, "prefill_tokens_per_second"), (opening, "first_token_seconds")]
+)
+def test_prefill_and_open_of_a_tiny_model(
+    command: Any,
+    figure: str,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("_edge")
+    monkeypatch.setenv("EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    assert command.main([str(tiny()), "--runs", "2", "--json"]) == 0
+    (system,) = json.loads(capsys.readouterr().out)["systems"]
+    assert system["survived"] == 2 and system[figure]["median"] > 0

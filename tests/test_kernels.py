@@ -418,3 +418,10 @@ def test_the_compiler_keeps_the_prefetches() -> None:
     ).stdout
     # 16 kernels a format, at 5 (IQ4_XS) to 44 (Q5_K) lines a step; half of that where a tile is two parts.
     assert code.count("prefetcht0") > 1500
+
+
+@pytest.mark.parametrize("isa", [one["name"] for one in _edge.isas() if one["available"]])
+def test_every_isa_says_how_fast_it_multiplies(isa: str) -> None:
+    assert _edge.int8_rate(2, 0.0, isa) > 0
+    with pytest.raises(errors.ArgumentError, match="n_threads"):
+        _edge.int8_rate(0, 0.0, isa)

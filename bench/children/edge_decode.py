@@ -43,7 +43,7 @@ def main(request: dict[str, Any]) -> None:
         options["predictor"] = request["predictor"]
     if request["limit_bytes"]:
         options |= {"memory": request["limit_bytes"], "whole_process": True}
-    start = time.perf_counter()
+    opened = start = time.perf_counter()
     engine = edge.load(request["model"], **options)
     emit(
         event="loaded",
@@ -79,6 +79,7 @@ def main(request: dict[str, Any]) -> None:
 
     # The warm-up prompt differs in its first token, so that no prefix of it can be reused by the timed one.
     generate([3 if prompt[0] != 3 else 4, *prompt[1:]], 1)
+    first_token_seconds = time.perf_counter() - opened
     emit(event="warm")
     start = time.perf_counter()
     tokens, stats, spent = generate(prompt, request["tokens"] + 1)
@@ -92,6 +93,7 @@ def main(request: dict[str, Any]) -> None:
         decode_tokens_per_second=float(stats["decode_tokens_per_second"]),
         decode_tokens_per_second_outside=outside,
         prefill_tokens_per_second=prefill_rate,
+        first_token_seconds=first_token_seconds,
         tokens=tokens,
         info=json.dumps(stats, default=str),
         **spent.per_token(request["tokens"]),

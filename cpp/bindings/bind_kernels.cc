@@ -268,6 +268,26 @@ double py_read_bandwidth(int n_threads, int64_t n_bytes, double seconds, const s
   return static_cast<double>(n_bytes) / *std::min_element(read.wall_s.begin(), read.wall_s.end()) * 1e-9;
 }
 
+double py_int8_rate(int n_threads, double seconds, const std::string& isa) {
+  const std::string name = isa.empty() ? value(default_kernels())->isa : isa;
+  const GemvTable& table = *value(gemv_table_for(name));
+  check_range("n_threads", n_threads, 1, 256);
+  constexpr int64_t kSteps = 1 << 14, kPieces = 64;
+  double best = 0;
+  {
+    const py::gil_scoped_release unlocked;
+    ThreadPool pool(n_threads);
+    const auto end = Clock::now() + std::chrono::duration<double>(seconds);
+    do {
+      std::atomic<int64_t> n = 0;
+      const auto start = Clock::now();
+      pool.parallel(kPieces, 1, [&](int64_t begin, int64_t end, int) { n += table.multiply_int8((end - begin) * kSteps); });
+      best = std::max(best, 2.0 * static_cast<double>(n) / std::chrono::duration<double>(Clock::now() - start).count());
+    } while (Clock::now() < end);
+  }
+  return best;
+}
+
 void bind_kernels(py::module_& module) {
   module.def("isas", [] { return availability(list_isas()); },
              "The ISAs of this build, best first: dicts with name, available, and the reason when it is not.");
@@ -287,6 +307,9 @@ void bind_kernels(py::module_& module) {
              "gemv_cpu_seconds, read_cpu_seconds (at work, sum of all threads).");
   module.def("read_bandwidth", &py_read_bandwidth, py::arg("n_threads"), py::arg("n_bytes"), py::arg("seconds"),
              py::arg("isa") = "", "GB/s of the fastest plain read pass over n_bytes of memory.");
+  module.def("int8_rate", &py_int8_rate, py::arg("n_threads"), py::arg("seconds"), py::arg("isa") = "",
+             "Operations per second (a multiplication and an addition are two) of the fastest pass of int8 multiply-adds "
+             "in registers: what the ISA can do when nothing has to be fetched or unpacked.");
 }
 
 const Binding binding("kernels", bind_kernels);

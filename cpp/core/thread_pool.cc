@@ -1,6 +1,9 @@
 #include "core/thread_pool.h"
 
+#include <sched.h>
+
 #include <algorithm>
+#include <chrono>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -10,6 +13,8 @@ namespace edge {
 namespace {
 // About 50 us: longer than the gap between two ops of a token, far shorter than a scheduler slice.
 constexpr int kSpins = 4000;
+// Below the shortest slice of a scheduler: who gives way on time is not stopped in the middle of a piece.
+constexpr std::chrono::microseconds kTurn{1000};
 constexpr uint64_t kOpen = 1 << 16;
 constexpr uint64_t kJoined = kOpen - 1;
 constexpr uint64_t kGeneration = 1 << 17;
@@ -21,6 +26,33 @@ inline void relax() {
   asm volatile("yield");
 #endif
 }
+
+// A worker's manners. Where others want its core, it gives way between two jobs, because a worker stopped within one stalls
+// the caller for a whole slice; and it leaves the caller's core, to which schedulers move it when others take its own: two
+// threads that take turns on one core wait for each other at every job.
+class Courtesy {
+ public:
+  Courtesy() { known_ = sched_getaffinity(0, sizeof allowed_, &allowed_) == 0; }
+
+  void between_jobs(int caller_cpu) {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - since_ < kTurn) return;
+    if (known_ && sched_getcpu() == caller_cpu) leave(caller_cpu);
+    std::this_thread::yield();
+    since_ = std::chrono::steady_clock::now();
+  }
+
+ private:
+  void leave(int cpu) {
+    cpu_set_t others = allowed_;
+    CPU_CLR(cpu, &others);
+    if (CPU_COUNT(&others) > 0) (void)sched_setaffinity(0, sizeof others, &others);
+  }
+
+  cpu_set_t allowed_;
+  bool known_;
+  std::chrono::steady_clock::time_point since_ = std::chrono::steady_clock::now();
+};
 }  // namespace
 
 ThreadPool::ThreadPool(int n_threads) {
@@ -56,6 +88,7 @@ void ThreadPool::run(int64_t n_items, int64_t grain, Call call, void* context) {
   n_items_ = n_items;
   grain_ = grain;
   next_.store(0, std::memory_order_relaxed);
+  caller_cpu_.store(sched_getcpu(), std::memory_order_relaxed);
   const uint64_t generation = state_.load(std::memory_order_relaxed) / kGeneration + 1;
   state_.store(generation * kGeneration | kOpen);
   if (n_sleeping_.load() > 0) {
@@ -65,14 +98,17 @@ void ThreadPool::run(int64_t n_items, int64_t grain, Call call, void* context) {
   }
   drain(0);
   state_.fetch_and(~kOpen);
-  for (int spins = 0; (state_.load(std::memory_order_acquire) & kJoined) != 0; ++spins) {
+  uint64_t state = state_.load(std::memory_order_acquire);
+  for (int spins = 0; (state & kJoined) != 0; ++spins) {
     if (spins < kSpins) relax();
-    else std::this_thread::yield();
+    else state_.wait(state, std::memory_order_acquire);
+    state = state_.load(std::memory_order_acquire);
   }
 }
 
 void ThreadPool::work(int thread) {
   uint64_t seen = 0;  // generation
+  Courtesy courtesy;
   const auto ready = [&](uint64_t state) { return (state & kOpen) != 0 && state / kGeneration != seen; };
   for (;;) {
     uint64_t state = state_.load(std::memory_order_acquire);
@@ -91,6 +127,8 @@ void ThreadPool::work(int thread) {
     seen = state / kGeneration;
     drain(thread);
     state_.fetch_sub(1, std::memory_order_release);
+    state_.notify_one();
+    courtesy.between_jobs(caller_cpu_.load(std::memory_order_relaxed));
   }
 }
 

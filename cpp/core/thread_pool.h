@@ -46,6 +46,7 @@ class ThreadPool {
   // caller waits only for those: a worker the system has not scheduled yet costs nothing.
   alignas(64) std::atomic<uint64_t> state_{0};
   alignas(64) std::atomic<int64_t> next_{0};
+  std::atomic<int> caller_cpu_{-1};
   // The current job: written while nobody has joined and nobody can.
   Call call_ = nullptr;
   void* context_ = nullptr;

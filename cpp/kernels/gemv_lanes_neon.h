@@ -95,6 +95,10 @@ struct Lanes {
     return vaddq_s32(sum, vpaddq_s32(low, vmull_high_s16(s16(a), s16(b))));
   }
 
+  static inline Words multiply_add(Words sum, Words a, Words b) {
+    return vdotq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
+  }
+
   // sum + four words of values times 16 activations.
   EDGE_INLINE static Words dot16(Words sum, const int8x16_t* values, const uint8_t* q) {
     const int8x16_t a = vreinterpretq_s8_u8(vld1q_u8(q));

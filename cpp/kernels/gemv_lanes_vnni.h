@@ -14,6 +14,8 @@ struct Vnni : Base {
   template <typename F>
   static constexpr bool kSigned = false;
 
+  EDGE_INLINE static Words multiply_add(Words sum, Words a, Words b) { return Base::dot4(sum, a, b); }
+
   template <typename F, int i>
   EDGE_INLINE static void unpack(const uint8_t* w, int u, int part, Words (&values)[8]) {
     unroll<8>([&](auto s) EDGE_INLINE_BODY { values[s] = F::template quants<i, s>(w, u, part); });

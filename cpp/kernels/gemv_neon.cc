@@ -4,4 +4,6 @@ namespace edge {
 
 EDGE_Q8X32_FORMATS(EDGE_GEMV_BLOCK32, neon)
 
+int64_t multiply_int8_neon(int64_t n_steps) { return multiply_int8<Lanes>(n_steps); }
+
 }  // namespace edge

@@ -64,4 +64,16 @@ uint64_t read_bytes_ref(const std::byte* data, int64_t n_bytes) {
   return sums[0] + sums[1] + sums[2] + sums[3];
 }
 
+int64_t multiply_int8_ref(int64_t n_steps) {
+  constexpr int64_t kValues = 64;
+  int32_t sums[kValues] = {};
+  int8_t a[kValues] = {}, b[kValues] = {};
+  for (int64_t i = 0; i < n_steps; ++i) {
+    __asm__ volatile("" : "+m"(a), "+m"(b));
+    for (int64_t j = 0; j < kValues; ++j) sums[j] += a[j] * b[j];
+  }
+  __asm__ volatile("" : : "m"(sums));
+  return n_steps * kValues;
+}
+
 }  // namespace edge
