@@ -277,16 +277,16 @@ class CostModel:
         exposed = max(0.0, head - plan.ring_bytes / self._machine.drive.sequential_bytes_per_second)
         flash = stream + self._machine.drive.seconds(expert_bytes, self._read_bytes)
         flash += neurons.flash_seconds + kv.flash_seconds
-        token = max(memory, flash) + (exposed if flash > memory else 0.0)
+        token = neurons.late_seconds + max(memory, flash) + (exposed if flash > memory else 0.0)
         return Prediction(
             tokens_per_second=1 / token,
             time_to_first_token_seconds=self._prompt_seconds(plan, prompt_tokens, hit, row_seconds),
             prompt_tokens=prompt_tokens,
             memory_seconds=memory,
-            flash_seconds=flash,
+            flash_seconds=flash + neurons.late_seconds,
             flash_bytes_per_token=read + row_bytes,
             expert_hit_rate=hit,
-            bound="drive" if flash > token / 2 else "memory",
+            bound="drive" if flash + neurons.late_seconds > token / 2 else "memory",
         )
 
     @property
@@ -352,4 +352,4 @@ class CostModel:
         read = plan.stream_bytes + expert_bytes + neurons.flash_bytes + kv.flash_bytes
         memory = compute + mixture + neurons.seconds + kv.exposed_seconds + self._io_seconds(read)
         flash = machine.drive.seconds(plan.stream_bytes) + machine.drive.seconds(expert_bytes)
-        return max(memory, flash + neurons.flash_seconds + kv.flash_seconds)
+        return neurons.late_seconds + max(memory, flash + neurons.flash_seconds + kv.flash_seconds)

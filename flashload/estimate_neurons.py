@@ -38,15 +38,31 @@ _LIKE = {
 
 @dataclass(frozen=True)
 class NeuronWork:
-    """One pass over all layers: seconds in order, bytes that came from the drive, and how long the drive took."""
+    """One pass over all layers, or one of them.
+
+    Attributes:
+        seconds: of computing, and of asking for records ahead of their layer.
+        late_seconds: of waiting for those that were not foretold, behind which nothing hides.
+        flash_bytes: that came from the drive.
+        flash_seconds: that the drive took, late ones aside.
+    """
 
     seconds: float
+    late_seconds: float
     flash_bytes: float
     flash_seconds: float
 
+    def __add__(self, other: NeuronWork) -> NeuronWork:
+        return NeuronWork(
+            self.seconds + other.seconds,
+            self.late_seconds + other.late_seconds,
+            self.flash_bytes + other.flash_bytes,
+            self.flash_seconds + other.flash_seconds,
+        )
+
 
 def reads_of(
-    n_records: int, record_bytes: int, missing: float, most_bytes: float = _RUN_BYTES
+    n_records: float, record_bytes: int, missing: float, most_bytes: float = _RUN_BYTES
 ) -> tuple[float, float]:
     """(bytes, requests) to read a random share ``missing`` of a layer's records: near ones come in one request.
 
@@ -104,19 +120,17 @@ class NeuronCost:
 
     def work(self, plan: Plan, rows: int) -> NeuronWork:
         """``rows`` rows, in blocks that share what they read."""
-        seconds = n_bytes = reading = 0.0
+        work = NeuronWork(0.0, 0.0, 0.0, 0.0)
         for first in range(0, rows, _BLOCK_ROWS):
             block = min(_BLOCK_ROWS, rows - first)
             for records in self._records:
-                layer = self._layer(plan, records, block)
-                seconds += layer.seconds
-                n_bytes += layer.flash_bytes
-                reading += layer.flash_seconds
+                work += self._layer(plan, records, block)
             if plan.neuron_mode in GUESSED:
-                seconds += sum(
+                named = (
                     self._seconds(w.stored_bytes, WeightFormat.Q8_0, 34 / 32, block) for w in self._predictors
                 )
-        return NeuronWork(seconds, n_bytes, reading)
+                work += NeuronWork(sum(named), 0.0, 0.0, 0.0)
+        return work
 
     def _layer(self, plan: Plan, records: Weight, rows: int) -> NeuronWork:
         gates = self._gates.get(records.layer)
@@ -136,24 +150,37 @@ class NeuronCost:
         compute = self._dot_seconds(records.format, multiplied * union * n_bytes, each)
         compute += self._axpy_seconds(records.format, gate_share * token_share * rows * n_bytes)
         slots = plan.neuron_slots[records.id] if plan.neuron_slots else records.rows
-        missing = self._use.wanted_share(mode, rows, min(1.0, slots / records.rows))
-        free = plan.neuron_free_reads / records.rows
-        missing = max(read_share(plan.neuron_keep) * missing, min(free, missing))
-        if missing <= 0:
-            return NeuronWork(decide + compute, 0.0, 0.0)
         drive = self._machine.drive
-        most_bytes = min(_RUN_BYTES, plan.neuron_staging_bytes / 4)
-        read, requests = reads_of(records.rows, records.chunk_bytes, missing, most_bytes)
-        reading = drive.first_byte_seconds + drive.seconds(read, read / requests)
+        read, requests, missing = self._reads(plan, records, rows, min(1.0, slots / records.rows))
+        if missing <= 0:
+            return NeuronWork(decide + compute, 0.0, 0.0, 0.0)
+        reading = drive.seconds(read, read / requests)
         # Who computes also asks for what is missing.
         asking = requests * drive.cpu_seconds_per_request
         if mode in GUESSED and rows <= _AHEAD_ROWS:
-            # Most is read a layer ahead, behind everything else that a pass does.
-            late = drive.first_byte_seconds + (1 - _FORETOLD) * reading
-            return NeuronWork(decide + compute + asking + late, read, reading)
+            # As much as there is staging for is read a layer ahead, behind everything else that a pass does.
+            late = 1 - min(_FORETOLD, plan.neuron_staging_bytes / 2 / read)
+            waiting = drive.first_byte_seconds + late * (reading + asking)
+            return NeuronWork(decide + compute + (1 - late) * asking, waiting, read, (1 - late) * reading)
         # What is in memory is multiplied while the rest arrives.
         here = compute * (1 - missing / union)
-        return NeuronWork(decide + max(here + asking, reading) + (compute - here) / 2, read, reading)
+        waiting = max(0.0, drive.first_byte_seconds + reading - here - asking)
+        return NeuronWork(decide + (compute + here) / 2 + asking, waiting, read, 0.0)
+
+    def _reads(self, plan: Plan, records: Weight, rows: int, held: float) -> tuple[float, float, float]:
+        """(bytes, requests, share of the records) that ``rows`` rows want and a layer lacks."""
+        most_bytes = min(_RUN_BYTES, plan.neuron_staging_bytes / 4)
+        read = requests = missing = 0.0
+        wanted = self._use.missing(plan.neuron_mode, rows, held)
+        in_all = sum(part * lacking for part, lacking in wanted)
+        free = plan.neuron_free_reads / records.rows
+        share = max(read_share(plan.neuron_keep), min(1.0, free / in_all)) if in_all > 0 else 0.0
+        for part, lacking in wanted:
+            lacking *= share
+            if part > 0 and lacking > 0:
+                found = reads_of(part * records.rows, records.chunk_bytes, lacking, most_bytes)
+                read, requests, missing = read + found[0], requests + found[1], missing + part * lacking
+        return read, requests, missing
 
     def _dot_seconds(self, code: int, n_bytes: float, rows: float) -> float:
         rate = self._machine.neurons.get(code)

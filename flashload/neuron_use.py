@@ -19,8 +19,8 @@ _PREDICTED_PER_ACTIVE = 4 / 3
 #: a model with those statistics ``python -m bench window`` found 0.54, 0.32, 0.14, 0.08 missing with 0.1, 0.2, 0.37,
 #: 0.5 in memory: 5.3.
 _FALLOFF, _MOST_FALLOFF = 5.3, 30.0
-#: Ranks at which the use of neurons is summed up.
-_RANKS = 64
+#: Ranks at which the use of neurons is summed up, and parts of a layer in which they count as alike.
+_RANKS, _PARTS = 64, 8
 #: The policy of the window (cpp/store/neuron_policy.h), slots it is tried with, and tokens, of which half warm it.
 _HALF_LIFE_TOKENS, _SLOTS, USE_TOKENS = 8.0, (0.125, 0.25, 0.5), 512
 #: Modes in which a predictor decides.
@@ -38,11 +38,13 @@ class NeuronUse:
         active_share: share of the neurons that a token needs.
         predicted_share: share that a predictor names; None: not known.
         falloff: how uneven use is; 0: all neurons alike.
+        in_order: the pack holds the most used first, so that those which are missing lie near each other.
     """
 
     active_share: float = ACTIVE_SHARE
     predicted_share: float | None = None
     falloff: float = _FALLOFF
+    in_order: bool = False
 
     def token_share(self, mode: str) -> float:
         """Share of the neurons that one token asks for; mode: who decides (flashload.plan_neurons)."""
@@ -53,13 +55,24 @@ class NeuronUse:
 
     def wanted_share(self, mode: str, rows: int, held_share: float = 0.0) -> float:
         """Share of the neurons that some of ``rows`` rows want and that are not among the ``held_share`` most used."""
+        return (1 - held_share) * sum(self._wanted(mode, rows, held_share)) / _RANKS
+
+    def missing(self, mode: str, rows: int, held_share: float) -> list[tuple[float, float]]:
+        """Parts of a layer's records as they lie in the pack: (share of the records, share of those that is read)."""
+        if not self.in_order:
+            return [(1.0, self.wanted_share(mode, rows, held_share))]
+        wanted = self._wanted(mode, rows, held_share)
+        parts = (wanted[i : i + _RANKS // _PARTS] for i in range(0, _RANKS, _RANKS // _PARTS))
+        return [((1 - held_share) / _PARTS, sum(part) / len(part)) for part in parts]
+
+    def _wanted(self, mode: str, rows: int, held_share: float) -> list[float]:
+        """Chances that some of the rows want a neuron, at ranks spread evenly over those that are not held."""
         share = self.token_share(mode)
         # No neuron can be wanted more often than always.
         falloff = min(self.falloff, 1 / share - 1)
-        step = (1 - held_share) / _RANKS
-        ranks = (held_share + (i + 0.5) * step for i in range(_RANKS))
+        ranks = (held_share + (1 - held_share) * (i + 0.5) / _RANKS for i in range(_RANKS))
         use = (min(1.0, share * _density(falloff, s)) for s in ranks)
-        return float(sum(1 - (1 - p) ** rows for p in use) * step)
+        return [1 - (1 - p) ** rows for p in use]
 
 
 def _density(falloff: float, rank: float) -> float:
@@ -87,7 +100,9 @@ def neuron_use(metadata: Mapping[str, Any], activation: str) -> NeuronUse:
     if activation != "relu":
         return NeuronUse(1.0)  # others leave no neuron at zero
     active, falloff = figure("active", 1.0), figure("falloff", _MOST_FALLOFF)
-    return NeuronUse(active or ACTIVE_SHARE, figure("predicted", 1.0), falloff or _FALLOFF)
+    # Made packs with the statistics of a known model (bench.synth_sparse) hold the most used first.
+    in_order = "calibrated_to" in metadata
+    return NeuronUse(active or ACTIVE_SHARE, figure("predicted", 1.0), falloff or _FALLOFF, in_order)
 
 
 def measure_falloff(layers: Sequence[NDArray[np.bool_]]) -> float:
