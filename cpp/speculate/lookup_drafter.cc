@@ -47,7 +47,7 @@ Status LookupDrafter::propose(const DraftContext& context, DraftTree& tree) {
   read(text);
   const auto n = static_cast<int64_t>(text.size());
   const int64_t begin = n - automaton_.n_tokens();  // of what is remembered
-  std::vector<int32_t> firsts, chain;
+  std::vector<int32_t> firsts;
   for (int32_t state = automaton_.longest(); state > 0; state = automaton_.shorter(state)) {
     guesses_.clear();
     automaton_.continuations(state, [&](int32_t token, int64_t end) {
@@ -63,13 +63,17 @@ Status LookupDrafter::propose(const DraftContext& context, DraftTree& tree) {
       if (firsts.size() == kContinuations || tree.full()) return {};
       firsts.push_back(guess.token);
       const auto source = static_cast<uint8_t>(first_source() + kind * kLevels + level);
-      chain.clear();
+      // A text that repeats with a short period goes on into its own draft.
+      const int64_t period = n - guess.end;
+      double reach = 1;
       int32_t node = 0;
-      while (node >= 0 && static_cast<int64_t>(chain.size()) < context.depth) {
-        // A text that repeats with a short period goes on into its own draft.
-        const int64_t next = guess.end + static_cast<int64_t>(chain.size());
-        chain.push_back(next < n ? text[static_cast<size_t>(next)] : chain[static_cast<size_t>(next - n)]);
-        node = tree.add(node, chain.back(), source);
+      for (int64_t depth = 1; depth <= context.depth; ++depth) {
+        node = tree.add(node, text[static_cast<size_t>(guess.end + (depth - 1) % period)], source);
+        if (node < 0) break;
+        // The first that is not worth its row is judged all the same; those behind it would only take time.
+        if (context.acceptance == nullptr) continue;
+        reach *= context.acceptance->rate(source, depth);
+        if (reach < context.least_reach) break;
       }
     }
   }

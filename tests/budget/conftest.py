@@ -73,9 +73,10 @@ class Model:
         prompt: str = "a b c",
         tokens: int = FEW_TOKENS,
         limit: int = 0,
+        options: tuple[object, ...] = (),
     ) -> Run:
         """Greedy; inside a memory cgroup of ``limit`` bytes when it is not 0; no ``memory`` is edge's own choice."""
-        more = (prompt, "-n", tokens, "--temperature", 0, "--ignore-eos")
+        more = (prompt, "-n", tokens, "--temperature", 0, "--ignore-eos", *options)
         command = self.command("run", memory, context, *more)
         if limit:
             done = run_in_cgroup(command, limit, timeout_seconds=100)
