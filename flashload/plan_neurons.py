@@ -17,7 +17,7 @@ _STAGING_MOST_BYTES, _STAGING_SHARE = 4 << 20, 32
 #: The core's tables: per neuron who holds it, its worth, which rows use it, who was touched; per slot its neuron; and,
 #: once for all layers, the misses of one turn and the guesses of the next.
 _TABLE_PER_NEURON, _TABLE_PER_SLOT = 8 + 3 * 4, 4
-_TURN_PER_NEURON, _TURN_PER_SLOT = 24 + 16 + 4, 4
+_TURN_PER_NEURON, _TURN_PER_SLOT = 24 + 16 + 4, 8
 #: A predictor changes the text a little: it has to save a third of the reads.
 _WORTH_A_LOSS = 2 / 3
 #: What ``predictor="lean"`` keeps of a layer's energy; the perplexity it costs: ``python -m bench lean``.

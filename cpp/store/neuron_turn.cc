@@ -146,12 +146,12 @@ void NeuronWindow::give_slots(Layer& layer) {
   // What this pass uses stays. Ties: of two neurons of equal worth the later one leaves, for a pack may be ordered by use.
   size_t n_leaving = 0;
   for (int32_t slot = 0; slot < layer.n_slots; ++slot) {
-    if (layer.used_by[layer.held[slot]] == 0) leaving_[n_leaving++] = slot;
+    const int32_t neuron = layer.held[slot];
+    if (layer.used_by[neuron] == 0) leaving_[n_leaving++] = {layer.key[neuron], neuron};
   }
   const size_t n = std::min(n_misses_, n_leaving);
-  const auto worth_less = [&](int32_t a, int32_t b) {
-    const int32_t x = layer.held[a], y = layer.held[b];
-    return layer.key[x] != layer.key[y] ? layer.key[x] < layer.key[y] : x > y;
+  const auto worth_less = [](const Leaving& a, const Leaving& b) {
+    return a.worth != b.worth ? a.worth < b.worth : a.neuron > b.neuron;
   };
   std::nth_element(leaving_, leaving_ + n, leaving_ + n_leaving, worth_less);
   std::sort(leaving_, leaving_ + n, worth_less);
@@ -161,8 +161,8 @@ void NeuronWindow::give_slots(Layer& layer) {
   });
   for (size_t i = 0; i < n; ++i) {
     Miss& miss = misses_[by_worth_[i]];
-    if (miss.worth <= layer.key[layer.held[leaving_[i]]]) break;
-    miss.slot = leaving_[i];
+    if (miss.worth <= leaving_[i].worth) break;
+    miss.slot = layer.slot_of[leaving_[i].neuron];
   }
 }
 

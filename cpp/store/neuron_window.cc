@@ -21,8 +21,8 @@ struct Tables {
   uint64_t most_neurons = 0;  // of an entry that is not whole
   uint64_t most_slots = 0;
 
-  uint64_t bytes(uint64_t turn_bytes) const {
-    return 8 * n_wide + 4 * n_narrow + (turn_bytes + 4) * most_neurons + 4 * most_slots;
+  uint64_t bytes(uint64_t turn_bytes, uint64_t slot_bytes) const {
+    return 8 * n_wide + 4 * n_narrow + (turn_bytes + 4) * most_neurons + slot_bytes * most_slots;
   }
 };
 
@@ -53,7 +53,7 @@ Tables tables_of(const PackDirectory& directory, const StorePlan& plan) {
 
 uint64_t NeuronWindow::plan_bytes(const PackDirectory& directory, const StorePlan& plan) {
   const Tables tables = tables_of(directory, plan);
-  return tables.slot_bytes + round_up(tables.bytes(sizeof(Miss) + sizeof(Guess)), kReadAlign);
+  return tables.slot_bytes + round_up(tables.bytes(sizeof(Miss) + sizeof(Guess), sizeof(Leaving)), kReadAlign);
 }
 
 uint64_t NeuronWindow::staging_least_bytes(const PackEntry& entry) {
@@ -104,7 +104,7 @@ Status NeuronWindow::reserve(const StorePlan& plan, Budget& budget) {
   }
   const bool windowed = tables.most_neurons > 0;
   if (windowed) {
-    EDGE_ASSIGN(tables_, budget.reserve(tables.bytes(sizeof(Miss) + sizeof(Guess)), "neurons"));
+    EDGE_ASSIGN(tables_, budget.reserve(tables.bytes(sizeof(Miss) + sizeof(Guess), sizeof(Leaving)), "neurons"));
     EDGE_ASSIGN(staging_, budget.reserve(plan.neuron_staging_bytes / kReadAlign * kReadAlign, "neuron staging"));
     const uint64_t half = staging_.bytes() / 2 / kReadAlign * kReadAlign;
     for (size_t i = 0; i < rings_.size(); ++i) {
@@ -144,7 +144,7 @@ Status NeuronWindow::reserve(const StorePlan& plan, Budget& budget) {
     load_bytes_ += round_up(static_cast<uint64_t>(n_slots) * entry.chunk_bytes, kReadAlign);
   });
   by_worth_ = narrow;
-  leaving_ = by_worth_ + tables.most_neurons;
+  leaving_ = reinterpret_cast<Leaving*>(by_worth_ + tables.most_neurons);
   return {};
 }
 

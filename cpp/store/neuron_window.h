@@ -120,6 +120,11 @@ class NeuronWindow {
     int32_t slot = -1;  // it will be copied there
     float worth = 0;    // its key, should this use stay in the text
   };
+  // Of a neuron with a slot; its key stands beside it, for tables of all neurons are slow to walk in any order.
+  struct Leaving {
+    float worth = 0;
+    int32_t neuron = 0;
+  };
   struct Guess {
     int64_t run = kNoRun;
     int32_t neuron = 0;
@@ -174,7 +179,7 @@ class NeuronWindow {
   Miss* misses_ = nullptr;
   Guess* guesses_ = nullptr;
   int32_t* by_worth_ = nullptr;
-  int32_t* leaving_ = nullptr;
+  Leaving* leaving_ = nullptr;
   size_t n_misses_ = 0;
   size_t next_miss_ = 0;      // those before have a run
   size_t n_taken_ = 0;        // those before were handed out
