@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import edge
-from edge import loading
+from edge import host
 from edge.errors import ArgumentError
 from flashload.format import PackFile
 from flashload.lean import with_free_reads
@@ -170,8 +170,8 @@ def test_a_machine_that_was_measured_reads_for_nothing(pack: Path, monkeypatch: 
         MACHINE.drive, request_seconds=1e-7, bytes_per_second=1e11, sequential_bytes_per_second=1e11
     )
     found: list[Machine | None] = [None, dataclasses.replace(MACHINE, drive=quick)]
-    monkeypatch.setattr(loading, "rss_bytes", lambda: 0)
-    monkeypatch.setattr(loading, "peak_rss_bytes", lambda: 0)
+    monkeypatch.setattr(host, "rss_bytes", lambda: 0)
+    monkeypatch.setattr(host, "peak_rss_bytes", lambda: 0)
     options = {"context": CONTEXT, "threads": 2, "kv": "memory", "predictor": "lean"}
     memory = plan_of(pack, SHORT, LEAN_KEEP)[0].memory_bytes
     for machine in found:

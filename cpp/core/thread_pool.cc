@@ -1,6 +1,8 @@
 #include "core/thread_pool.h"
 
+#if defined(__linux__)
 #include <sched.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -32,6 +34,7 @@ inline void relax() {
 // threads that take turns on one core wait for each other at every job.
 class Courtesy {
  public:
+#if defined(__linux__)
   Courtesy() { known_ = sched_getaffinity(0, sizeof allowed_, &allowed_) == 0; }
 
   void between_jobs(int caller_cpu) {
@@ -51,8 +54,26 @@ class Courtesy {
 
   cpu_set_t allowed_;
   bool known_;
+#else
+  void between_jobs(int) {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - since_ < kTurn) return;
+    std::this_thread::yield();
+    since_ = std::chrono::steady_clock::now();
+  }
+
+ private:
+#endif
   std::chrono::steady_clock::time_point since_ = std::chrono::steady_clock::now();
 };
+
+int this_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
 }  // namespace
 
 ThreadPool::ThreadPool(int n_threads) {
@@ -88,7 +109,7 @@ void ThreadPool::run(int64_t n_items, int64_t grain, Call call, void* context) {
   n_items_ = n_items;
   grain_ = grain;
   next_.store(0, std::memory_order_relaxed);
-  caller_cpu_.store(sched_getcpu(), std::memory_order_relaxed);
+  caller_cpu_.store(this_cpu(), std::memory_order_relaxed);
   const uint64_t generation = state_.load(std::memory_order_relaxed) / kGeneration + 1;
   state_.store(generation * kGeneration | kOpen);
   if (n_sleeping_.load() > 0) {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from edge.loading import resolve_model
+from edge.models import resolve_model
 from tests.budget.conftest import Model
 
 _CONTEXT, _TOKENS = 256, 60

@@ -19,7 +19,7 @@ PLACEMENTS = {
     "resident": ("dense", 1.0),
     "half": ("dense", 0.5),
     "floor": ("dense", 0.0),
-    "experts": ("moe", 0.5),
+    "experts": ("moe", 0.25),
     "experts_floor": ("moe", 0.0),
     "neurons": ("neurons", 0.3),
     "neurons_floor": ("neurons", 0.0),
