@@ -193,8 +193,10 @@ Status Speculator::ask(Turn& turn, DraftContext context, int64_t depth, bool rea
   turn.ms_per_guess += (turn.ms_per_guess > 0 ? kFresh : 1.0) * (ms - turn.ms_per_guess);
   turn.stats.ms += end - start;
   // A drafter that promises to win its reading back is not held to account for it.
-  turn.ms = end - (reads_for_free ? begin : start);
-  if (reads_for_free) controller_.invest(begin - start);
+  if (reads_for_free) {
+    controller_.invest(begin - start);
+    invested_ms_ += begin - start;
+  }
   return {};
 }
 
@@ -204,7 +206,6 @@ Status Speculator::propose(Sequence& sequence, Sampler& sampler, int64_t room) {
   context.sampler = &sampler;
   context.hidden = sequence.hidden();
   context.wants_distributions = options_.acceptance == AcceptRule::kRejection;
-  for (Turn& turn : turns_) turn.ms = 0;
   if (options_.depth > 0) {
     for (Turn& turn : turns_) {
       if (turn.enabled) EDGE_TRY(ask(turn, context, options_.depth, true));
@@ -334,8 +335,12 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
   const int64_t room = std::min(limits.max_tokens, engine_.options().context - n_tokens);
   const bool decodes = sequence.n_pending() == 1;
   if (!decodes || room < 2 || turns_.empty()) return plain(sequence, sampler, decodes);
-  if (options_.depth == 0 && !controller_.cost.known()) return plain(sequence, sampler, decodes);
+  const bool always = std::any_of(turns_.begin(), turns_.end(), [](const Turn& t) { return t.enabled && t.always; });
+  // On a model whose passes take microseconds even asking for guesses is dear.
+  if (options_.depth == 0 && !always && !controller_.may_spend(0)) return plain(sequence, sampler, decodes);
 
+  const double asked = now_ms();
+  invested_ms_ = 0;
   DraftTree::Limits tree_limits;
   tree_limits.max_nodes = std::min({options_.max_rows, engine_.decoder().max_rows(), PassCost::kMaxRows,
                                     engine_.options().context - n_tokens + 1});
@@ -343,21 +348,15 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
   tree_limits.vocab_size = static_cast<int32_t>(engine_.decoder().config().vocab_size);
   tree_.reset(sequence.tokens().back(), tree_limits);
   EDGE_TRY(propose(sequence, sampler, room));
-  double draft_ms = 0;
-  for (const Turn& turn : turns_) draft_ms += turn.ms;
   proposed_ = tree_;
-  if (options_.depth == 0) {
-    bool always = false;
-    for (const Turn& turn : turns_) always = always || (turn.enabled && turn.always);
-    if (always || controller_.may_spend(0)) controller_.prune(tree_);
-    else tree_.reset(sequence.tokens().back(), tree_limits);
-  }
+  if (options_.depth == 0) controller_.prune(tree_);
 
   std::vector<SampledToken> tokens;
   const double start = now_ms();
+  const double draft_ms = start - asked - invested_ms_;
   if (tree_.size() == 1) {
     EDGE_ASSIGN(tokens, plain(sequence, sampler, true));
-    if (draft_ms > 0) controller_.account(0, draft_ms);
+    controller_.account(0, draft_ms);
   } else {
     bool wants_best = false;
     for (const Turn& turn : turns_) wants_best = wants_best || (turn.enabled && turn.drafter->wants_best());
@@ -374,9 +373,11 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
     }
     tokens = std::move(verified.tokens);
   }
+  const double end = now_ms();
   std::vector<int32_t> ids;
   for (const SampledToken& token : tokens) ids.push_back(token.token);
   controller_.learn(proposed_, ids);
+  controller_.account(0, now_ms() - end);
   return tokens;
 }
 

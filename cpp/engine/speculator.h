@@ -78,7 +78,6 @@ class Speculator {
     int64_t idle_tokens = 0;
     int64_t probe_after_tokens = 64;
     int64_t probe_steps_left = 0;
-    double ms = 0;  // of this step
   };
 
   void follow(Sequence& sequence);
@@ -102,6 +101,7 @@ class Speculator {
   Controller controller_;
   DraftTree tree_, proposed_;
   uint64_t revision_ = 0;
+  double invested_ms_ = 0;  // in this step
   SpeculationStats stats_;
 };
 
