@@ -70,12 +70,13 @@ def measure(case: Case, threads: int, cells: Cells) -> dict[str, Any]:
 
 def _is_done_already(system: str, percent: float, points: list[dict[str, Any]]) -> bool:
     """Whether edge ran at this limit as another of its ways would: exact, or a model without records of neurons."""
-    ran = next(
-        (p for p in points if p["system"] == "edge" and p["percent"] == percent and p["survived"]), None
-    )
-    if ran is None or peers.system_of(system).child != "edge_decode.py":
+    if system == "edge" or peers.system_of(system).child != "edge_decode.py":
         return False
-    return not ran["neuron_mode"] or (system == "edge-exact" and not is_lossy(ran))
+    ran = [p for p in points if p["system"] == "edge" and p["survived"]]
+    if percent == BELOW_FLOOR:  # where none runs: what it did above tells
+        return bool(ran) and not any(p["neuron_mode"] for p in ran)
+    here = next((p for p in ran if p["percent"] == percent), None)
+    return here is not None and (not here["neuron_mode"] or (system == "edge-exact" and not is_lossy(here)))
 
 
 def _request(
