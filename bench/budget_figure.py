@@ -39,7 +39,7 @@ def plot_speed_over_memory(document: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("decode, tokens/s")
     axes.set_yscale("log")
     axes.set_ylim(bottom=bottom)
-    axes.set_title(f"{document['model']}, {document['full_bytes'] / 1e9:.2f} GB", fontsize=10)
+    axes.set_title(f"{document['name']}, {document['full_bytes'] / 1e9:.2f} GB", fontsize=10)
     report.save_figure(figure, axes, document, path)
 
 
@@ -54,7 +54,7 @@ def _plot_ceiling(axes: Any, points: Points) -> list[float]:
 
 def _plot_system(axes: Any, system: str, points: Points, bottom: float) -> None:
     alive = [(_limit(p), speed, p) for p in points if (speed := _speed(p))]
-    dead = [_limit(p) for p in points if not _speed(p)]
+    dead = [p for p in points if not _speed(p)]
     colour = axes.plot([], [])[0].get_color()
     if alive:
         below = [speed["median"] - speed["low"] for _, speed, _ in alive]
@@ -67,10 +67,14 @@ def _plot_system(axes: Any, system: str, points: Points, bottom: float) -> None:
     late = [(x, s["median"]) for x, s, p in alive if not p["tokens_per_second"]]
     _rings(axes, late, 12, colour, f"{system}: not done in time, as far as it came")
     if dead:
-        label = f"{system}: did not finish"
-        axes.plot(dead, [bottom] * len(dead), "X", ms=10, color=colour, label=label, clip_on=False)
+        refused = all(set(p.get("outcomes", {})) == {"refused"} for p in dead)
+        label = f"{system}: {'refused' if refused else 'did not finish'}"
+        at = [_limit(p) for p in dead]
+        axes.plot(at, [bottom] * len(at), "X", ms=10, color=colour, label=label, clip_on=False)
 
 
 def _rings(axes: Any, places: list[tuple[float, float]], size: float, colour: str, label: str) -> None:
     if places:
+        known = label in axes.get_legend_handles_labels()[1]  # one line for all systems that say the same
+        label = "_" + label if known else label
         axes.plot(*zip(*places, strict=True), "o", ms=size, mfc="none", color=colour, label=label)
