@@ -58,16 +58,18 @@ def generate_with(
     if engine is None:
         assert isinstance(refused, may), refused
         return True
+    # Of streams and of single weights; records of neurons have one of their own.
+    n_readers = 3 if setup.name.startswith("neurons") else 2
     with engine:
         failed = 0
-        for _ in range(12):  # until each of the two readers has passed the faulty number
+        for _ in range(12):  # until each reader has passed the faulty number
             try:
                 assert answer(engine) == setup.tokens
             except EdgeError as error:
                 one_line(error)
                 assert isinstance(error, may), error
                 failed += 1
-        assert failed <= 2
+        assert failed <= n_readers
         assert answer(engine) == setup.tokens
     return failed > 0
 
