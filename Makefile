@@ -6,7 +6,7 @@ JOBS ?= 2
 SOURCES := $(shell find cpp -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt') pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all nightly sanitize lint layers types clean
+.PHONY: help run test test-all nightly lint layers types clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,21 +38,6 @@ test-all: $(VENV)/.dev ## the slow tests too
 
 nightly: $(VENV)/.dev ## random and long tests
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -m "nightly or slow" --timeout 3600
-
-# The interpreter itself, not the environment's: an editable install would put its own core before the sanitized one.
-SANITIZER ?= thread
-SANITIZED ?= tests/matrix tests/test_engine.py tests/test_store.py tests/test_batch.py tests/test_live_memory.py
-RUNTIME = $(shell $(CXX) -print-file-name=lib$(if $(filter thread,$(SANITIZER)),t,a)san.so)
-PURELIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
-
-sanitize: $(VENV)/.dev ## the core under SANITIZER=thread (or address,undefined); SANITIZED says which tests
-	$(BIN)/cmake -S cpp -B build/$(SANITIZER) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	  -DEDGE_SANITIZE=$(SANITIZER) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/$(SANITIZER)/out
-	$(BIN)/ninja -C build/$(SANITIZER) -j $(JOBS)
-	PYTHONPATH=build/$(SANITIZER)/out:.:$(PURELIB) LD_PRELOAD=$(RUNTIME) ASAN_OPTIONS=detect_leaks=0 \
-	  TSAN_OPTIONS=halt_on_error=1 OPENBLAS_NUM_THREADS=1 \
-	  $$($(BIN)/python -c "import sys; print(sys._base_executable)") -m pytest $(SANITIZED) --timeout 3600
 
 lint: $(VENV)/.dev ## style
 	$(BIN)/ruff check .

@@ -39,7 +39,9 @@ def plot_speed_over_memory(document: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("decode, tokens/s")
     axes.set_yscale("log")
     axes.set_ylim(bottom=bottom)
-    axes.set_title(f"{document['name']}, {document['full_bytes'] / 1e9:.2f} GB", fontsize=10)
+    axes.set_title(
+        f"{document.get('name', document['model'])}, {document['full_bytes'] / 1e9:.2f} GB", fontsize=10
+    )
     report.save_figure(figure, axes, document, path)
 
 

@@ -58,8 +58,8 @@ def generate_with(
     if engine is None:
         assert isinstance(refused, may), refused
         return True
-    # Of streams and of single weights; records of neurons have one of their own.
-    n_readers = 3 if setup.name.startswith("neurons") else 2
+    # Of streams and of single weights; records of neurons have one of their own, and at the floor all are busy.
+    n_readers = 3 if setup.name == "neurons_floor" else 2
     with engine:
         failed = 0
         for _ in range(12):  # until each reader has passed the faulty number
