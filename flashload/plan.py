@@ -21,7 +21,7 @@ from flashload.plan_directory import (
 )
 from flashload.plan_fit import Fit, fit_into
 from flashload.plan_kv import KvOnFlash, kv_on_flash, kv_type_of
-from flashload.plan_neurons import Guess, NeuronPlacement
+from flashload.plan_neurons import Guess, NeuronPlacement, is_neurons
 
 __all__ = [
     "DEMAND",
@@ -81,6 +81,8 @@ class Plan:
     neuron_free_reads: int = 0
     neuron_bytes: int = 0
     neuron_staging_bytes: int = 0
+    #: Of ``stream_bytes``, gate rows that did not fit (mode "exact").
+    gate_stream_bytes: int = 0
     neuron_slots: list[int] = field(default_factory=list, repr=False)
     slab_bytes: list[int] = field(default_factory=list, repr=False)
     #: Experts that the demand cache holds at a time; 0 when all are in memory, or there are none.
@@ -149,7 +151,7 @@ class Plan:
         keys = (
             "memory_bytes context threads max_rows placement host_bytes resident_bytes stream_bytes ring_bytes "
             "demand_bytes kv_bytes activation_bytes floor_bytes neuron_mode neuron_keep neuron_free_reads "
-            "neuron_bytes neuron_staging_bytes slab_bytes expert_slots experts_per_token slack_bytes "
+            "neuron_bytes neuron_staging_bytes gate_stream_bytes slab_bytes expert_slots experts_per_token slack_bytes "
             "flash_bytes_per_token"
         )
         return {key: getattr(self, key) for key in keys.split()} | {
@@ -240,6 +242,7 @@ def place(
         neuron_keep=neurons.keep,
         neuron_bytes=neurons.bytes,
         neuron_staging_bytes=neurons.staging_bytes,
+        gate_stream_bytes=total_bytes([w for w in fit.streamed if is_neurons(w.name)]),
         neuron_slots=neuron_slots,
         slab_bytes=[neurons.slots[w.id] * w.chunk_bytes for w in model.neurons.records]
         if neuron_slots
@@ -258,10 +261,10 @@ def _placements(model: Directory, fit: Fit, neurons: NeuronPlacement) -> list[in
     if fit.demand_bytes:
         for weight in model.tables + model.experts:
             placements[weight.id] = DEMAND
-    for weight in fit.streamed:
-        placements[weight.id] = STREAM
     for unused in model.unused:
         placements[unused] = UNUSED
+    for weight in fit.streamed:
+        placements[weight.id] = STREAM
     for loaded in neurons.resident:
         placements[loaded] = RESIDENT
     for held in neurons.slots:

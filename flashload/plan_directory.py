@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 #: Formats of plain vectors and blobs (see flashload.format).
 _VECTOR, BLOB = 100, 101
 _PAGE_BYTES = 4096
-#: Parts of layer weights (cpp/store/stream_part.cc) the ring holds at least: two leased together (gate and up, where
-#: they come whole), and a gap where the next does not fit before the end; and how many let the drive run ahead.
-RING_LEAST, _RING_AHEAD = 3, 4
+#: Parts of layer weights (cpp/store/stream_part.cc) the ring holds at least, and how many let the drive run ahead.
+_RING_LEAST, _RING_AHEAD = 3, 4
+#: Of a layer, what is multiplied with the same rows: as much of it as comes whole is leased together.
+_TOGETHER = (("q", "k", "v"), ("gate", "up"))
 #: What is on its way and what the drive brings while held weights are computed with: 16 ms of a fast one. Measured:
 #: half as much costs a tenth of the rate, more brings nothing.
 _RING_BYTES = 64 << 20
@@ -92,13 +94,17 @@ class Directory:
         n_layers = len({layer for layer, _ in records})
         self.experts_per_token = n_layers * int(decoder["experts_per_token"]) if n_layers else 0
         known = {w.id for w in self.fixed + self.experts + self.tables + self.head}
+        #: What every pass reads of the layers, whatever the text, and may stream.
         self.layers = [w for w in matrices if w.id not in known]
-        self.largest_bytes = max((part_bytes(w) for w in self.layers), default=0)
-        #: A ring that lets the drive run ahead.
-        self.ring_bytes = max(
-            _RING_AHEAD * self.largest_bytes,
-            min(_RING_BYTES, _RING_AHEAD * max((w.stored_bytes for w in self.layers), default=0)),
-        )
+
+    def deciding_by(self, mode: str) -> Directory:
+        """The same where this decides which neurons are active (flashload.plan_neurons): gate rows may stream too."""
+        if mode != "exact":
+            return self
+        other = copy(self)
+        streamable = {w.id for w in self.layers} | {w.id for w in self.neurons.gates}
+        other.layers = [w for w in self.entries if w.id in streamable]
+        return other
 
     def with_thresholds(self, active_share: float) -> Directory:
         """The same for a core that is given thresholds of all neurons, which leave this share of them active."""
@@ -115,9 +121,26 @@ class Directory:
         return other
 
     @property
+    def largest_bytes(self) -> int:
+        """The most of a layer's weight that is in the ring at once."""
+        return max((part_bytes(w) for w in self.layers), default=0)
+
+    @property
+    def ring_least_bytes(self) -> int:
+        """Room for what is leased together, and for a gap where the next does not fit before the end."""
+        leased_bytes = (_leased_bytes(self.layers, names) for names in _TOGETHER)
+        return max(_RING_LEAST * self.largest_bytes, max(leased_bytes) + self.largest_bytes)
+
+    @property
+    def ring_bytes(self) -> int:
+        """A ring that lets the drive run ahead."""
+        longest_bytes = max((w.stored_bytes for w in self.layers), default=0)
+        return max(_RING_AHEAD * self.largest_bytes, min(_RING_BYTES, _RING_AHEAD * longest_bytes))
+
+    @property
     def ring_with_head_bytes(self) -> int:
         """The head is leased alone: room for it, and for the first weight of the next pass."""
-        return max(RING_LEAST * self.largest_bytes, total_bytes(self.head) + self.largest_bytes)
+        return max(self.ring_least_bytes, total_bytes(self.head) + self.largest_bytes)
 
     @property
     def demand_bytes(self) -> int:
@@ -126,26 +149,48 @@ class Directory:
 
     def least_bytes(self, predictor: Guess) -> int:
         """Weights, ring and caches at their smallest: the head streamed as well, or (a tiny one) held."""
+        least = total_bytes(self.fixed) + self.demand_bytes + SLACK_BYTES
+        if not self.neurons.records:
+            return least + self._least_stream_bytes
+        modes = self.neurons.modes(predictor)
+        return least + min(
+            self.deciding_by(m)._least_stream_bytes + self.neurons.least_bytes(m, gates=[]) for m in modes
+        )
+
+    @property
+    def _least_stream_bytes(self) -> int:
         streamed = self.ring_with_head_bytes + row_bytes(self.tied)
-        held = total_bytes(self.head) + RING_LEAST * self.largest_bytes
-        neurons = 0
-        if self.neurons.records:
-            neurons = min(self.neurons.least_bytes(mode) for mode in self.neurons.modes(predictor))
-        return total_bytes(self.fixed) + min(streamed, held) + self.demand_bytes + neurons + SLACK_BYTES
+        return min(streamed, total_bytes(self.head) + self.ring_least_bytes)
 
 
 def total_bytes(weights: Sequence[Weight]) -> int:
     return sum(w.stored_bytes for w in weights)
 
 
+def _leased_bytes(layers: Sequence[Weight], names: Sequence[str]) -> int:
+    """The most of some weights of a layer that the core leases at a time: the whole ones, and one part."""
+    whole: Counter[int] = Counter()
+    parts: Counter[int] = Counter()
+    for weight in layers:
+        if weight.name.split(".")[2:] not in ([name, "weight"] for name in names):
+            continue
+        if weight.stored_bytes <= _PART_BYTES:
+            whole[weight.layer] += weight.stored_bytes
+        else:
+            parts[weight.layer] = max(parts[weight.layer], part_bytes(weight))
+    return max((whole[layer] + parts[layer] for layer in whole | parts), default=0)
+
+
 def part_bytes(weight: Weight) -> int:
     """Ring that a weight of a layer needs at once: all of it, or its largest part."""
     if weight.stored_bytes <= _PART_BYTES:
         return weight.stored_bytes
-    tile_bytes = -(-16 * weight.stored_bytes // max(weight.rows, 16))
-    most = max(_PART_BYTES, 2 * tile_bytes)
-    part_bytes = min(weight.stored_bytes, -(-most // weight.chunk_bytes) * weight.chunk_bytes)
-    return part_bytes + round_up(tile_bytes)
+    by_neuron = is_neurons(weight.name)
+    tile_bytes = weight.chunk_bytes if by_neuron else -(-16 * weight.stored_bytes // max(weight.rows, 16))
+    # What can be read and checked by itself; where it holds whole tiles no part begins inside one.
+    unit_bytes = math.lcm(weight.chunk_bytes, _PAGE_BYTES)
+    part_bytes = -(-max(_PART_BYTES, 2 * tile_bytes) // unit_bytes) * unit_bytes
+    return min(weight.stored_bytes, part_bytes) + (0 if by_neuron else round_up(tile_bytes))
 
 
 def row_bytes(tables: Sequence[Weight]) -> int:

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 
 from flashload.plan_directory import (
     LEAST_EXPERTS,
-    RING_LEAST,
     SLACK_BYTES,
     Directory,
     Weight,
     row_bytes,
     total_bytes,
 )
-from flashload.plan_neurons import Guess, NeuronPlacement
+from flashload.plan_neurons import Guess, NeuronPlacement, is_neurons
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def _stream(model: Directory, room_bytes: int) -> Fit | None:
     # The head stays if it can: a prompt chunk that needs no logits would stream it for nothing.
     for streamable, ring_bytes, lookup_bytes in (
         (model.layers, model.ring_bytes, 0),
-        (model.layers, RING_LEAST * model.largest_bytes, 0),
+        (model.layers, model.ring_least_bytes, 0),
         (model.layers + model.head, model.ring_with_head_bytes, row_bytes(model.tied)),
     ):
         pinned = always - total_bytes(streamable)
@@ -68,8 +67,8 @@ def _stream(model: Directory, room_bytes: int) -> Fit | None:
 def _window(model: Directory, room_bytes: int, predictor: Guess) -> Fit | None:
     """Records of neurons in slots, everything else in memory; where that is too much, the rest streams as well.
 
-    A byte of attention that streams is read for every token, one of a record only when its neuron is active: so slots
-    get what the rest leaves.
+    A byte of attention or of gate rows that streams is read for every token, one of a record only when its neuron is
+    active: so slots get what the rest leaves.
     """
     neurons = model.neurons
     held_bytes = total_bytes(model.fixed) + total_bytes(model.layers) + total_bytes(model.head)
@@ -84,11 +83,17 @@ def _window(model: Directory, room_bytes: int, predictor: Guess) -> Fit | None:
         held_bytes += neurons.resident_bytes(chosen)
         return Fit("neurons", held_bytes, [], 0, model.demand_bytes, chosen)
     for mode, ahead_bytes in itertools.product(modes, (neurons.ahead_bytes(room_bytes), 0)):
-        least_bytes = neurons.least_bytes(mode) + ahead_bytes
-        least = neurons.window(mode, least_bytes, keep)
-        streaming = _stream(model, room_bytes - least_bytes)
-        if least is not None and streaming is not None:
-            resident_bytes = streaming.resident_bytes + neurons.resident_bytes(least)
+        least_bytes = neurons.least_bytes(mode, gates=[]) + ahead_bytes
+        deciding = model.deciding_by(mode)
+        streaming = _stream(deciding, room_bytes - least_bytes)
+        if streaming is None:
+            continue
+        # Gate rows that do not stream lie with the records, not with the weights held.
+        streamed = {w.id for w in streaming.streamed}
+        gates = [w for w in deciding.layers if is_neurons(w.name) and w.id not in streamed]
+        least = neurons.window(mode, least_bytes + total_bytes(gates), keep, gates=gates)
+        if least is not None:
+            resident_bytes = streaming.resident_bytes - total_bytes(gates) + neurons.resident_bytes(least)
             return replace(streaming, name="neurons", resident_bytes=resident_bytes, neurons=least)
     return None
 

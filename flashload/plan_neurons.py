@@ -68,9 +68,9 @@ class NeuronPlacement:
     """How a pack's neurons live in memory.
 
     Attributes:
-        mode: "exact" (resident gate rows decide, the text is that of the whole model), "predictor" (a low-rank guess
+        mode: "exact" (gate rows decide, the text is that of the whole model), "predictor" (a low-rank guess
             decides; neurons it misses count as zero) or "lean" (the same, and not all it names are read).
-        slots: records in memory, by weight id; of the gates all or (not listed) none.
+        slots: records in memory, by weight id; of a layer's gates all or (not listed) none.
         bytes: slots and the core's tables.
         staging_bytes: where records land that are read on demand; 0 when every record has a slot.
         resident: predictor weights that are loaded.
@@ -119,25 +119,37 @@ class NeuronModel:
             return ["predictor"]
         return ["predictor", "exact"] if predictor and self.predictors else ["exact"]
 
-    def least_bytes(self, mode: str) -> int:
-        """Memory with no slot at all: whoever decides, tables and the smallest staging."""
-        decides = sum(w.stored_bytes for w in (self.gates if mode == "exact" else self.predictors))
-        return decides + _tables(self.records, [0] * len(self.records)) + self._staging_least_bytes
+    def least_bytes(self, mode: str, gates: Sequence[Weight] | None = None) -> int:
+        """Memory with no slot at all: whoever decides, tables and the smallest staging; ``gates`` as :meth:`window`."""
+        decides = self._gates_held(mode, gates) if mode == "exact" else self.predictors
+        tables = _tables(self.records, [0] * len(self.records))
+        return sum(w.stored_bytes for w in decides) + tables + self._staging_least_bytes
+
+    def _gates_held(self, mode: str, gates: Sequence[Weight] | None) -> Sequence[Weight]:
+        held = self.gates if gates is None else gates
+        return held if mode == "exact" else []
 
     def ahead_bytes(self, room_bytes: int) -> int:
         """Staging beyond the least that keeps the drive busy."""
         return min(_STAGING_MOST_BYTES, room_bytes // _STAGING_SHARE) // _PAGE_BYTES * _PAGE_BYTES
 
     def window(
-        self, mode: str, room_bytes: int, keep: float = 1.0, use: Sequence[float] | None = None
+        self,
+        mode: str,
+        room_bytes: int,
+        keep: float = 1.0,
+        use: Sequence[float] | None = None,
+        gates: Sequence[Weight] | None = None,
     ) -> NeuronPlacement | None:
         """Slots for what fits into ``room_bytes``; None when not even the least does.
 
         Args:
             keep: of a layer's energy, in mode "lean".
             use: how much each layer's neurons are used, in the order of the layers; None takes them as equal.
+            gates: those of the gate rows that are held, in mode "exact", while the others stream; None: all.
         """
-        spare = room_bytes - self.least_bytes(mode)
+        held_gates = self._gates_held(mode, gates)
+        spare = room_bytes - self.least_bytes(mode, gates)
         if spare < 0:
             return None
         staging = max(self.ahead_bytes(room_bytes), self._staging_least_bytes)
@@ -146,10 +158,9 @@ class NeuronModel:
         share = use if use is not None else [1.0] * len(self.records)
         slots = _share_out(self.records, share, spare)
         held = {w.id: n for w, n in zip(self.records, slots, strict=True)}
-        if mode == "exact":
-            held |= {w.id: w.rows for w in self.gates}
+        held |= {w.id: w.rows for w in held_gates}
         slab_bytes = sum(_page(n * w.chunk_bytes) for w, n in zip(self.records, slots, strict=True))
-        gate_bytes = sum(w.stored_bytes for w in self.gates) if mode == "exact" else 0
+        gate_bytes = sum(w.stored_bytes for w in held_gates)
         resident = [w.id for w in self.predictors] if mode in GUESSED else []
         return NeuronPlacement(
             mode, held, slab_bytes + gate_bytes + _tables(self.records, slots), staging, resident, keep

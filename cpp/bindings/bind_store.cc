@@ -140,7 +140,7 @@ class StoreTest {
   py::tuple acquire_tiles(WeightId weight, int64_t first) {
     const TileLease tiles = value(without_gil([&] { return store_->acquire_tiles(weight, first); }));
     const PackEntry& entry = tiles.lease.entry();
-    const int64_t end = std::min(tiles.end_tile, tile_count(entry.rows));
+    const int64_t end = std::min(tiles.end_tile, tiles_of(entry));
     const auto bytes = static_cast<int64_t>(row_tile_bytes(entry));
     const char* data = reinterpret_cast<const char*>(tiles.lease.data() + first * bytes);
     return py::make_tuple(end, py::bytes(data, static_cast<size_t>((end - first) * bytes)));

@@ -83,8 +83,8 @@ Status Decoder::reserve(const DecoderOptions& options, Budget& budget) {
                    directory_.entry(layer.neuron_records).name.c_str());
     }
     if (sparse_ == nullptr) {
-      sparse_ = std::make_unique<SparseFfn>(config_, directory_, *store_.neurons(), kernels_, pool_, linear_, *acts_,
-                                            scratch_, price_);
+      sparse_ = std::make_unique<SparseFfn>(config_, directory_, store_, *store_.neurons(), kernels_, pool_, linear_,
+                                            *acts_, scratch_, price_);
       sparse_->keep_thresholds(std::move(thresholds_));
     }
     EDGE_TRY(sparse_->add(layer));

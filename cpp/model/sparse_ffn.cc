@@ -50,8 +50,9 @@ Status SparseFfn::add(const LayerWeights& layer) {
   const bool guessed = layer.predictor_up != kNoWeight && linear_.vector(layer.predictor_bias).ok();
   guessed_.resize(static_cast<size_t>(config_.n_layers));
   guessed_[static_cast<size_t>(layer.index)] = guessed;
-  if (guessed || window_.whole(layer.neuron_records) != nullptr || window_.whole(layer.neuron_gates) != nullptr) return {};
-  return error(Code::kBadArgument, "store plan: %s: expected all records, the gates or a predictor in memory, found none",
+  const bool has_gates = window_.whole(layer.neuron_gates) != nullptr || store_.has(layer.neuron_gates);
+  if (guessed || has_gates || window_.whole(layer.neuron_records) != nullptr) return {};
+  return error(Code::kBadArgument, "store plan: %s: expected all records, the gates or a predictor, found none",
                directory_.entry(layer.neuron_records).name.c_str());
 }
 
@@ -100,12 +101,8 @@ Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t first
     turn.exact = false;
     turn.priced = !price_.is_free() && !window_.slots_of(layer.neuron_records).empty();
     EDGE_TRY(predict(layer, x, n_rows, scratch_.gate));
-  } else if (const std::byte* rows = window_.whole(layer.neuron_records)) {
-    gates(turn, rows + turn.gate_offset, directory_.entry(layer.neuron_records).chunk_bytes);
   } else {
-    gates(turn, window_.whole(layer.neuron_gates), directory_.entry(layer.neuron_gates).chunk_bytes);
-  }
-  if (turn.exact) {
+    EDGE_TRY(gates(turn));
     if (watch) {
       watch({layer.index, first_row, n_rows, x, scratch_.hidden + first_row * pad16(hidden), scratch_.gate});
     }
@@ -164,18 +161,44 @@ Result<SparseFfn::Turn> SparseFfn::begin(const LayerWeights& layer, const float*
   return turn;
 }
 
-void SparseFfn::gates(const Turn& turn, const std::byte* first, uint64_t stride_bytes) {
+Status SparseFfn::gates(const Turn& turn) {
+  const WeightId records = turn.layer->neuron_records, beside = turn.layer->neuron_gates;
+  const uint64_t stride_bytes = directory_.entry(beside).chunk_bytes;
   const int64_t n_neurons = config_.intermediate_size;
+  if (const std::byte* rows = window_.whole(records)) {
+    dot_gates(turn, rows + turn.gate_offset, directory_.entry(records).chunk_bytes, 0, n_neurons);
+  } else if (const std::byte* rows = window_.whole(beside)) {
+    dot_gates(turn, rows, stride_bytes, 0, n_neurons);
+  } else {
+    for (int64_t first = 0; first < n_neurons;) {
+      EDGE_ASSIGN(const TileLease some, store_.acquire_tiles(beside, first));
+      const int64_t end = std::min(some.end_tile, n_neurons);
+      dot_gates(turn, some.lease.data(), stride_bytes, first, end);
+      first = end;
+    }
+  }
+  if (turn.gate_bias == nullptr) return {};
+  for (int64_t row = 0; row < turn.n_rows; ++row) {
+    kernels_.add(turn.gate_bias, n_neurons, scratch_.gate + row * turn.gate_stride);
+  }
+  return {};
+}
+
+void SparseFfn::dot_gates(const Turn& turn, const std::byte* rows_begin, uint64_t stride_bytes, int64_t first,
+                          int64_t end) {
+  const int64_t n_neurons = end - first;
   const int64_t n_pieces = std::clamp<int64_t>(n_neurons * turn.row_bytes * turn.n_rows / kPieceBytes, 1,
                                                pool_.size() * kPiecesPerThread);
   const int64_t grain = (n_neurons + n_pieces - 1) / n_pieces;
-  pool_.parallel(n_neurons, grain, [&](int64_t begin, int64_t end, int) {
+  pool_.parallel(n_neurons, grain, [&](int64_t from, int64_t to, int) {
     std::array<const std::byte*, kDotNeurons> rows;
     // Gathered here first: rows of gates lie so far apart that their lines would push each other out of the cache.
     std::array<float, kDotNeurons * kDotRows> product;
-    for (int64_t at = begin; at < end; at += kDotNeurons) {
-      const int64_t n = std::min(kDotNeurons, end - at);
-      for (int64_t i = 0; i < n; ++i) rows[static_cast<size_t>(i)] = first + static_cast<uint64_t>(at + i) * stride_bytes;
+    for (int64_t at = first + from; at < first + to; at += kDotNeurons) {
+      const int64_t n = std::min(kDotNeurons, first + to - at);
+      for (int64_t i = 0; i < n; ++i) {
+        rows[static_cast<size_t>(i)] = rows_begin + static_cast<uint64_t>(at + i) * stride_bytes;
+      }
       for (int64_t row = 0; row < turn.n_rows; row += kDotRows) {
         const int64_t n_rows = std::min(kDotRows, turn.n_rows - row);
         kernels_.neuron.dot[neuron_index(turn.format)](rows.data(), n, config_.hidden_size,
@@ -187,10 +210,6 @@ void SparseFfn::gates(const Turn& turn, const std::byte* first, uint64_t stride_
       }
     }
   });
-  if (turn.gate_bias == nullptr) return;
-  for (int64_t row = 0; row < turn.n_rows; ++row) {
-    kernels_.add(turn.gate_bias, n_neurons, scratch_.gate + row * turn.gate_stride);
-  }
 }
 
 void SparseFfn::activate_gates(const Turn& turn) {

@@ -1,6 +1,7 @@
 // A feed-forward layer by neuron ("LLM in a flash", arXiv 2312.11514, section 3): find the neurons that are active, fetch
 // their records alone, and add their down columns in neuron order. A neuron is active unless act(gate) is zero: what is
-// left out would have added nothing, so the bits are those of the whole layer, wherever the records live.
+// left out would have added nothing, so the bits are those of the whole layer, wherever the records live. The gate rows
+// that tell are in the records where these are all in memory, else beside them, in memory or streaming.
 //
 // Where thresholds are set, a neuron is active when |act(gate)| is above its own: a loss, which makes other functions than
 // relu sparse (CATS, arXiv 2404.08763; one for a layer there, one for each neuron here).
@@ -29,9 +30,11 @@ namespace edge {
 class SparseFfn {
  public:
   // The references must outlive it.
-  SparseFfn(const DecoderConfig& config, const PackDirectory& directory, NeuronWindow& window, const Kernels& kernels,
-            ThreadPool& pool, Linear& linear, ActRows& acts, const Scratch& scratch, NeuronPrice& price)
-      : config_(config), directory_(directory), window_(window), kernels_(kernels), pool_(pool), linear_(linear),
+  SparseFfn(const DecoderConfig& config, const PackDirectory& directory, WeightStore& store, NeuronWindow& window,
+            const Kernels& kernels, ThreadPool& pool, Linear& linear, ActRows& acts, const Scratch& scratch,
+            NeuronPrice& price)
+      : config_(config), directory_(directory), store_(store), window_(window), kernels_(kernels), pool_(pool),
+        linear_(linear),
         acts_(acts), scratch_(scratch), price_(price) {}
 
   // Takes a layer in: its predictor decides where the plan loaded it, else its gate rows do. kBadArgument for neither.
@@ -85,8 +88,10 @@ class SparseFfn {
   Status block(const LayerWeights& layer, const float* x, int64_t first_row, int64_t n_rows, float* out,
                const WatchFfn& watch, const Ahead& ahead);
   Result<Turn> begin(const LayerWeights& layer, const float* x, int64_t n_rows);
-  // scratch.gate[row][neuron] of every neuron.
-  void gates(const Turn& turn, const std::byte* first, uint64_t stride_bytes);
+  // scratch.gate[row][neuron] of every neuron, from its record or from the rows beside, wherever those are.
+  Status gates(const Turn& turn);
+  // The same of neurons [first, end), biases aside; `rows` is where neuron 0 is or would be.
+  void dot_gates(const Turn& turn, const std::byte* rows, uint64_t stride_bytes, int64_t first, int64_t end);
   // scratch.gate = act(scratch.gate).
   void activate_gates(const Turn& turn);
   // scores[row][neuron], above zero where a neuron is held likely to be active; rows are pad16(neurons) apart.
@@ -115,6 +120,7 @@ class SparseFfn {
 
   const DecoderConfig& config_;
   const PackDirectory& directory_;
+  WeightStore& store_;
   NeuronWindow& window_;
   const Kernels& kernels_;
   ThreadPool& pool_;

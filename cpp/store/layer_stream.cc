@@ -211,7 +211,7 @@ void LayerStream::release(Slot* slot) {
 Result<Lease> LayerStream::acquire(WeightId weight, RowSet) {
   EDGE_ASSIGN(TileLease all, acquire_tiles(weight, 0));
   const PackEntry& entry = directory_.entry(weight);
-  if (is_tile_format(entry.format) && all.end_tile < tile_count(entry.rows)) {
+  if (all.end_tile < tiles_of(entry)) {
     return error(Code::kBadArgument, "%s streams in parts: expected to be asked for its tiles", entry.name.c_str());
   }
   return std::move(all.lease);

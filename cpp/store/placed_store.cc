@@ -223,8 +223,9 @@ Status PlacedStore::check(const PackDirectory& directory, const StorePlan& plan)
   for (size_t i = 0; i < plan.placement.size(); ++i) {
     const PackEntry& entry = directory.entries()[i];
     if (entry.format == WeightFormat::kBytes || plan.placement[i] == Placement::kUnused) continue;
-    const bool of_neurons = plan.placement[i] == Placement::kNeurons;
-    if (of_neurons != is_neuron_format(entry.format) || (of_neurons && i >= plan.neuron_slots.size())) {
+    const bool has_slots = plan.placement[i] == Placement::kNeurons, is_neurons = is_neuron_format(entry.format);
+    const bool streams = plan.placement[i] == Placement::kStream;
+    if (has_slots ? !is_neurons || i >= plan.neuron_slots.size() : is_neurons && !streams) {
       return error(Code::kBadArgument, "store plan: %s: expected records of neurons where the plan has their slots",
                    entry.name.c_str());
     }
@@ -232,7 +233,7 @@ Status PlacedStore::check(const PackDirectory& directory, const StorePlan& plan)
       return error(Code::kBadArgument, "store plan: %s has the unknown placement %d", entry.name.c_str(),
                    static_cast<int>(plan.placement[i]));
     }
-    if (plan.placement[i] == Placement::kStream && !ordered[i]) {
+    if (streams && !ordered[i]) {
       return error(Code::kBadArgument, "store plan: %s is streamed, but not in the stream order", entry.name.c_str());
     }
   }

@@ -38,6 +38,7 @@ class PlacedStore final : public WeightStore {
   size_t first_ready(std::span<const WeightId> weights) override;
   bool guesses(WeightId weight, int distance) override;
   void guess(std::span<const WeightId> weights, int distance) override;
+  bool has(WeightId weight) const override { return route(weight, {}) != nullptr; }
   Result<Lease> acquire(WeightId weight, RowSet rows) override;
   Result<TileLease> acquire_tiles(WeightId weight, int64_t first) override;
   void rewind() override;

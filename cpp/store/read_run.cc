@@ -15,9 +15,9 @@ bool extend_run(ReadRun* run, const PackDirectory& directory, WeightId weight, s
   const uint64_t offset = entry.offset + *begin;
   std::byte* const into = weight_memory + *begin;
   if (run->bytes > 0 && (run->offset + run->bytes != offset || run->into + run->bytes != into)) return false;
-  const uint64_t chunk = entry.chunk_bytes;
-  uint64_t most = std::min(room_bytes, run->bytes == 0 ? std::max(kRunBytes, chunk) : kRunBytes - run->bytes);
-  if (most < left) most = most / chunk * chunk;
+  const uint64_t unit = entry.read_unit_bytes();
+  uint64_t most = std::min(room_bytes, run->bytes == 0 ? std::max(kRunBytes, unit) : kRunBytes - run->bytes);
+  if (most < left) most = most / unit * unit;
   const uint64_t take = std::min(left, most);
   if (take == 0) return false;
   if (run->bytes == 0) {

@@ -47,9 +47,13 @@ ReaderOptions reader_options(const StoreOptions& options, int depth = ReaderOpti
 // kBadArgument when a row lies outside the weight.
 Status check_rows(const PackEntry& entry, RowSet rows);
 
-// Bytes of the tile of 16 rows that a row lease gives per row.
+// Bytes of the tile of 16 rows that a row lease gives per row; records of neurons count as tiles of one row.
 inline uint64_t row_tile_bytes(const PackEntry& entry) {
+  if (is_neuron_format(entry.format)) return entry.chunk_bytes;
   return static_cast<uint64_t>(tile_stride_bytes(entry.format, entry.cols));
+}
+inline int64_t tiles_of(const PackEntry& entry) {
+  return is_neuron_format(entry.format) ? entry.rows : tile_count(entry.rows);
 }
 
 // The payload of one entry, checked: for blobs, and for tools.

@@ -1,5 +1,6 @@
 // What a streamed weight is cut into: whole chunks, because those are what hashes cover. Tiles are not aligned to them, so
-// a part may begin with the end of a tile; the beginning is copied in front of it.
+// a part may begin with the end of a tile; the beginning is copied in front of it. Of rows of neurons parts hold whole
+// ones, for each has a hash of its own.
 #pragma once
 
 #include <vector>

@@ -53,7 +53,7 @@ class Lease {
   std::function<void()> unpin_;
 };
 
-// Tiles [first, end_tile) of a matrix, `first` being what was asked for.
+// Tiles [first, end_tile) of a matrix, `first` being what was asked for. Of rows of neurons each is a tile.
 struct TileLease {
   static constexpr int64_t kAll = INT64_MAX;  // to the last one
 
@@ -103,6 +103,8 @@ class WeightStore {
   // One thread acquires and drops leases; at most 8 are held at once, and none outlives the store. kOverBudget when the
   // leases held leave no room for this one; kBadArgument for a weight or row that is not there.
   virtual Result<Lease> acquire(WeightId weight, RowSet rows) = 0;
+  // Whether a weight can be acquired.
+  virtual bool has(WeightId) const { return true; }
   // Tiles of a matrix from `first` on, as many as come together: all of them, or, of a weight that streams through a ring
   // smaller than itself, the next part. Parts are acquired in order, each after the lease before it was dropped.
   virtual Result<TileLease> acquire_tiles(WeightId weight, int64_t first) {
@@ -145,7 +147,8 @@ enum class Placement : uint8_t {
   kResident = 0,  // read once, kept
   kStream = 1,    // read in order on every pass, through the ring
   kDemand = 2,    // read when acquired (embedding rows, experts), kept in a cache while there is room
-  kNeurons = 3,   // records of neurons, some or all of them in the slots of the neuron window
+  kNeurons = 3,   // records of neurons, some or all of them in the slots of the neuron window (kStream is for those that
+                  // are all wanted in every pass)
   kUnused = 4,    // not read: what this way of running the model has no need of
 };
 

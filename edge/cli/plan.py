@@ -16,6 +16,7 @@ from edge.cli.common import (
     sparsity_option,
 )
 from flashload.machine import format_bytes
+from flashload.neuron_use import GUESSED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -182,11 +183,26 @@ def _placement(weights: str, plan: Plan) -> str:
     if plan.expert_slots:
         sets = plan.expert_slots / plan.experts_per_token
         text += f", {plan.expert_slots} experts at hand, {sets:.1f} times what a token uses"
+    if plan.neuron_staging_bytes or plan.neuron_mode in GUESSED:
+        text += f", {_decides(plan)}"
     if plan.kv_on_flash is not None:
         text += f", keys and values in a file of up to {format_bytes(plan.kv_on_flash.file_bytes)}"
     if plan.kv_type != "f16":
         text += f", keys and values as {plan.kv_type}"
     return text
+
+
+def _decides(plan: Plan) -> str:
+    """Who says which neurons are active, where their records are not all in memory."""
+    if plan.neuron_mode == "exact":
+        if not plan.gate_stream_bytes:
+            return "exact: gate rows in memory say which neurons to read"
+        return (
+            f"exact: gate rows say which neurons to read, {format_bytes(plan.gate_stream_bytes)} of them read again "
+            "in every pass"
+        )
+    told = "a predictor says which neurons to read"
+    return f"lossy: {told}" + (", and not all are" if plan.neuron_keep < 1 else "")
 
 
 def _parts_table(found: ModelPlan, plan: Plan) -> Table:
