@@ -174,7 +174,7 @@ def chunks_many(
     try:
         yield from _texts(engine, trunk, tokens, config, max_parallel)
     finally:
-        engine._hold_kv(False)
+        engine._free_kv()
 
 
 def _texts(

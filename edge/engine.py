@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -258,11 +259,16 @@ class Engine:
         self.plan, self._drafting = plan, drafting
         self._speculators.renew(drafting)
 
-    def _hold_kv(self, hold: bool = True) -> None:
+    def _hold_kv(self) -> None:
         """While several texts share pages, keys and values stay in memory or on a drive, wherever they are."""
         if self._memory is not None:
             with self._passes:
-                self._memory.holds_kv = hold
+                self._memory.holds_kv = True
+
+    def _free_kv(self) -> None:
+        """They may move again."""
+        if self._memory is not None:
+            self._passes.when_free(partial(setattr, self._memory, "holds_kv", False))
 
     def _at_prefix(self, tokens: list[int]) -> _edge.Sequence:
         """What a request begins with: the text that shares most with it, of this and earlier requests."""
@@ -353,8 +359,7 @@ class Engine:
                             break
                 finally:
                     # What came after a stop string, or was never read, did not happen.
-                    with self._passes:
-                        sequence.truncate(n_kept)
+                    self._passes.when_free(partial(sequence.truncate, n_kept))
         except CancelledError:
             writer.cancel()
         yield writer.finish(meter.stats(writer.n_generated))

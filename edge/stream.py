@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -65,16 +66,34 @@ class Passes:
         self._gate = threading.Lock()
         self._pass = threading.Lock()
         self._thread: int | None = None
+        self._due: deque[Callable[[], object]] = deque()
 
     def __enter__(self) -> None:
         # Whoever waits between passes holds the gate: the next pass cannot overtake it.
         with self._gate:
             self._pass.acquire()
         self._thread = threading.get_ident()
+        self._do_what_is_due()
 
     def __exit__(self, *_: object) -> None:
         self._thread = None
         self._pass.release()
+
+    def when_free(self, work: Callable[[], object]) -> None:
+        """Does ``work``, which must not raise, now or, while a pass or a change is under way, before the next one begins.
+
+        Never waits: the garbage collector ends streams in the middle of anything, a change by this very thread too.
+        """
+        self._due.append(work)
+        if self._pass.acquire(blocking=False):
+            try:
+                self._do_what_is_due()
+            finally:
+                self._pass.release()
+
+    def _do_what_is_due(self) -> None:
+        while self._due:
+            self._due.popleft()()
 
     @contextmanager
     def between(self) -> Iterator[None]:
@@ -88,6 +107,7 @@ class Passes:
         with self._gate, self._pass:
             self._thread = threading.get_ident()
             try:
+                self._do_what_is_due()
                 yield
             finally:
                 self._thread = None

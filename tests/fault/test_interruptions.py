@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import edge
 from edge.completion import Chunk
 from edge.errors import EdgeError
+from edge.live import LiveMemory
 from tests.fault.conftest import Setup, answer, make_setup
 from tests.tiny import tiny_llama_gguf
 
@@ -175,6 +177,32 @@ def test_a_dropped_stream_makes_way(setup: Setup) -> None:
             del chunks
             gc.collect()
             assert answer(engine) == setup.tokens
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_a_stream_collected_in_the_middle_of_a_change(
+    texts: int, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector ends it from inside the change, which holds what the end of a stream asks for."""
+    spend = LiveMemory._spend
+
+    def collect_and_spend(self: LiveMemory, memory: int | str) -> Any:
+        gc.collect()
+        return spend(self, memory)
+
+    with edge.load(setup.pack, memory="1GiB", context=256, threads=2) as engine:
+        prompt = [1, 17, 5, 99, 42]
+        chunks = engine.stream(prompt, **MANY) if texts == 1 else engine.stream_many([prompt] * texts, **MANY)
+        next(chunks)
+        cycle: list[Any] = [chunks]
+        cycle.append(cycle)
+        del chunks, cycle
+        monkeypatch.setattr(LiveMemory, "_spend", collect_and_spend)
+        change = threading.Thread(target=engine.set_memory, args=("900MiB",), daemon=True)
+        change.start()
+        change.join(JOIN_S)
+        assert not change.is_alive()
+        assert answer(engine) == setup.tokens
 
 
 def test_a_closed_stream_makes_way(setup: Setup) -> None:
