@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: Engines of every placement with two and more threads: requests, changes, ends, and reads that fail.
 TESTS = (
-    "tests/test_threads.py",
     "tests/matrix",
     "tests/fault/test_interruptions.py",
     "tests/fault/test_io_faults.py",
+    "tests/fault/test_threads.py",
     "tests/test_batch.py",
     "tests/test_block_formats.py",
     "tests/test_engine.py",
