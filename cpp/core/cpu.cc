@@ -7,6 +7,8 @@
 #define EDGE_X86 1
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace edge {
@@ -67,20 +69,35 @@ std::string missing_avx512_vnni(const CpuidBits& bits) {
 }
 #endif
 
-std::string missing_neon_dotprod() {
-#if defined(__aarch64__) && defined(__linux__)
-  constexpr unsigned long kHwcapAsimdHp = 1ul << 10;  // arch/arm64/include/uapi/asm/hwcap.h
-  constexpr unsigned long kHwcapAsimdDp = 1ul << 20;
-  const unsigned long hwcap = getauxval(AT_HWCAP);
-  if ((hwcap & kHwcapAsimdDp) == 0) return "CPU lacks asimddp";
-  if ((hwcap & kHwcapAsimdHp) == 0) return "CPU lacks asimdhp";
-  return "";
-#elif defined(__aarch64__) && defined(__APPLE__)
-  return "";  // every Apple silicon core has both
-#else
-  return "not an aarch64 CPU";
-#endif
+#if defined(__aarch64__)
+#if defined(__linux__)
+std::string missing_dotprod() {
+  constexpr unsigned long kHwcapAsimdDp = 1ul << 20;  // arch/arm64/include/uapi/asm/hwcap.h
+  return (getauxval(AT_HWCAP) & kHwcapAsimdDp) == 0 ? "CPU lacks asimddp" : "";
 }
+std::string missing_i8mm() {
+  constexpr unsigned long kHwcap2I8mm = 1ul << 13;
+  return (getauxval(AT_HWCAP2) & kHwcap2I8mm) == 0 ? "CPU lacks i8mm" : "";
+}
+#elif defined(__APPLE__)
+std::string missing_feature(const char* key, const char* name) {
+  int has = 0;
+  size_t bytes = sizeof has;
+  if (sysctlbyname(key, &has, &bytes, nullptr, 0) == 0 && has != 0) return "";
+  return std::string("CPU lacks ") + name;
+}
+std::string missing_dotprod() { return missing_feature("hw.optional.arm.FEAT_DotProd", "asimddp"); }
+std::string missing_i8mm() { return missing_feature("hw.optional.arm.FEAT_I8MM", "i8mm"); }
+#else
+std::string missing_dotprod() { return "no way to ask this OS for asimddp"; }
+std::string missing_i8mm() { return "no way to ask this OS for i8mm"; }
+#endif
+
+std::string missing_neon_i8mm() {
+  std::string missing = missing_dotprod();
+  return missing.empty() ? missing_i8mm() : missing;
+}
+#endif
 
 }  // namespace
 
@@ -96,7 +113,15 @@ std::string cpu_missing(CpuLevel level) {
     case CpuLevel::kAvxVnni:
     case CpuLevel::kAvx512Vnni: return "not an x86 CPU";
 #endif
-    case CpuLevel::kNeonDotprod: return missing_neon_dotprod();
+#if defined(__aarch64__)
+    case CpuLevel::kNeon: return "";
+    case CpuLevel::kNeonDotprod: return missing_dotprod();
+    case CpuLevel::kNeonI8mm: return missing_neon_i8mm();
+#else
+    case CpuLevel::kNeon:
+    case CpuLevel::kNeonDotprod:
+    case CpuLevel::kNeonI8mm: return "not an aarch64 CPU";
+#endif
   }
   return "unknown level";
 }

@@ -10,7 +10,9 @@ enum class CpuLevel {
   kAvx2,          // AVX2 + FMA + F16C, ymm state saved by the OS
   kAvxVnni,       // AVX-VNNI on top of kAvx2
   kAvx512Vnni,    // AVX-512 F/BW/VL/DQ + VNNI on top of kAvx2, zmm state saved by the OS
-  kNeonDotprod,   // ARMv8.2 dot product and half precision
+  kNeon,          // ARMv8.0: every aarch64 CPU
+  kNeonDotprod,   // ARMv8.2 dot product
+  kNeonI8mm,      // ARMv8.6 int8 matrix product on top of kNeonDotprod
 };
 
 // Empty when the level can run here, else what is missing ("CPU lacks avx512_vnni").

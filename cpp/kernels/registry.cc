@@ -19,7 +19,10 @@ EDGE_DECLARE_NEURON_TABLE(avx2);
 EDGE_DECLARE_NEURON_TABLE(avx512vnni);
 #elif defined(__aarch64__)
 EDGE_DECLARE_GEMV_TABLE(neon);
+EDGE_DECLARE_GEMV_TABLE_OVER(neon_dotprod, neon);
+EDGE_DECLARE_GEMV_TABLE_OVER(neon_i8mm, neon);
 EDGE_DECLARE_NEURON_TABLE(neon);
+EDGE_DECLARE_NEURON_TABLE(neon_dotprod);
 #endif
 
 namespace {
@@ -60,12 +63,13 @@ Kernels join(const char* isa, const GemvTable& gemv, const NeuronKernels& neuron
   return kernels;
 }
 
-// `base` has what is neither a product nor an activation quantiser.
-#define EDGE_ISA(level, isa, base)                                                                          \
+// Of matrix products and activation quantisers every ISA has its own table; `dots` has the other integer products, `ops`
+// what is float throughout.
+#define EDGE_ISA(level, isa, dots, ops)                                                                     \
   Isa {                                                                                                     \
     #isa, CpuLevel::level, &kGemvTable_##isa, []() -> const Kernels& {                                      \
       static const Kernels kernels =                                                                        \
-          join(#isa, kGemvTable_##isa, kNeuronTable_##base, ops_table_##base(), tile_table_##base());       \
+          join(#isa, kGemvTable_##isa, kNeuronTable_##dots, ops_table_##ops(), tile_table_##dots());        \
       return kernels;                                                                                       \
     }                                                                                                       \
   }
@@ -73,13 +77,15 @@ Kernels join(const char* isa, const GemvTable& gemv, const NeuronKernels& neuron
 // Best first.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    EDGE_ISA(kAvx512Vnni, avx512vnni, avx512vnni),
-    EDGE_ISA(kAvxVnni, avxvnni, avx2),
-    EDGE_ISA(kAvx2, avx2, avx2),
+    EDGE_ISA(kAvx512Vnni, avx512vnni, avx512vnni, avx512vnni),
+    EDGE_ISA(kAvxVnni, avxvnni, avx2, avx2),
+    EDGE_ISA(kAvx2, avx2, avx2, avx2),
 #elif defined(__aarch64__)
-    EDGE_ISA(kNeonDotprod, neon, neon),
+    EDGE_ISA(kNeonI8mm, neon_i8mm, neon_dotprod, neon),
+    EDGE_ISA(kNeonDotprod, neon_dotprod, neon_dotprod, neon),
+    EDGE_ISA(kNeon, neon, neon, neon),
 #endif
-    EDGE_ISA(kBaseline, ref, ref),
+    EDGE_ISA(kBaseline, ref, ref, ref),
 };
 
 #undef EDGE_ISA

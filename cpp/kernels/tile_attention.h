@@ -73,5 +73,6 @@ const TileTable& tile_table_avx2();
 const TileTable& tile_table_avx512vnni();
 // Compiled on aarch64 only.
 const TileTable& tile_table_neon();
+const TileTable& tile_table_neon_dotprod();
 
 }  // namespace edge

@@ -1,5 +1,6 @@
 // Compares every ISA this machine can run with ref, bit for bit. Python-free, so that it also runs under an emulator.
-// Usage: kernel_selftest [n_rounds] [seed]; exit 0 when all agree, else 1 with the first difference of each kernel.
+// Usage: kernel_selftest [n_rounds] [seed]; exit 0 when all agree, else 1 with the first difference of each kernel. The
+// first kEveryM rounds of a matrix product take 1, 2, ... activation rows, so that every way through a tile is taken.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 
 #include "kernels/kernels.h"
 #include "tests/neuron_selftest.h"
+#include "tests/ops_selftest.h"
 #include "tests/tile_selftest.h"
 
 namespace {
@@ -121,12 +123,14 @@ std::vector<std::byte> pack_activations(const Kernels& kernels, ActKind kind, co
   return acts;
 }
 
-int compare(const Kernels& ref, const Kernels& isa, WeightFormat format, Random& random) {
+constexpr int64_t kEveryM = 18;
+
+int compare(const Kernels& ref, const Kernels& isa, WeightFormat format, int64_t round, Random& random) {
   const FormatTraits& traits_of = traits(format);
   const int64_t block = traits_of.block_values;
   const int64_t k = block == 1 ? 1 + random.below(300) : block * (1 + random.below(256 / block + 2));
   const int64_t rows = 1 + random.below(70);
-  const int64_t m = random.below(4) == 0 ? 1 + random.below(70) : 1 + random.below(9);
+  const int64_t m = round < kEveryM ? round + 1 : 1 + random.below(random.below(4) == 0 ? 70 : 9);
   const ActKind kind = act_kind(format);
   const std::vector<std::byte> tiles = random_tiles(random, format, rows, k);
   const std::vector<float> x = random_activations(random, m * k);
@@ -157,6 +161,39 @@ int compare(const Kernels& ref, const Kernels& isa, WeightFormat format, Random&
   return failures;
 }
 
+// Rounds of one kernel until one differs; the number of differences.
+template <typename Round>
+int rounds(int64_t n_rounds, uint64_t seed, const Round& round) {
+  Random random{seed};
+  for (int64_t i = 0; i < n_rounds; ++i) {
+    if (const int failed = round(i, random); failed != 0) return failed;
+  }
+  return 0;
+}
+
+int compare_all(const Kernels& ref, const Kernels& isa, int64_t n_rounds, uint64_t seed) {
+  int failures = 0;
+  for (int f = 0; f < kTileFormats; ++f) {
+    failures += rounds(n_rounds, seed * 1000 + static_cast<uint64_t>(f), [&](int64_t i, Random& random) {
+      return compare(ref, isa, static_cast<WeightFormat>(f), i, random);
+    });
+  }
+  for (int f = 0; f < kNeuronFormats; ++f) {
+    const auto format = static_cast<WeightFormat>(static_cast<int>(WeightFormat::kNeuronF16) + f);
+    failures += rounds(n_rounds, seed * 1000 + 100 + static_cast<uint64_t>(f), [&](int64_t, Random& random) {
+      return compare_neurons(ref, isa, format, random, random_half, random_activations);
+    });
+  }
+  for (const KvType type : {KvType::kInt8, KvType::kInt4}) {
+    failures += rounds(n_rounds, seed * 1000 + 200 + static_cast<uint64_t>(type), [&](int64_t, Random& random) {
+      return compare_tiles(ref, isa, type, random, random_half);
+    });
+  }
+  return failures + rounds(n_rounds, seed * 1000 + 300, [&](int64_t, Random& random) {
+           return compare_ops(ref, isa, random, random_half, random_activations);
+         });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -172,32 +209,7 @@ int main(int argc, char** argv) {
     }
     if (info.name == "ref") continue;
     const Kernels& isa = **kernels_for(info.name);
-    int isa_failures = 0;
-    for (int f = 0; f < kTileFormats; ++f) {
-      Random random{seed * 1000 + static_cast<uint64_t>(f)};
-      int failed = 0;
-      for (int64_t round = 0; round < n_rounds && failed == 0; ++round) {
-        failed = compare(ref, isa, static_cast<WeightFormat>(f), random);
-      }
-      isa_failures += failed;
-    }
-    for (int f = 0; f < kNeuronFormats; ++f) {
-      Random random{seed * 1000 + 100 + static_cast<uint64_t>(f)};
-      const auto format = static_cast<WeightFormat>(static_cast<int>(WeightFormat::kNeuronF16) + f);
-      int failed = 0;
-      for (int64_t round = 0; round < n_rounds && failed == 0; ++round) {
-        failed = compare_neurons(ref, isa, format, random, random_half, random_activations);
-      }
-      isa_failures += failed;
-    }
-    for (const KvType type : {KvType::kInt8, KvType::kInt4}) {
-      Random random{seed * 1000 + 200 + static_cast<uint64_t>(type)};
-      int failed = 0;
-      for (int64_t round = 0; round < n_rounds && failed == 0; ++round) {
-        failed = compare_tiles(ref, isa, type, random, random_half);
-      }
-      isa_failures += failed;
-    }
+    const int isa_failures = compare_all(ref, isa, n_rounds, seed);
     ++n_compared;
     failures += isa_failures;
     std::printf("%s: %s\n", info.name.c_str(), isa_failures == 0 ? "same bits as ref" : "DIFFERS");
