@@ -1,5 +1,5 @@
-// ARMv8.0, which every aarch64 CPU has: SMULL and SMLAL multiply bytes into int16 sums, as many words as int16 holds before
-// they are widened. Internal linkage: only the _neon files include this.
+// ARMv8.0, which every aarch64 CPU has: SMULL and SMLAL multiply bytes into int16 sums, as many words as int16 holds
+// before they are widened. Internal linkage: only the _neon files include this.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +15,7 @@ namespace {
 
 struct Widening {
   using Words = Neon::Words;
+  static constexpr int kMaxRows = 4;  // 8 would spill more than a second pass over the tile costs
 
   static inline Words multiply_add(Words sum, Words a, Words b) {
     const int8x16_t left = vreinterpretq_s8_s32(a), right = vreinterpretq_s8_s32(b);

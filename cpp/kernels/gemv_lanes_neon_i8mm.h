@@ -1,6 +1,6 @@
-// ARMv8.6 SMMLA: two rows of 8 bytes times two rows of 8 bytes, four sums. Two words of a register of 4 rows x 4 values,
-// zipped, are 2 rows x 8 values; two activation rows, zipped, are the other side. One row alone takes SDOT, of which it
-// needs as many. Float steps are those of gemv_core.h. Internal linkage: only the _neon_i8mm files include this.
+// ARMv8.6 SMMLA: two rows of 8 bytes times two rows of 8 bytes, four sums. Two registers of 4 rows x 4 values, zipped,
+// are 2 rows x 8 values each; two activation rows, zipped, are the other side. One row alone takes SDOT, of which it
+// needs no more. Float steps are those of gemv_core.h. Internal linkage: only the _neon_i8mm files include this.
 #pragma once
 
 #include "kernels/gemv_sdot.h"
@@ -13,7 +13,6 @@ namespace {
 
 using Lanes = NeonLanes<Sdot>;
 
-constexpr int kPairRows = 16;  // activation rows a tile is decoded for
 constexpr int kHalves = 2;     // of the four rows of a part: rows 0 and 1, rows 2 and 3
 
 // [w0 a0, w0 a1, w1 a0, w1 a1] of two weight rows and two activation rows, for each half of a part.
@@ -85,13 +84,14 @@ EDGE_INLINE PairWords pair_dot(PairWords sum, const int8x16_t (&values)[4][kHalv
 }
 
 // The activation rows of one call, two by two; the last one is its own partner where their number is odd.
-template <typename Block>
+template <typename Block, int kPairs>
 struct PairRows {
-  const std::byte* first;
-  int64_t stride;
-  int64_t n_rows;
-  const Block& of(int64_t m, int64_t b) const {
-    return reinterpret_cast<const Block*>(first + std::min(m, n_rows - 1) * stride)[b];
+  const Block* row[2 * kPairs];
+
+  inline PairRows(const uint8_t* acts, int64_t stride, int n_rows) {
+    for (int m = 0; m < 2 * kPairs; ++m) {
+      row[m] = reinterpret_cast<const Block*>(acts + std::min(m, n_rows - 1) * stride);
+    }
   }
 };
 
@@ -103,7 +103,7 @@ struct PairSums {
     for (auto& part : acc)
       for (auto& pair : part) pair = {{vdupq_n_f32(0), vdupq_n_f32(0)}};
   }
-  inline void store(float* y, int64_t y_stride, int64_t n_rows) const {
+  inline void store(float* y, int64_t y_stride, int n_rows) const {
     for (int p = 0; p < kPairs; ++p) {
       for (int part = 0; part < Neon::kParts; ++part) {
         const PairFloats& sums = acc[part][p];
@@ -120,10 +120,12 @@ template <WeightFormat kFormat>
 struct Pairs32 {
   using One = Block32<Lanes, kFormat>;
   using F = typename One::F;
-  using Rows = PairRows<ActQ8x32>;
+  static constexpr int kMaxRows = 8;  // with 16 the activations alone would fill the registers
 
   template <int kPairs>
-  static void tile(const uint8_t* w, int64_t n_blocks, const Rows& rows, float* y, int64_t y_stride) {
+  static void tile(const uint8_t* w, int64_t n_blocks, const uint8_t* a, int64_t act_stride, int n_rows, float* y,
+                   int64_t y_stride) {
+    const PairRows<ActQ8x32, kPairs> rows(a, act_stride, n_rows);
     PairSums<kPairs> sums;
     for (int64_t b = 0; b < n_blocks; ++b, w += One::kBlockBytes) {
       prefetch<Lanes, 0, (One::kBlockBytes + 63) / 64>(w);
@@ -131,7 +133,7 @@ struct Pairs32 {
       float32x4_t d_a[kPairs];
 #pragma GCC unroll 8
       for (int p = 0; p < kPairs; ++p) {
-        const ActQ8x32 &one = rows.of(2 * p, b), &other = rows.of(2 * p + 1, b);
+        const ActQ8x32 &one = rows.row[2 * p][b], &other = rows.row[2 * p + 1][b];
         zip_acts<32>(one.q, other.q, acts[p]);
         d_a[p] = pair_acts(one.d, other.d);
       }
@@ -143,9 +145,10 @@ struct Pairs32 {
         for (int p = 0; p < kPairs; ++p) {
           pair_accumulate(pair_dot<0, 4>(pair_zero(), values, acts[p]), d_w, d_a[p], sums.acc[part][p]);
         }
+        forget_loads();
       });
     }
-    sums.store(y, y_stride, rows.n_rows);
+    sums.store(y, y_stride, n_rows);
   }
 };
 
@@ -154,7 +157,7 @@ template <WeightFormat kFormat>
 struct Pairs256 {
   using One = Block256<Lanes, kFormat>;
   using F = typename One::F;
-  using Rows = PairRows<ActQ8x256>;
+  static constexpr int kMaxRows = 16;
   static constexpr bool kMins = One::kTraits.scales == Scales::kTwoHalves;
   static constexpr int kGroups = 32 / F::kGroup;  // of a run
 
@@ -164,9 +167,9 @@ struct Pairs256 {
     float32x4_t d[kPairs];
     int16x8_t sums[2 * kPairs][kGroups];  // of a run, or of the first groups of all runs and of the second ones
 
-    inline Acts(const Rows& rows, int64_t b) {
+    inline Acts(const PairRows<ActQ8x256, kPairs>& rows, int64_t b) {
       for (int p = 0; p < kPairs; ++p) {
-        const ActQ8x256 &one = rows.of(2 * p, b), &other = rows.of(2 * p + 1, b);
+        const ActQ8x256 &one = rows.row[2 * p][b], &other = rows.row[2 * p + 1][b];
         zip_acts<256>(one.q, other.q, q[p]);
         d[p] = pair_acts(one.d, other.d);
         if constexpr (kMins) {
@@ -187,7 +190,9 @@ struct Pairs256 {
   };
 
   template <int kPairs>
-  static void tile(const uint8_t* w, int64_t n_blocks, const Rows& rows, float* y, int64_t y_stride) {
+  static void tile(const uint8_t* w, int64_t n_blocks, const uint8_t* a, int64_t act_stride, int n_rows, float* y,
+                   int64_t y_stride) {
+    const PairRows<ActQ8x256, kPairs> rows(a, act_stride, n_rows);
     PairSums<kPairs> sums;
     for (int64_t b = 0; b < n_blocks; ++b, w += One::kBlockBytes) {
       const Acts<kPairs> acts(rows, b);
@@ -198,9 +203,10 @@ struct Pairs256 {
         const PairFloats d_w = pair_weights(Lanes::row_scales<One::kTraits.scales>(w, part));
         for (int p = 0; p < kPairs; ++p) pair_accumulate(isum[p], d_w, acts.d[p], sums.acc[part][p]);
         if constexpr (kMins) subtract_mins<kPairs>(w, part, acts, sums);
+        forget_loads();
       }
     }
-    sums.store(y, y_stride, rows.n_rows);
+    sums.store(y, y_stride, n_rows);
   }
 
   template <int kPairs>
@@ -271,11 +277,15 @@ struct OneOrPairs {
     if constexpr (kRows == 1) {
       Pairs::One::template tile<1>(w, n_blocks, acts, act_stride, y, y_stride);
     } else {
-      const typename Pairs::Rows rows = {reinterpret_cast<const std::byte*>(acts), act_stride, kRows};
-      Pairs::template tile<(kRows + 1) / 2>(w, n_blocks, rows, y, y_stride);
+      Pairs::template tile<(kRows + 1) / 2>(w, n_blocks, acts, act_stride, kRows, y, y_stride);
     }
   }
 };
+
+template <typename Pairs, typename... Arguments>
+inline void run_pairs(Arguments... arguments) {
+  run_tiles<OneOrPairs<Pairs>, Pairs::kMaxRows>(arguments...);
+}
 
 // As fast as SMMLA multiplies: each does twice the products of a register of bytes.
 struct Smmla : Neon {
@@ -287,8 +297,8 @@ struct Smmla : Neon {
 }  // namespace
 
 #define EDGE_GEMV_PAIRS32(isa, code, enumerator, name, ...) \
-  EDGE_GEMV(gemv_##name##_##isa, run_tiles<OneOrPairs<Pairs32<WeightFormat::enumerator>>, kPairRows>)
+  EDGE_GEMV(gemv_##name##_##isa, run_pairs<Pairs32<WeightFormat::enumerator>>)
 #define EDGE_GEMV_PAIRS256(isa, code, enumerator, name, ...) \
-  EDGE_GEMV(gemv_##name##_##isa, run_tiles<OneOrPairs<Pairs256<WeightFormat::enumerator>>, kPairRows>)
+  EDGE_GEMV(gemv_##name##_##isa, run_pairs<Pairs256<WeightFormat::enumerator>>)
 
 }  // namespace edge

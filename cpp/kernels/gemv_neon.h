@@ -1,5 +1,5 @@
-// A 128-bit register holds 4 rows x 4 values of K, so a tile is four parts: what the NEON ISAs share. All but the products
-// needs ARMv8.0 alone. Internal linkage: each includer compiles its own copy under its own flags.
+// A 128-bit register holds 4 rows x 4 values of K, so a tile is four parts: what the NEON ISAs share. All but the
+// products needs ARMv8.0 alone. Internal linkage: each includer compiles its own copy under its own flags.
 #pragma once
 
 #include <arm_neon.h>
@@ -14,7 +14,6 @@ struct Neon {
   using Floats = float32x4_t;
   static constexpr int kLanes = 4;
   static constexpr int kParts = 4;
-  static constexpr int kMaxRows = 8;
   static constexpr int64_t kPrefetchBytes = 2048;
 
   static inline uint8x16_t u8(Words x) { return vreinterpretq_u8_s32(x); }
@@ -106,6 +105,7 @@ struct Neon {
 // The integer steps over Dot::dot<F, n>(sum, values, q): sum + n words of values times 4n activations, exact.
 template <typename Dot>
 struct NeonLanes : Neon {
+  static constexpr int kMaxRows = Dot::kMaxRows;
   template <typename F>
   static constexpr bool kSigned = true;
 

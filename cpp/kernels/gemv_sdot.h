@@ -9,6 +9,7 @@ namespace {
 
 struct Sdot {
   using Words = Neon::Words;
+  static constexpr int kMaxRows = 8;
 
   static inline Words multiply_add(Words sum, Words a, Words b) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));

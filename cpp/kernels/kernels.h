@@ -43,7 +43,7 @@ inline int64_t act_row_bytes(ActKind kind, int64_t k) {
 // y[m * y_stride + row] = dot(W[row, :], x[m, :]) for rows of tiles [tile_begin, tile_end), m in [0, n_rows).
 // `tiles` points at tile 0 of the matrix; acts at activation row 0, rows act_stride bytes apart (kind act_kind(format)).
 // y holds 16 values per tile: a matrix whose row count is no multiple of 16 writes the padding rows too.
-// A row's bits do not depend on n_rows. Any n_rows >= 1 is taken; a tile is decoded once for up to 8 rows.
+// A row's bits do not depend on n_rows. Any n_rows >= 1 is taken; a tile is decoded once for up to 8 rows (16 by i8mm).
 using GemvFn = void (*)(const std::byte* tiles, int64_t k, const std::byte* acts, int64_t act_stride, int64_t n_rows,
                         float* y, int64_t y_stride, int64_t tile_begin, int64_t tile_end);
 

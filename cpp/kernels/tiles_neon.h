@@ -1,5 +1,5 @@
-// Integer products over tiles of keys and values: a register of sums holds 4 tokens, or 4 dimensions. Internal linkage: each
-// includer compiles its own copy under its own flags.
+// Integer products over tiles of keys and values: a register of sums holds 4 tokens, or 4 dimensions. Internal linkage:
+// each includer compiles its own copy under its own flags.
 #pragma once
 
 #include "kernels/neon_dot.h"

@@ -16,7 +16,9 @@ std::vector<float> attend_rows(const Kernels& kernels, Random random, RandomHalf
                                RandomFloats random_floats) {
   const int64_t head_dim = 1 + random.below(140), group = 1 + random.below(9), n = 1 + random.below(90);
   std::vector<uint16_t> rows(static_cast<size_t>(2 * n * head_dim));
-  for (uint16_t& half : rows) half = random.below(8) == 0 ? random_half(random) : static_cast<uint16_t>(random.below(0x3c00));
+  for (uint16_t& half : rows) {
+    half = random.below(8) == 0 ? random_half(random) : static_cast<uint16_t>(random.below(0x3c00));
+  }
   std::vector<const uint16_t*> k, v;
   for (int64_t i = 0; i < n; ++i) {
     k.push_back(rows.data() + 2 * i * head_dim);
