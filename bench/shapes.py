@@ -71,7 +71,7 @@ class Tensor:
 
 # Which type a matrix gets in a file of a named mix. The rules are llama.cpp's own for its file types of these
 # names (llama-quant.cpp): a finer output matrix, more bits for v and down where they pay.
-MIXES = ("f16", "q8_0", "q4_0", "q4_k", "q4_k_m", "q6_k", "q2_k", "q2_k_mix")
+MIXES = ("f16", "q8_0", "q4_0", "q4_k", "q4_k_m", "q6_k", "q3_k", "q2_k", "q2_k_mix")
 
 
 def kind_of(mix: str, role: str, layer: int, shape: Shape) -> str:
