@@ -3,6 +3,7 @@
 #include "kernels/neuron_driver.h"
 #include "kernels/neuron_table.h"
 #include "kernels/neuron_x86.h"
+#include "kernels/neuron_zmm.h"
 
 namespace edge {
 
@@ -12,39 +13,6 @@ QuantizeQ8x32 quantize_q8x32_avx512vnni;
 namespace {
 
 struct Avx512 : YmmLanes {
-  // A zmm holds two steps s, s + 1 of the eight lanes.
-  struct Quants {
-    __m512i q[4];
-  };
-  static inline Quants bytes(const uint8_t* p) {
-    Quants quants;
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) quants.q[s] = _mm512_loadu_si512(p + 64 * s);
-    return quants;
-  }
-  static inline Quants nibbles(const uint8_t* p) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    Quants quants;
-#pragma GCC unroll 2
-    for (int s = 0; s < 2; ++s) {
-      const __m512i pair = _mm512_loadu_si512(p + 64 * s);
-      quants.q[s] = _mm512_and_si512(pair, mask);
-      quants.q[2 + s] = _mm512_and_si512(_mm512_srli_epi16(pair, 4), mask);
-    }
-    return quants;
-  }
-  template <int kOffsetBits>
-  static inline Lanes dot(const Quants& w, const NeuronActGroup& act) {
-    __m512i sum = _mm512_setzero_si512();
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) sum = _mm512_dpbusd_epi32(sum, w.q[s], _mm512_loadu_si512(act.q + 64 * s));
-    const __m256i both = _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti32x8_epi32(sum, 1));
-    const __m256i offset = _mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(act.sum)), kOffsetBits);
-    return _mm256_cvtepi32_ps(_mm256_sub_epi32(both, offset));
-  }
-  static inline Lanes dot_bytes(const Quants& w, const NeuronActGroup& act) { return dot<7>(w, act); }
-  static inline Lanes dot_nibbles(const Quants& w, const NeuronActGroup& act) { return dot<3>(w, act); }
-
   using V = __m512;
   static constexpr int kWidth = 16;
   static inline V load_v(const float* p) { return _mm512_loadu_ps(p); }
@@ -76,6 +44,14 @@ struct Avx512 : YmmLanes {
 
 }  // namespace
 
-EDGE_NEURON_KERNELS(avx512vnni, Avx512)
+#define EDGE_NEURON_ZMM(format, nibbles)                                                                           \
+  void neuron_dot_##format##_avx512vnni(const std::byte* const* rows, int64_t n, int64_t hidden,                    \
+                                        const std::byte* acts, int64_t act_stride, int64_t n_x, float* out,         \
+                                        int64_t out_stride) {                                                       \
+    ZmmDot<nibbles>::run(rows, n, hidden, acts, act_stride, n_x, out, out_stride);                                  \
+  }
+EDGE_NEURON_ZMM(q8, false)
+EDGE_NEURON_ZMM(q4, true)
+EDGE_NEURON_SHARED(avx512vnni, Avx512)
 
 }  // namespace edge

@@ -263,18 +263,21 @@ inline void run_axpy(const std::byte* const* cols, const float* a, int64_t n, in
                                     int64_t end, float* out) {                                                  \
     run_axpy<columns>(cols, a, n, begin, end, out);                                                             \
   }
-#define EDGE_NEURON_KERNELS(isa, Isa)                                                              \
-  EDGE_NEURON_DOT(f16, isa, DotHalves<Isa>)                                                              \
-  EDGE_NEURON_DOT(q8, isa, DotBytes<Isa>)                                          \
-  EDGE_NEURON_DOT(q4, isa, DotNibbles<Isa>)                                           \
-  EDGE_NEURON_AXPY(f16, isa, ColumnF16<Isa>)                                                 \
-  EDGE_NEURON_AXPY(q8, isa, ColumnQ8<Isa>)                                                  \
-  EDGE_NEURON_AXPY(q4, isa, ColumnQ4<Isa>)                                                  \
-  void neuron_act_f16_##isa(const float* x, int64_t hidden, std::byte* act) {                             \
-    neuron_act_f16(x, hidden, act);                                                                       \
-  }                                                                                                       \
-  void neuron_act_q8_##isa(const float* x, int64_t hidden, std::byte* act) {                              \
-    neuron_act_q8<quantize_q8x32_##isa>(x, hidden, act);                                                  \
+// What every ISA does alike, and all of it.
+#define EDGE_NEURON_SHARED(isa, Isa)                                          \
+  EDGE_NEURON_DOT(f16, isa, DotHalves<Isa>)                                   \
+  EDGE_NEURON_AXPY(f16, isa, ColumnF16<Isa>)                                  \
+  EDGE_NEURON_AXPY(q8, isa, ColumnQ8<Isa>)                                    \
+  EDGE_NEURON_AXPY(q4, isa, ColumnQ4<Isa>)                                    \
+  void neuron_act_f16_##isa(const float* x, int64_t hidden, std::byte* act) { \
+    neuron_act_f16(x, hidden, act);                                           \
+  }                                                                           \
+  void neuron_act_q8_##isa(const float* x, int64_t hidden, std::byte* act) {  \
+    neuron_act_q8<quantize_q8x32_##isa>(x, hidden, act);                      \
   }
+#define EDGE_NEURON_KERNELS(isa, Isa)       \
+  EDGE_NEURON_DOT(q8, isa, DotBytes<Isa>)   \
+  EDGE_NEURON_DOT(q4, isa, DotNibbles<Isa>) \
+  EDGE_NEURON_SHARED(isa, Isa)
 
 }  // namespace edge
