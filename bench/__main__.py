@@ -1,4 +1,4 @@
-"""``python -m bench NAME ...`` runs ``bench/NAME.py``; without a name, lists what there is."""
+"""``python -m bench NAME ...`` runs ``bench/NAME.py`` or ``bench/NAME/__main__.py``; without a name, lists them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 def names() -> dict[str, str]:
     """Benchmarks that can be run -> first line of what they say about themselves."""
     found = {}
-    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
+    here = Path(__file__).resolve().parent
+    for path in (*here.glob("[!_]*.py"), *here.glob("*/__main__.py")):
         text = path.read_text()
-        if not path.stem.startswith("_") and 'if __name__ == "__main__"' in text:
-            found[path.stem] = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
-    return found
+        if 'if __name__ == "__main__"' in text:
+            name = path.parent.name if path.stem == "__main__" else path.stem
+            found[name] = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+    return dict(sorted(found.items()))
 
 
 def main() -> int:

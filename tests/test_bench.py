@@ -272,7 +272,7 @@ def test_a_peer_needs_a_gguf_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_every_child_of_a_system_exists() -> None:
     for system in peers.SYSTEMS.values():
-        assert (peers._CHILDREN / system.child).is_file()
+        assert (peers.CHILDREN / system.child).is_file()
 
 
 @pytest.mark.parametrize("command", [decode.main, budget.main])

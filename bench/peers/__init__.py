@@ -23,7 +23,7 @@ from bench.cgroup import CgroupResult, Finished, run_in_cgroup, run_measured
 from bench.machine import ROOT, busy_seconds
 from bench.weights import Weights, read_weights
 
-_CHILDREN = Path(__file__).resolve().parent / "children"
+CHILDREN = Path(__file__).resolve().parent.parent / "children"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,19 @@ class System:
 _TEXT_TOKENS = 512
 
 #: Environment variables that name another interpreter than this one, by package.
-_INTERPRETERS = {"llama_cpp": "EDGE_PEER_PYTHON", "torch": "EDGE_TORCH_PYTHON"}
+_INTERPRETERS = {
+    "llama_cpp": "EDGE_PEER_PYTHON",
+    "onnxruntime": "EDGE_PEER_PYTHON",
+    "torch": "EDGE_TORCH_PYTHON",
+}
+
+#: What an interpreter must be able to run, by package: a folder of that name is a package without contents.
+_NEEDED = {
+    "edge": "import edge; edge.load",
+    "llama_cpp": "import llama_cpp; llama_cpp.llama_decode",
+    "onnxruntime": "import numpy, onnx, onnxruntime; onnxruntime.InferenceSession",
+    "torch": "import numpy, safetensors.torch, torch; torch.nn",
+}
 
 SYSTEMS = {
     "edge": System(
@@ -184,15 +196,13 @@ def interpreter(system: System) -> str:
     return os.environ.get(_INTERPRETERS.get(system.package, ""), sys.executable)
 
 
-def absent(name: str) -> str | None:
-    """Why a system cannot take part, in one line; None when it can."""
-    system = system_of(name)
+def absent(name: str, system: System | None = None) -> str | None:
+    """Why a system (one of :data:`SYSTEMS` unless given) cannot take part, in one line; None when it can."""
+    system = system or system_of(name)
     python = interpreter(system)
-    call = {"edge": "edge.load", "llama_cpp": "llama_cpp.llama_decode", "torch": "torch.nn"}[system.package]
-    imports = "torch, safetensors.torch" if system.package == "torch" else system.package
     try:
         done = subprocess.run(
-            [python, "-c", f"import {imports}; {call}"],
+            [python, "-c", _NEEDED[system.package]],
             capture_output=True,
             text=True,
             env=environment(system),
@@ -350,7 +360,7 @@ def _partial_rate(events: list[dict[str, Any]]) -> float | None:
     return told[-1]["n"] / told[-1]["seconds"] if told else None
 
 
-def _events(stdout: str) -> list[dict[str, Any]]:
+def events_of(stdout: str) -> list[dict[str, Any]]:
     events = []
     for line in stdout.splitlines():
         try:
@@ -369,7 +379,7 @@ def run(name: str, request: Request) -> Run:
         CgroupError: a limit was asked for and cannot be set here.
     """
     system = system_of(name)
-    command = [interpreter(system), str(_CHILDREN / system.child), request.json(system.options)]
+    command = [interpreter(system), str(CHILDREN / system.child), request.json(system.options)]
     env, before = environment(system), busy_seconds()
     done: Finished
     if request.limit_bytes:
@@ -377,7 +387,7 @@ def run(name: str, request: Request) -> Run:
     else:
         done = run_measured(command, env=env, timeout_seconds=request.timeout_seconds)
     foreign = max(0.0, busy_seconds() - before - done.cpu_seconds) / done.seconds
-    events = _events(done.stdout)
+    events = events_of(done.stdout)
     found = {event["event"]: event for event in events}
     result = found.get("result") if done.returncode == 0 else None
     failure = None if result else _failure(done, events)
