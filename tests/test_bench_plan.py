@@ -10,7 +10,7 @@ import pytest
 
 gguf = pytest.importorskip("gguf", reason="the benchmarks write GGUF files with the gguf package")
 
-from bench import plan  # noqa: E402
+from bench import plan, plan_point, plan_table  # noqa: E402
 from flashload.pack import pack  # noqa: E402
 from tests.neuron_packs import by_neuron, tiny_relu  # noqa: E402
 from tests.tiny import tiny_gguf, tiny_llama_gguf  # noqa: E402
@@ -45,13 +45,13 @@ def point(speed: float = 1.0, peak: float = 1.0, prompt: float = 1.0, **more: An
     ],
 )
 def test_bars(one: dict[str, Any], missed: list[str]) -> None:
-    assert plan.misses(one) == missed
+    assert plan_table.misses(one) == missed
 
 
 def test_what_two_probes_predict_is_one_figure() -> None:
     told = [{"tokens_per_second": 2.0, "memory_seconds": 0.2, "bound": "drive", "expert_hit_rate": None},
             {"tokens_per_second": 6.0, "memory_seconds": 0.4, "bound": "drive", "expert_hit_rate": None}]  # fmt: skip
-    mean = plan._mean(told)
+    mean = plan_point._mean(told)
     assert mean == pytest.approx(
         {"tokens_per_second": 3.0, "memory_seconds": 0.3, "bound": "drive", "expert_hit_rate": None}
     )
@@ -62,7 +62,7 @@ def test_the_table_counts_and_says_what_was_not_quiet(capsys: pytest.CaptureFixt
              "load_average": 0.0}  # fmt: skip
     points = [point(), point(1.5, others_cpus=1.0), point(kind="MoE"),
               {"model": "m", "kind": "MoE", "memory_bytes": 1, "failure": "edge: too small"}]  # fmt: skip
-    plan.show({"points": points, "threads": 2, "context": 64, "prompt_tokens": 32, "machine": facts})
+    plan_table.show({"points": points, "threads": 2, "context": 64, "prompt_tokens": 32, "machine": facts})
     text = capsys.readouterr().out
     assert (
         "dense: 1 of 2 budgets within the bars; largest differences: speed 50.0 % (bar: 15), prompt" in text
