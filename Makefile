@@ -6,7 +6,7 @@ JOBS ?= 2
 SOURCES := $(shell find cpp -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt') pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all nightly lint layers types clean
+.PHONY: help run test test-all nightly tsan asan lint layers types clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,14 @@ test-all: $(VENV)/.dev ## the slow tests too
 
 nightly: $(VENV)/.dev ## random and long tests
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -m "nightly or slow" --timeout 3600
+
+SANITIZED = PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/python -m tests.sanitized
+
+tsan: $(VENV)/.dev ## nightly: what threads share, under ThreadSanitizer
+	$(SANITIZED) thread
+
+asan: $(VENV)/.dev ## nightly: the same tests under the address and undefined-behaviour sanitizers
+	$(SANITIZED) address,undefined
 
 lint: $(VENV)/.dev ## style
 	$(BIN)/ruff check .

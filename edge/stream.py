@@ -80,7 +80,7 @@ class Passes:
         self._pass.release()
 
     def when_free(self, work: Callable[[], object]) -> None:
-        """Does ``work``, which must not raise, now or, while a pass or a change is under way, before the next one begins.
+        """Does ``work``, which must not raise, now or, while a pass or a change is under way, before the next begins.
 
         Never waits: the garbage collector ends streams in the middle of anything, a change by this very thread too.
         """

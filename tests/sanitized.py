@@ -48,8 +48,8 @@ TESTS = (
     "tests/test_stream_parts.py",
 )
 _RUNTIMES = {"thread": ("libtsan.so",), "address,undefined": ("libasan.so", "libubsan.so")}
-#: What the interpreter and the libraries beside the core do is theirs: they are not instrumented, so half of what orders
-#: their threads is out of sight. And Python gives back little of its memory when it ends.
+#: Nothing is suppressed by name. What the interpreter and the libraries beside the core do is left out as a whole: they
+#: are not instrumented, so half of what orders their threads is out of sight. And Python ends without freeing all it has.
 _OPTIONS = {
     "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:second_deadlock_stack=1:history_size=4",
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",
@@ -87,7 +87,9 @@ def _preload(sanitizer: str) -> str:
     compiler = os.environ.get("CXX", "c++")
     paths = []
     for name in _RUNTIMES[sanitizer]:
-        found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        found = subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        )
         paths.append(str(Path(found.stdout.strip()).resolve()))
     return ":".join(paths)
 

@@ -21,7 +21,7 @@ MANY = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
 
 @contextmanager
 def beside(*loops: Callable[[], object]) -> Iterator[None]:
-    """Each of ``loops`` again and again in a thread of its own, until the block ends; raises what one of them raised."""
+    """Each of ``loops`` again and again in a thread of its own until the block ends; raises what one of them raised."""
     done, failed = threading.Event(), list[BaseException]()
 
     def again(work: Callable[[], object]) -> None:
@@ -136,10 +136,12 @@ def test_a_draft_on_the_threads_of_its_model(packs: dict[str, Path], tmp_path: P
     draft = tmp_path / "draft.edge"
     edge.pack(tiny_llama_gguf(tmp_path / "draft.gguf", type="q8_0", seed=6, num_hidden_layers=1), draft)
     guessing = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "speculation": "draft"}
-    with edge.load(setup.pack, memory="1GiB", context=CONTEXT, threads=2, draft=draft) as engine:
-        with beside(lambda: look_at(engine)):
-            for _ in range(3):
-                assert engine.generate(PROMPT, **guessing).tokens == setup.tokens
+    with (
+        edge.load(setup.pack, memory="1GiB", context=CONTEXT, threads=2, draft=draft) as engine,
+        beside(lambda: look_at(engine)),
+    ):
+        for _ in range(3):
+            assert engine.generate(PROMPT, **guessing).tokens == setup.tokens
 
 
 def test_a_closed_engine_tells_lookers_on(setup: Setup) -> None:
