@@ -191,11 +191,11 @@ def _texts(
     running: list[_Job] = []
     try:
         if forks:
-            with engine._passes:
+            with engine._passes.next():
                 trunk.set_tokens(tokens[0][: max(1, n_shared)])
             while n_shared > 0 and trunk.n_pending > 0:
                 engine._relieve()
-                with engine._passes:
+                with engine._passes.next():
                     trunk.advance()
         pages = _Pages(engine)
         while waiting or running:
@@ -204,7 +204,7 @@ def _texts(
                 if running and n_taken + pages.own(waiting[0], n_shared) > pages.n_pages:
                     break
                 job = waiting.popleft()
-                with engine._passes:
+                with engine._passes.next():
                     _start(engine, job, config, trunk.fork(n_shared) if forks else trunk)
                 running.append(job)
             yield from _pass(engine, running)
@@ -249,7 +249,7 @@ def _pass(engine: Engine, running: list[_Job]) -> Generator[Chunk, None, None]:
         return
     engine._relieve()
     lanes = [(job.text, job.sampler) for job in active if job.text is not None and job.sampler is not None]
-    with engine._passes:
+    with engine._passes.next():
         # Another budget may have left fewer rows for a pass than there are texts.
         n, core = engine.plan.max_rows, engine._open_core()
         step = [drawn for i in range(0, len(lanes), n) for drawn in _edge.step(core, lanes[i : i + n])]

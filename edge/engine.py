@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -64,7 +63,8 @@ class Engine:
         self._prefixes = Prefixes() if prefixes is None else prefixes
         self._turns = Turns()
         self._passes = Passes()
-        self._cancelled = threading.Event()
+        # No Event, whose own lock a signal handler that calls cancel() may find taken by what it interrupts.
+        self._cancelled = False
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Engine:
 
     def cancel(self) -> None:
         """Ends the running request within one layer: its finish_reason is "cancelled". Safe from any thread."""
-        self._cancelled.set()
+        self._cancelled = True
         core = self._core  # close() may take it away meanwhile
         if core is not None:
             core.cancel()
@@ -202,16 +202,12 @@ class Engine:
 
         An unfinished stream of this thread, or a cancelled one that nobody reads, ends with it.
         """
-        self._turns.take_last(self._cancelled.is_set)
-        try:
-            with self._passes.between():
-                self._prefixes.close()
-                self._speculators = None
-                self._drafting = None
-                self._sequence = None
-                self._core = None
-        finally:
-            self._turns.give_back()
+        with closing(self._turns.take_last(lambda: self._cancelled)), self._passes.between():
+            self._prefixes.close()
+            self._speculators = None
+            self._drafting = None
+            self._sequence = None
+            self._core = None
 
     def __enter__(self) -> Engine:
         return self
@@ -231,19 +227,15 @@ class Engine:
     def _begin(self) -> _edge.Sequence:
         """What the request whose turn it is works with; a cancel that came before it is forgotten."""
         core = self._open_core()
-        self._cancelled.clear()
+        self._cancelled = False
         core.resume()
         assert self._sequence is not None
         return self._sequence
 
     @contextmanager
     def _serving(self) -> Iterator[_edge.Sequence]:
-        self._turns.take()
-        try:
-            with self._passes:
-                yield self._begin()
-        finally:
-            self._turns.give_back()
+        with closing(self._turns.take()), self._passes.next():
+            yield self._begin()
 
     def _part_with_drafters(self, keep_draft: bool) -> speculation.Drafting:
         """Gives the drafters' memory back; returns what is left to draft with."""
@@ -262,7 +254,7 @@ class Engine:
     def _hold_kv(self) -> None:
         """While several texts share pages, keys and values stay in memory or on a drive, wherever they are."""
         if self._memory is not None:
-            with self._passes:
+            with self._passes.next():
                 self._memory.holds_kv = True
 
     def _free_kv(self) -> None:
@@ -280,7 +272,7 @@ class Engine:
     def _relieve(self, n_rows: int = speculation.MOST_ROWS) -> None:
         """Before a pass: gives way where others need memory, and earlier texts where its rows need pages."""
         if len(self._prefixes):
-            with self._passes:
+            with self._passes.next():
                 self._prefixes.make_room(self._open_core(), n_rows)
         if self._memory is not None:
             with self._passes.between():
@@ -321,19 +313,19 @@ class Engine:
         settings = speculation.parse(config.speculation)
         speculators = self._speculators if settings is not None else None
         if settings is not None and speculators is not None:
-            with self._passes:
+            with self._passes.next():
                 speculators.configured(settings)
         meter = Meter(self, seed, speculators)
         sampler = _edge.Sampler(config.sampling(seed), self.vocab_size)
         try:
-            with self._passes:
+            with self._passes.next():
                 sequence = self._at_prefix(tokens)
                 meter.reused = sequence.set_tokens(tokens)
             # The last token's pass belongs to the prompt: its logits are what the first token is drawn from.
             n_new, start = sequence.n_pending, time.perf_counter()
             while not writer.ended and sequence.n_pending > 0:
                 self._relieve(min(sequence.n_pending, self.plan.max_rows))
-                with self._passes:
+                with self._passes.next():
                     sequence.advance()
                 if on_progress is not None:
                     on_progress(len(tokens) - sequence.n_pending, len(tokens))
@@ -341,7 +333,7 @@ class Engine:
             self._prefixes.computed(n_new, time.perf_counter() - start)
             while not writer.ended:
                 self._relieve()
-                with self._passes:
+                with self._passes.next():
                     if sequence.n_tokens >= self.plan.context:
                         sequence.shift(1, self.plan.context // 2)
                     n_kept = sequence.n_tokens

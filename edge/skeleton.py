@@ -205,7 +205,7 @@ class SkeletonOfThought:
 
     def _go_on(self, chunk: Chunk | None) -> None:
         """A cancel that came in one phase ends the next ones too."""
-        if self._engine._cancelled.is_set() or (chunk is not None and chunk.finish_reason == "cancelled"):
+        if self._engine._cancelled or (chunk is not None and chunk.finish_reason == "cancelled"):
             raise CancelledError("the answer was cancelled")
 
     def _short(

@@ -9,15 +9,22 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TypeAlias
 
 from edge.completion import Chunk
 from flashload.errors import CancelledError, EdgeError
 
 _POLL_S = 0.05
 
+Turn: TypeAlias = Generator[None, None, None]
+
 
 class Turns:
-    """The turn of one engine. A thread that still holds it with an unfinished stream is told so, not blocked."""
+    """The turn of one engine. A thread that still holds it with an unfinished stream is told so, not blocked.
+
+    A turn is a generator inside ``with lock:``, because Ctrl-C may come between any two calls: whatever is not reached
+    then, a turn that nobody refers to any more gives itself back.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -25,42 +32,60 @@ class Turns:
         self.thread: int | None = None
         self._stream: weakref.ref[Stream] | None = None
 
-    def take(self, stream: Stream | None = None) -> None:
-        """Waits until no other request is served.
+    def take(self, stream: Stream | None = None) -> Turn:
+        """Waits until no other request is served. Closing the turn gives it back.
 
         Raises:
             EdgeError: the other request is a stream that this very thread has not finished.
         """
-        if self.thread == threading.get_ident():
+        if self._is_own():
             raise EdgeError(
                 "engine: this thread has an unfinished stream; read it to its end or close() it first"
             )
-        self._lock.acquire()
-        self.thread = threading.get_ident()
-        self._stream = None if stream is None else weakref.ref(stream)
+        return _begun(self._turn(None if stream is None else weakref.ref(stream)))
 
-    def take_last(self, cancelled: Callable[[], bool]) -> None:
+    def take_last(self, cancelled: Callable[[], bool]) -> Turn:
         """As :meth:`take`, but ends a stream at rest: this thread's own, or a cancelled one nobody may ever read.
 
         Raises:
             EdgeError: called by the running request itself (from its on_progress).
         """
         while not self._lock.acquire(timeout=_POLL_S):
-            own = self.thread == threading.get_ident()
+            own = self._is_own()
             stream = None if self._stream is None else self._stream()
             if stream is not None and (own or cancelled()) and not stream.end() and own:
                 raise EdgeError("engine: cannot be closed by the request it is serving; cancel() it")
-        self.thread = threading.get_ident()
+        return _begun(self._locked_turn())
 
-    def give_back(self) -> None:
-        """The next request may begin."""
-        self.thread = None
-        self._stream = None
-        self._lock.release()
+    def _is_own(self) -> bool:
+        return self.thread == threading.get_ident() and self._lock.locked()
+
+    def _turn(self, stream: weakref.ref[Stream] | None) -> Turn:
+        with self._lock:
+            self.thread = threading.get_ident()
+            self._stream = stream
+            try:
+                yield
+            finally:
+                self.thread = None
+                self._stream = None
+
+    def _locked_turn(self) -> Turn:
+        try:
+            self.thread = threading.get_ident()
+            yield
+        finally:
+            self.thread = None
+            self._lock.release()
+
+
+def _begun(turn: Turn) -> Turn:
+    next(turn)
+    return turn
 
 
 class Passes:
-    """Passes of the core, one at a time (``with passes:``), and what may happen only between two of them."""
+    """Passes of the core, one at a time (``with passes.next():``), and what may happen only between two of them."""
 
     def __init__(self) -> None:
         self._gate = threading.Lock()
@@ -68,32 +93,14 @@ class Passes:
         self._thread: int | None = None
         self._due: deque[Callable[[], object]] = deque()
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def next(self) -> Iterator[None]:
+        """Waits for the end of the running pass, and of a change that waits for it too."""
         # Whoever waits between passes holds the gate: the next pass cannot overtake it.
         with self._gate:
-            self._pass.acquire()
-        self._thread = threading.get_ident()
-        self._do_what_is_due()
-
-    def __exit__(self, *_: object) -> None:
-        self._thread = None
-        self._pass.release()
-
-    def when_free(self, work: Callable[[], object]) -> None:
-        """Does ``work``, which must not raise, now or, while a pass or a change is under way, before the next begins.
-
-        Never waits: the garbage collector ends streams in the middle of anything, a change by this very thread too.
-        """
-        self._due.append(work)
-        if self._pass.acquire(blocking=False):
-            try:
-                self._do_what_is_due()
-            finally:
-                self._pass.release()
-
-    def _do_what_is_due(self) -> None:
-        while self._due:
-            self._due.popleft()()
+            pass
+        with self._one():
+            yield
 
     @contextmanager
     def between(self) -> Iterator[None]:
@@ -102,12 +109,29 @@ class Passes:
         Raises:
             EdgeError: this thread is inside a pass.
         """
-        if self._thread == threading.get_ident():
+        if self._thread == threading.get_ident() and self._pass.locked():
             raise EdgeError("engine: cannot be changed from inside one of its own passes")
-        with self._gate, self._pass:
+        with self._gate, self._one():
+            yield
+
+    def when_free(self, work: Callable[[], object]) -> None:
+        """Does ``work``, which must not raise, now or, while a pass or a change is under way, before the next begins.
+
+        Waits for neither: the garbage collector ends streams in the midst of anything, changes by this thread too.
+        """
+        self._due.append(work)
+        if not self._pass.locked():
+            with self._one():
+                pass
+
+    @contextmanager
+    def _one(self) -> Iterator[None]:
+        with self._pass:
             self._thread = threading.get_ident()
             try:
-                self._do_what_is_due()
+                while self._due:
+                    self._due[0]()
+                    self._due.popleft()
                 yield
             finally:
                 self._thread = None
@@ -116,12 +140,13 @@ class Passes:
 class Stream(Iterator[Chunk]):
     """The chunks of one request, computed as they are asked for. Dropping or closing it ends the request."""
 
+    _turn: Turn | None = None
+
     def __init__(self, turns: Turns, chunks: Generator[Chunk, None, None]) -> None:
         self._turns = turns
         self._chunks: Generator[Chunk, None, None] | None = chunks
         self._last: Chunk | None = None
         self._step = threading.Lock()
-        self._has_turn = False
 
     def __next__(self) -> Chunk:
         with self._step:
@@ -131,9 +156,8 @@ class Stream(Iterator[Chunk]):
                     raise StopIteration
                 return last
             try:
-                if not self._has_turn:
-                    self._turns.take(self)
-                    self._has_turn = True
+                if self._turn is None:
+                    self._turn = self._turns.take(self)
                 self._turns.thread = threading.get_ident()
                 return next(self._chunks)
             except BaseException:
@@ -142,9 +166,9 @@ class Stream(Iterator[Chunk]):
 
     def _finish(self) -> None:
         self._chunks = None
-        if self._has_turn:
-            self._has_turn = False
-            self._turns.give_back()
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.close()
 
     def close(self) -> None:
         """Ends the request. May be called twice."""
@@ -156,7 +180,7 @@ class Stream(Iterator[Chunk]):
         if not self._step.acquire(blocking=False):
             return False
         try:
-            if self._chunks is not None and self._has_turn:
+            if self._chunks is not None and self._turn is not None:
                 self._last = self._chunks.throw(CancelledError("the engine was closed"))
         except (CancelledError, StopIteration):
             self._last = None  # the last chunk was read already
@@ -174,5 +198,4 @@ class Stream(Iterator[Chunk]):
         self.close()
 
     def __del__(self) -> None:
-        if self._has_turn:
-            self._finish()
+        self._finish()

@@ -49,7 +49,7 @@ TESTS = (
 )
 _RUNTIMES = {"thread": ("libtsan.so",), "address,undefined": ("libasan.so", "libubsan.so")}
 #: Nothing is suppressed by name. What the interpreter and the libraries beside the core do is left out as a whole: they
-#: are not instrumented, so half of what orders their threads is out of sight. And Python ends without freeing all it has.
+#: are not instrumented, so half of what orders their threads is out of sight. And Python ends without freeing all.
 _OPTIONS = {
     "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:second_deadlock_stack=1:history_size=4",
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",

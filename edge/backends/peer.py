@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -56,7 +56,7 @@ class Peer(ABC):
         self.vocab_size = vocab_size
         self.load_seconds = 0.0
         self._turns = Turns()
-        self._cancelled = threading.Event()
+        self._cancelled = False
         self._closed = False
 
     # -- requests: as edge.Engine has them --------------------------------------------------------------------------
@@ -98,7 +98,7 @@ class Peer(ABC):
 
     def cancel(self) -> None:
         """Ends the running request after its token. Safe from any thread."""
-        self._cancelled.set()
+        self._cancelled = True
 
     def stats(self) -> dict[str, Any]:
         """What is known of a foreign runtime: its name and the memory of the process."""
@@ -106,13 +106,10 @@ class Peer(ABC):
 
     def close(self) -> None:
         """Gives the model back. May be called twice."""
-        self._turns.take_last(self._cancelled.is_set)
-        try:
+        with closing(self._turns.take_last(lambda: self._cancelled)):
             if not self._closed:
                 self._closed = True
                 self._free()
-        finally:
-            self._turns.give_back()
 
     def __enter__(self) -> Peer:
         return self
@@ -154,7 +151,7 @@ class Peer(ABC):
         self, tokens: list[int], config: GenerationConfig, continues: bool, on_progress: Progress | None
     ) -> Generator[Chunk, None, None]:
         self._check_open()
-        self._cancelled.clear()
+        self._cancelled = False
         limit = config.max_tokens if config.max_tokens is not None else self.context - len(tokens)
         seed = config.seed if config.seed is not None else secrets.randbits(63)
         writer = Writer(self.tokenizer, config, limit, continues)
@@ -166,7 +163,7 @@ class Peer(ABC):
                     if on_progress is not None:
                         on_progress(len(tokens), len(tokens))
                 yield writer.push(*drawn)
-                if self._cancelled.is_set() and not writer.ended:
+                if self._cancelled and not writer.ended:
                     writer.cancel()
                 if writer.ended:
                     break
@@ -220,8 +217,7 @@ class LogitsPeer(Peer):
         tokens = prompt_ids(text, self.tokenizer, self.vocab_size)
         check_context(len(tokens), 0, self.context)
         scores: list[float | None] = [None]
-        self._turns.take()
-        try:
+        with closing(self._turns.take()):
             self._check_open()
             self._runner.restart()
             for begin in range(0, len(tokens) - 1, self._SCORE_ROWS):
@@ -231,21 +227,16 @@ class LogitsPeer(Peer):
                 norm = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1))
                 following = tokens[begin + 1 : begin + 1 + len(part)]
                 scores += [float(v) for v in logits[np.arange(len(part)), following] - norm]
-        finally:
-            self._turns.give_back()
         return scores
 
     def logits(self, prompt: str | Sequence[int]) -> NDArray[np.float32]:
         """See :meth:`edge.Engine.logits`."""
         tokens = prompt_ids(prompt, self.tokenizer, self.vocab_size)
         check_context(len(tokens), 0, self.context)
-        self._turns.take()
-        try:
+        with closing(self._turns.take()):
             self._check_open()
             self._runner.restart()
             return self._runner.feed(tokens)
-        finally:
-            self._turns.give_back()
 
     def _draw(self, tokens: list[int], config: GenerationConfig, seed: int, limit: int) -> Iterator[Drawn]:
         sampler = _edge.Sampler(config.sampling(seed), self.vocab_size)
