@@ -50,7 +50,9 @@ SAME = "same bits as ref"
     ("cpu", "neon_i8mm", "neon_dotprod"),
     [("cortex-a53", NO_DOT, NO_DOT), ("cortex-a76", NO_MATRIX, SAME), ("max", SAME, SAME)],
 )
-def test_what_a_cpu_has_gives_the_bits_of_ref(selftest: Path, cpu: str, neon_i8mm: str, neon_dotprod: str) -> None:
+def test_what_a_cpu_has_gives_the_bits_of_ref(
+    selftest: Path, cpu: str, neon_i8mm: str, neon_dotprod: str
+) -> None:
     done = emulate(cpu, selftest, "60", "1")
     assert done.stdout.splitlines() == [
         f"neon_i8mm: {neon_i8mm}",
