@@ -1,5 +1,6 @@
 // Compares every ISA this machine can run with ref, bit for bit. Python-free, so that it also runs under an emulator.
-// Usage: kernel_selftest [n_rounds] [seed]; exit 0 when all agree, else 1 with the first difference of each kernel. The
+// Usage: kernel_selftest gemv ISA FORMAT M K: one product of a tile, and nothing compared, for who counts instructions.
+//        kernel_selftest [n_rounds] [seed]; exit 0 when all agree, else 1 with the first difference of each kernel. The
 // first kEveryM rounds of a matrix product take 1, 2, ... activation rows, so that every way through a tile is taken.
 #include <algorithm>
 #include <cstdio>
@@ -194,9 +195,34 @@ int compare_all(const Kernels& ref, const Kernels& isa, int64_t n_rounds, uint64
          });
 }
 
+// One tile of zeros times m rows of zeros: no kernel asks what the values are.
+int multiply_once(const char* isa, const char* format_name, int64_t m, int64_t k) {
+  const Result<const Kernels*> found = kernels_for(isa);
+  if (!found.ok()) {
+    std::printf("%s\n", found.status().message().c_str());
+    return 1;
+  }
+  for (int f = 0; f < kTileFormats; ++f) {
+    const auto format = static_cast<WeightFormat>(f);
+    if (std::strcmp(traits(format).name, format_name) != 0) continue;
+    const int64_t act_stride = act_row_bytes(act_kind(format), k);
+    const int64_t room = std::max<int64_t>(k, 4096);  // the same for every k: zeros take instructions too
+    const std::vector<std::byte> tile(static_cast<size_t>(tile_bytes(format, kTileRows, room)));
+    const std::vector<std::byte> acts(static_cast<size_t>(m * act_row_bytes(act_kind(format), room)));
+    std::vector<float> y(static_cast<size_t>(m * kTileRows));
+    (*found)->gemv[f](tile.data(), k, acts.data(), act_stride, m, y.data(), kTileRows, 0, 1);
+    return 0;
+  }
+  std::printf("unknown format '%s'\n", format_name);
+  return 1;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 6 && std::strcmp(argv[1], "gemv") == 0) {
+    return multiply_once(argv[2], argv[3], std::atoll(argv[4]), std::atoll(argv[5]));
+  }
   const int64_t n_rounds = argc > 1 ? std::atoll(argv[1]) : 20;
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
   const Kernels& ref = **kernels_for("ref");
