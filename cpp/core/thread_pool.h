@@ -1,6 +1,7 @@
 // A fixed set of workers that spin briefly, then sleep: a busy neighbour must not stall a barrier for long.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -10,6 +11,13 @@
 #include <vector>
 
 namespace edge {
+
+// Rows that are worth a piece of their own where each takes a step over so many values: waking another core and waiting for
+// it takes about as long as a norm over 8,192.
+inline int64_t row_grain(int64_t values_per_row) {
+  constexpr int64_t kPieceValues = 8192;
+  return std::max<int64_t>(1, kPieceValues / std::max<int64_t>(1, values_per_row));
+}
 
 class ThreadPool {
  public:

@@ -58,7 +58,7 @@ Status Decoder::rotate_and_store(int64_t index) {
       if (half > 0) kernels_.rope(x + head, scratch_.cos + row * half, scratch_.sin + row * half, 2 * half);
     }
   };
-  pool_.parallel(n_rows_, 1, [&](int64_t begin, int64_t end, int) {
+  pool_.parallel(n_rows_, row_grain(q_dim + 2 * kv_dim), [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
       prepare(scratch_.q + row * pad16(q_dim), q_dim, q_norm, row);
       prepare(scratch_.k + row * pad16(kv_dim), kv_dim, k_norm, row);

@@ -275,7 +275,7 @@ Status Decoder::norm(WeightId weight_id, WeightId bias_id, const float* x, int64
   EDGE_ASSIGN(const float* weight, linear_.vector(weight_id));
   EDGE_ASSIGN(const float* bias, linear_.vector(bias_id));
   const int64_t n = config_.hidden_size, out_stride = pad16(n);
-  pool_.parallel(n_rows, 1, [&](int64_t begin, int64_t end, int) {
+  pool_.parallel(n_rows, row_grain(n), [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
       if (config_.norm == Norm::kRms) {
         kernels_.rms_norm(x + row * x_stride, weight, config_.norm_eps, n, out + row * out_stride);

@@ -6,7 +6,8 @@ namespace edge {
 
 void Decoder::activate_rows(const float* gate, const float* up, int64_t n_rows, int64_t n, float* out) {
   const int64_t stride = pad16(n);
-  pool_.parallel(n_rows, 1, [&](int64_t begin, int64_t end, int) {
+  // An exponential is worth some four steps.
+  pool_.parallel(n_rows, row_grain(4 * n), [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
       activate(kernels_, config_.activation, gate + row * stride, up == nullptr ? nullptr : up + row * stride, n,
                out + row * stride);

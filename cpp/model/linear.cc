@@ -33,7 +33,7 @@ const std::byte* ActRows::rows(ActKind kind, int64_t* stride_bytes) {
   *stride_bytes = act_row_bytes(kind, k_);
   if (made_ != kind) {
     const int64_t stride = *stride_bytes;
-    pool_.parallel(n_rows_, 1, [&](int64_t begin, int64_t end, int) {
+    pool_.parallel(n_rows_, row_grain(k_), [&](int64_t begin, int64_t end, int) {
       for (int64_t row = begin; row < end; ++row) {
         std::byte* out = quantised_.data() + row * stride;
         if (kind == ActKind::kQ8x32) {
@@ -58,7 +58,8 @@ void Linear::run_pieces(std::span<const Piece> pieces, const std::byte* acts, in
   int64_t n_tiles = 0;
   for (const Piece& piece : pieces) n_tiles += piece.end - piece.first;
   const PackEntry& first = *pieces[0].entry;
-  const int64_t work_bytes = tile_stride_bytes(first.format, first.cols) * n_tiles * n_rows;
+  // A further row is multiplied with weights that are decoded already: a third of the first.
+  const int64_t work_bytes = tile_stride_bytes(first.format, first.cols) * n_tiles * (n_rows + 2) / 3;
   const int64_t n_shares = std::clamp<int64_t>(work_bytes / kPieceBytes, 1, pool_.size() * kPiecesPerThread);
   const int64_t grain = (n_tiles + n_shares - 1) / n_shares;
   pool_.parallel(n_tiles, grain, [&](int64_t begin, int64_t end, int) {

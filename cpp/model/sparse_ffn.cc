@@ -152,7 +152,7 @@ Result<SparseFfn::Turn> SparseFfn::begin(const LayerWeights& layer, const float*
   EDGE_ASSIGN(turn.gate_bias, linear_.vector(config_.gated ? layer.gate_bias : layer.up_bias));
   if (thresholds_.data() != nullptr) turn.threshold = thresholds_.as<float>() + layer.index * config_.intermediate_size;
   const int64_t stride = pad16(config_.hidden_size);
-  pool_.parallel(n_rows, 1, [&](int64_t begin, int64_t end, int) {
+  pool_.parallel(n_rows, row_grain(config_.hidden_size), [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
       kernels_.neuron.act[neuron_index(turn.format)](x + row * stride, config_.hidden_size,
                                                      scratch_.neuron_acts + row * turn.act_stride);
@@ -216,7 +216,7 @@ void SparseFfn::activate_gates(const Turn& turn) {
   // Pieces of rows, in whole registers: which elements go together changes no bit.
   constexpr int64_t kPiece = 4096;
   const int64_t n = config_.intermediate_size, per_row = (n + kPiece - 1) / kPiece;
-  pool_.parallel(turn.n_rows * per_row, 1, [&](int64_t begin, int64_t end, int) {
+  pool_.parallel(turn.n_rows * per_row, row_grain(std::min(n, kPiece)), [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % per_row * kPiece;
       float* gate = scratch_.gate + i / per_row * turn.gate_stride + first;
@@ -380,6 +380,7 @@ void SparseFfn::values(const Turn& turn, size_t begin, size_t end, const Meanwhi
   const auto n = static_cast<int64_t>(end - begin);
   const int64_t work_bytes = n * turn.row_bytes * turn.n_rows;
   const int64_t n_pieces = std::clamp<int64_t>(work_bytes / kPieceBytes, 1, pool_.size() * kPiecesPerThread);
+  const uint64_t all_rows = ~uint64_t{0} >> (64 - turn.n_rows);
   bool is_done = false;  // meanwhile
   pool_.parallel(n, (n + n_pieces - 1) / n_pieces, [&](int64_t from, int64_t to, int thread) {
     if (thread == 0 && !is_done) {
@@ -390,9 +391,9 @@ void SparseFfn::values(const Turn& turn, size_t begin, size_t end, const Meanwhi
     size_t n_here = 0;
     const auto finish = [&] {
       const std::span<const int32_t> here(wanted.data(), n_here);
-      int64_t n_used = 0;
-      for (const int32_t i : here) n_used += std::popcount(scratch_.neuron_rows[i]);
-      if (n_used == static_cast<int64_t>(n_here) * turn.n_rows) {
+      uint64_t of_all = all_rows;
+      for (const int32_t i : here) of_all &= scratch_.neuron_rows[i];
+      if (of_all == all_rows) {
         for (int64_t row = 0; row < turn.n_rows; row += kDotRows) {
           multiply(turn, here, row, std::min(kDotRows, turn.n_rows - row));
         }

@@ -13,6 +13,9 @@ float max_logit(std::span<const float> logits);
 // those in pairs.
 double exp_sum(std::span<const float> logits, float max, double temperature);
 
+// exp_sum at temperature 1 within 4 %, in a tenth of its time: for guesses, on which no text depends.
+double rough_exp_sum(std::span<const float> logits, float max);
+
 // ln(sum of e^logits). NaN when a logit is NaN or +inf, or all are -inf.
 double log_sum_exp(std::span<const float> logits);
 

@@ -169,8 +169,7 @@ Result<std::span<const int32_t>> Sampler::window(std::span<const float> logits, 
 }
 
 // Fills in the most likely tokens; returns the logarithm of the sum that log-probabilities are taken against.
-Result<double> Sampler::describe(std::span<const float> logits, uint64_t position, SampledToken& token) {
-  const float max = max_logit(logits);
+Result<double> Sampler::describe(std::span<const float> logits, float max, uint64_t position, SampledToken& token) {
   EDGE_TRY(check_max(max, position));
   // A sum over the whole vocabulary, in one thread: a tenth of a small model's pass.
   if (config_.n_logprobs < 0) return std::numeric_limits<double>::quiet_NaN();
@@ -188,7 +187,7 @@ Result<double> Sampler::describe(std::span<const float> logits, uint64_t positio
 Result<SampledToken> Sampler::report(std::span<const float> logits, int32_t token, uint64_t position) {
   EDGE_ASSIGN([[maybe_unused]] const auto unseen, window(logits, {}));
   SampledToken result;
-  EDGE_ASSIGN(const double log_total, describe(logits, position, result));
+  EDGE_ASSIGN(const double log_total, describe(logits, max_logit(logits), position, result));
   result.token = token;
   result.logprob = static_cast<double>(logits[static_cast<size_t>(token)]) - log_total;
   return result;
@@ -197,9 +196,10 @@ Result<SampledToken> Sampler::report(std::span<const float> logits, int32_t toke
 Result<SampledToken> Sampler::sample(std::span<float> logits, std::span<const int32_t> history, uint64_t position) {
   EDGE_ASSIGN(const auto seen, window(logits, history));
   SampledToken result;
-  EDGE_ASSIGN(const double log_total, describe(logits, position, result));
+  const float max = max_logit(logits);
+  EDGE_ASSIGN(const double log_total, describe(logits, max, position, result));
   adjust(logits, seen);
-  const float adjusted_max = max_logit(logits);
+  const float adjusted_max = seen.empty() && config_.logit_bias.empty() ? max : max_logit(logits);
   const Status usable = check_max(adjusted_max, position);
   if (usable.ok()) {
     result.token = config_.temperature > 0 ? draw(logits, adjusted_max, position) : first_of(logits, adjusted_max);

@@ -71,7 +71,7 @@ class Sampler {
   std::span<Candidate> filter(std::span<const float> logits, const Weighting& weight);
   int32_t draw(std::span<const float> logits, float max, uint64_t position);
   bool filters() const { return config_.top_k > 0 || config_.typical_p < 1 || config_.top_p < 1; }
-  Result<double> describe(std::span<const float> logits, uint64_t position, SampledToken& token);
+  Result<double> describe(std::span<const float> logits, float max, uint64_t position, SampledToken& token);
   Result<std::span<const int32_t>> window(std::span<const float> logits, std::span<const int32_t> history);
 
   SamplingConfig config_;

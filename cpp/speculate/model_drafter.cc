@@ -33,9 +33,8 @@ double ModelDrafter::prior(int i) const {
   return i >= kLevels ? kSecond[i - kLevels] : is_copy_ ? kCopy[i] : kFirst[i];
 }
 
-uint8_t ModelDrafter::source_of(double logprob, bool second) const {
+uint8_t ModelDrafter::source_of(double probability, bool second) const {
   constexpr double kUpTo[kLevels - 1] = {0.2, 0.4, 0.6, 0.8, 0.95};
-  const double probability = std::exp(logprob);
   int level = 0;
   while (level < kLevels - 1 && probability > kUpTo[level]) ++level;
   return static_cast<uint8_t>(first_source() + level + (second ? kLevels : 0));
@@ -100,12 +99,18 @@ Status ModelDrafter::add_sampled(const DraftContext& context, int32_t node, std:
                                  DraftTree& tree, int32_t* next) {
   const std::span<float> logits(logits_.as<float>(), static_cast<size_t>(vocab_size_));
   EDGE_ASSIGN(const SampledToken first, sampler_->sample(logits, text, text.size()));
-  *next = tree.add(node, first.token, source_of(first.logprob, false));
-  if (*next < 0 || context.acceptance == nullptr || std::exp(first.logprob) > kSure) return {};
+  const float max = max_logit(logits);
+  const double total = rough_exp_sum(logits, max);
+  const auto weight = [&](int32_t token) {
+    return std::exp(static_cast<double>(logits[static_cast<size_t>(token)] - max));
+  };
+  const double share = weight(first.token) / total;
+  *next = tree.add(node, first.token, source_of(share, false));
+  if (*next < 0 || context.acceptance == nullptr || share > kSure) return {};
   logits[static_cast<size_t>(first.token)] = kMasked;
   const auto second = sampler_->sample(logits, text, text.size());
-  // A bias or a filter may leave the first alone.
-  if (second.ok()) tree.add(node, second->token, source_of(second->logprob, true));
+  // A bias or a filter may leave the first alone. Its share is of what is left.
+  if (second.ok()) tree.add(node, second->token, source_of(weight(second->token) / (total * (1 - share)), true));
   return {};
 }
 
@@ -141,7 +146,7 @@ Status ModelDrafter::propose(const DraftContext& context, DraftTree& tree) {
   const int64_t depth = std::min({context.depth, tree.limits().max_depth, context_ - n});
   if (depth < 1) return {};
   SamplingConfig config = context.sampler->config();
-  config.n_logprobs = 0;
+  config.n_logprobs = -1;
   if (sampler_ == nullptr || !(config == config_)) {
     config_ = config;
     sampler_ = std::make_unique<Sampler>(std::move(config), vocab_size_);

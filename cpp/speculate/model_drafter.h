@@ -34,7 +34,7 @@ class ModelDrafter final : public Drafter {
   ModelDrafter(Decoder& decoder, KvPool& pool, int64_t context, int32_t vocab_size, bool is_copy)
       : decoder_(decoder), kv_(pool), context_(context), vocab_size_(vocab_size), is_copy_(is_copy) {}
 
-  uint8_t source_of(double logprob, bool second) const;
+  uint8_t source_of(double probability, bool second) const;
   Status pass(std::span<const int32_t> tokens, bool wants_logits);
   Status catch_up(std::span<const int32_t> text, bool wants_logits);
   Status add_sampled(const DraftContext& context, int32_t node, std::span<const int32_t> text, DraftTree& tree,
