@@ -186,6 +186,28 @@ def test_quantised_weights_are_near_what_they_stand_for(
     assert np.linalg.norm(back - weights) < error * np.linalg.norm(weights)
 
 
+def test_a_matrix_goes_on_with_its_first_rows(shared_code: Any) -> None:
+    request = {"rows": 600, "cols": 32, "seed": 3}
+    first = shared_code.normal_weights(request)
+    made = shared_code.filled(first, request)
+    assert first.shape == (256, 32) and made.shape == (600, 32)
+    assert np.array_equal(made[512:], first[:88])
+
+
+def test_a_pass_longer_than_its_turn_is_the_only_one(
+    shared_code: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def work(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(shared_code.time, "perf_counter", lambda: now)
+    assert shared_code.timed(lambda: work(2), 1) == [2]
+    assert shared_code.timed(lambda: work(0.25), 1) == [0.25] * 3
+
+
 def test_threads_that_go_on_are_told(shared_code: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(np.arange(0, 1e6, 0.01))
     monkeypatch.setattr(shared_code.time, "sleep", lambda seconds: None)
@@ -226,9 +248,9 @@ def test_table_bars_and_ratios(
 
 
 def test_bars_are_as_long_as_their_share() -> None:
-    assert tables.bar(1, 1) == "█" * 30
-    assert tables.bar(0.5, 1) == "█" * 15
-    assert tables.bar(1, 240) == "▏" and tables.bar(0, 1) == "" and tables.bar(1, 0) == ""
+    assert tables.bar(1, 1) == "█" * 12
+    assert tables.bar(0.5, 1) == "█" * 6
+    assert tables.bar(1, 96) == "▏" and tables.bar(0, 1) == "" and tables.bar(1, 0) == ""
 
 
 def test_picture(fake: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:

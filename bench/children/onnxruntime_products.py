@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
-from products import block_codes, copies_of, normal_weights, serve
+from products import block_codes, copies_of, filled, normal_weights, serve
 
 _BLOCK = 32
 #: ``accuracy_level`` by format: what activations may be rounded to, 0 nothing, 4 int8.
@@ -56,15 +56,15 @@ class Session:
 
     def __init__(self, request: dict[str, Any], threads: int) -> None:
         self._codes, self._scales = block_codes(normal_weights(request), _BLOCK, 7)
-        rows, cols = request["rows"], request["cols"]
         codes = (self._codes + 8).astype(np.uint8)  # the operator's zero where none is given
-        packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
-        self.weight_bytes = packed.nbytes + self._scales.nbytes
+        packed = filled(codes[..., 0::2] | (codes[..., 1::2] << 4), request)
+        scales = filled(self._scales, request)
+        self.weight_bytes = packed.nbytes + scales.nbytes
         self.copies = copies_of(request, self.weight_bytes)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        model = graph(packed, self._scales.reshape(rows, -1), cols, self.copies, LEVELS[request["format"]])
+        model = graph(packed, scales, request["cols"], self.copies, LEVELS[request["format"]])
         self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def reference(self, n_rows: int) -> np.ndarray:

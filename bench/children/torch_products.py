@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from products import Matrices, block_codes, copies_of, normal_weights, serve
+from products import Matrices, block_codes, copies_of, filled, normal_weights, serve
 
 _INT4_BLOCK = 32
 
@@ -46,7 +46,7 @@ class Tensors:
 
 def bf16(request: dict[str, Any]) -> Matrices:
     """``torch.nn.functional.linear``."""
-    weights = torch.from_numpy(normal_weights(request)).to(torch.bfloat16)
+    weights = torch.from_numpy(filled(normal_weights(request), request)).to(torch.bfloat16)
     return Tensors(
         request,
         2 * weights.numel(),
@@ -59,7 +59,7 @@ def bf16(request: dict[str, Any]) -> Matrices:
 def int8_rows(request: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Codes [rows, cols] and a float scale per row."""
     codes, scales = block_codes(normal_weights(request), request["cols"], 127)
-    return codes[:, 0], scales[:, 0]
+    return filled(codes[:, 0], request), filled(scales[:, 0], request)
 
 
 def int8_weights(request: dict[str, Any]) -> Matrices:
@@ -103,9 +103,9 @@ def int8_dynamic(request: dict[str, Any]) -> Matrices:
 
 def int4_weights(request: dict[str, Any]) -> Matrices:
     """``torch._weight_int4pack_mm_for_cpu``: four-bit weights, a bf16 scale and zero per 32 of a row, bf16 rows."""
-    codes, scales = block_codes(normal_weights(request), _INT4_BLOCK, 7)
-    rows = len(codes)
-    unsigned = torch.from_numpy(codes.reshape(rows, -1).astype(np.int32) + 8)
+    first, first_scales = block_codes(normal_weights(request), _INT4_BLOCK, 7)
+    codes, scales = filled(first, request), filled(first_scales, request)
+    unsigned = torch.from_numpy(codes.reshape(len(codes), -1).astype(np.int32) + 8)
     # [blocks, rows, 2]: a weight is (code - 8) * scale + zero.
     rounded = torch.from_numpy(scales.T.copy()).to(torch.bfloat16)
     both = torch.stack([rounded, torch.zeros_like(rounded)], dim=2).contiguous()

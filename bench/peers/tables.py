@@ -7,14 +7,14 @@ from typing import Any
 
 from bench import report
 
-_BAR_CELLS = 30
+_BAR_CELLS = 12
 
 
 def columns(batches: list[str]) -> list[str]:
     found = ["runtime", "format", "bits"]
     for m in batches:
         found += [
-            f"M={m}: tok/s of 1e9",
+            f"M={m} tok/s",
             *(["GB/s", "% of read", ""] if m == "1" else ["GFLOP/s"]),
         ]
     return [*found, "error"]
@@ -75,7 +75,7 @@ def show(document: dict[str, Any]) -> None:
     for model in document["models"]:
         _show_model(model, document)
     for line in (
-        "tok/s of 1e9: tokens a second of a model with 1e9 weights in such matrices; error: of the products, against",
+        "tok/s: tokens a second of a model with 1e9 weights in such matrices; error: of the products, against",
         "float64 products of the format's own weights (relative, L2). Bytes are those of each format itself.",
         *document["absent"].values(),
         report.machine_line(document["machine"]),
