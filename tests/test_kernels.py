@@ -199,7 +199,8 @@ def test_products_are_near_the_decoded_weights_in_float64(weight_format: WeightF
 @all_formats
 def test_random_shapes_have_the_bits_of_ref(isa: str, weight_format: WeightFormat) -> None:
     rng = np.random.default_rng(200 + int(weight_format))
-    for m in [*range(1, 10), 16, 33, 64]:
+    # 75: a panel's 64 rows, some of a second one's, and rows that are left over.
+    for m in [*range(1, 10), 16, 33, 64, 75]:
         rows = int(rng.integers(1, 50))
         k = (
             int(rng.integers(1, 300))
@@ -251,6 +252,9 @@ def test_extreme_quants_and_scales_have_the_bits_of_ref(
     )
     expected = _edge.gemv("ref", weight_format, tiles, rows, k, x)
     assert_same_bits(_edge.gemv(isa, weight_format, tiles, rows, k, x), expected)
+    # So many rows take their tiles from panels.
+    many = _edge.gemv(isa, weight_format, tiles, rows, k, np.tile(x, (4, 1)))
+    assert_same_bits(many, np.tile(expected, (4, 1)))
     assert np.isfinite(expected[:4]).all()
 
 

@@ -10,39 +10,35 @@
 
 #include "kernels/gemv_driver.h"
 #include "kernels/gemv_formats.h"
+#include "kernels/gemv_panel.h"
 #include "kernels/gemv_table.h"
 #include "kernels/prefetch.h"
 
 namespace edge {
 namespace {
 
-// What holds its sums in registers through a reference must be inlined, whatever the compiler's measure says.
-#define EDGE_INLINE inline __attribute__((always_inline))
-#define EDGE_INLINE_BODY __attribute__((always_inline))
 #if defined(__x86_64__)
 #define EDGE_VECTOR_REGISTER "v"
 #else
 #define EDGE_VECTOR_REGISTER "w"
 #endif
 
-template <int n, typename F, int... i>
-EDGE_INLINE void unroll(const F& body, std::integer_sequence<int, i...>) {
-  (body(std::integral_constant<int, i>()), ...);
-}
-// body(integral_constant 0), ..., body(integral_constant n - 1).
-template <int n, typename F>
-EDGE_INLINE void unroll(const F& body) {
-  unroll<n>(body, std::make_integer_sequence<int, n>());
-}
-
-template <typename V, int kRows>
+// Of one tile: from zero, or going on from what y holds.
+template <typename V, int kRows, bool kGoOn>
 struct Sums {
   typename V::Floats acc[kRows][V::kParts];
 
-  inline Sums() {
+  inline Sums(const float* y, int64_t y_stride) {
 #pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-      for (int part = 0; part < V::kParts; ++part) acc[m][part] = V::zero_floats();
+    for (int m = 0; m < kRows; ++m) {
+      for (int part = 0; part < V::kParts; ++part) {
+        if constexpr (kGoOn) {
+          acc[m][part] = V::load(y + m * y_stride + V::kLanes * part);
+        } else {
+          acc[m][part] = V::zero_floats();
+        }
+      }
+    }
   }
   inline void store(float* y, int64_t y_stride) const {
 #pragma GCC unroll 16
@@ -54,13 +50,6 @@ struct Sums {
 // Between the parts of a tile: GCC would keep every activation of the part before for the next one, and spill them all,
 // where reading it again costs no more than one load.
 inline void forget_loads() { __asm__ volatile("" ::: "memory"); }
-
-// Lines [first, last) of the 64-byte lines after p, as far ahead as the ISA reads.
-template <typename V, int first, int last>
-inline void prefetch(const uint8_t* p) {
-#pragma GCC unroll 64
-  for (int line = first; line < last; ++line) prefetch_line(p + 64 * line + V::kPrefetchBytes);
-}
 
 // As fast as V can multiply: enough sums that none waits for the one before, and nothing is read.
 template <typename V>
@@ -81,23 +70,23 @@ inline int64_t multiply_int8(int64_t n_steps) {
 // Formats under one scale for 32 values.
 template <typename V, WeightFormat kFormat>
 struct Block32 {
-  using F = Unpack<V, kFormat>;
-  static constexpr const FormatTraits& kTraits = kFormatTraits[static_cast<size_t>(kFormat)];
-  static constexpr int64_t kBlockValues = kTraits.block_values;
-  static constexpr int64_t kBlockBytes = kTraits.tile_block_bytes;
+  using F = Packed<V, kFormat>;
+  static constexpr int64_t kBlockValues = 32;
+  static constexpr int64_t kBlockBytes = F::kBlockBytes;
+  static constexpr bool kPanels = false;
 
   template <int kRows>
   static inline void tile(const uint8_t* w, int64_t n_blocks, const uint8_t* acts, int64_t act_stride, float* y,
                           int64_t y_stride) {
-    Sums<V, kRows> sums;
+    Sums<V, kRows, F::kGoOn> sums(y, y_stride);
     for (int64_t b = 0; b < n_blocks; ++b, w += kBlockBytes, acts += sizeof(ActQ8x32)) {
-      prefetch<V, 0, (kBlockBytes + 63) / 64>(w);
+      F::template prefetch<0, (kBlockBytes + 63) / 64>(w);
       unroll<V::kParts>([&](auto part) EDGE_INLINE_BODY {
         typename V::Words isum[kRows];
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) isum[m] = V::zero();
         V::template dots<F, kRows>(w, part, acts + offsetof(ActQ8x32, q), act_stride, isum);
-        const typename V::Floats d = V::template row_scales<kTraits.scales>(w, part);
+        const typename V::Floats d = F::row_scales(w, part);
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
           const auto* a = reinterpret_cast<const ActQ8x32*>(acts + m * act_stride);
@@ -114,13 +103,15 @@ struct Block32 {
   }
 };
 
-// Formats under scales of their own for every 32 or 16 of 256 values.
-template <typename V, WeightFormat kFormat>
+// Formats under scales of their own for every 32 or 16 of 256 values, their blocks where `F` has them (gemv_panel.h).
+template <typename V, WeightFormat kFormat, typename F = Packed<V, kFormat>>
 struct Block256 {
-  using F = Unpack<V, kFormat>;
-  static constexpr const FormatTraits& kTraits = kFormatTraits[static_cast<size_t>(kFormat)];
-  static constexpr int64_t kBlockValues = kTraits.block_values;
-  static constexpr int64_t kBlockBytes = kTraits.tile_block_bytes;
+  static constexpr int64_t kBlockValues = 256;
+  static constexpr int64_t kBlockBytes = F::kBlockBytes;
+  static constexpr int64_t kActBytes = sizeof(ActQ8x256);
+  static constexpr bool kPanels = Unpacked<V, kFormat>::kPays;
+  using Panel = Unpacked<V, kFormat>;
+  using FromPanel = Block256<V, kFormat, Panel>;
   static constexpr int kRuns = 8;
   static constexpr int kSteps = kRuns / F::kPeriod;
   static constexpr int64_t kStepBytes = kBlockBytes / (V::kParts * kSteps);
@@ -133,8 +124,8 @@ struct Block256 {
   template <int kRows>
   static inline void tile(const uint8_t* w, int64_t n_blocks, const uint8_t* acts, int64_t act_stride, float* y,
                           int64_t y_stride) {
-    Sums<V, kRows> sums;
-    for (int64_t b = 0; b < n_blocks; ++b, w += kBlockBytes, acts += sizeof(ActQ8x256)) {
+    Sums<V, kRows, F::kGoOn> sums(y, y_stride);
+    for (int64_t b = 0; b < n_blocks; ++b, w += kBlockBytes, acts += kActBytes) {
       for (int part = 0; part < V::kParts; ++part) {
         typename V::Words scale[kRuns], isum[kRows];
         unroll<kRuns>([&](auto j) EDGE_INLINE_BODY { scale[j] = F::template scale<j>(w, part); });
@@ -150,19 +141,19 @@ struct Block256 {
         }
         for (int u = 0; u < kSteps; ++u) {
           unroll<F::kPeriod>([&](auto i) EDGE_INLINE_BODY {
-            prefetch<V, kStepLines * i / F::kPeriod, kStepLines*(i + 1) / F::kPeriod>(
+            F::template prefetch<kStepLines * i / F::kPeriod, kStepLines*(i + 1) / F::kPeriod>(
                 w + kStepBytes * (part * kSteps + u));
             const int j = u * F::kPeriod + i;
             const uint8_t* run = acts + offsetof(ActQ8x256, q) + 32 * j;
             V::template run<F, i, kRows>(w, u, part, run, act_stride, scale[j], isum);
           });
         }
-        const typename V::Floats d = V::template row_scales<kTraits.scales>(w, part);
+        const typename V::Floats d = F::row_scales(w, part);
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
           sums.acc[m][part] = V::accumulate(isum[m], d, block(acts, act_stride, m)->d, sums.acc[m][part]);
         }
-        if constexpr (kTraits.scales == Scales::kTwoHalves) {
+        if constexpr (F::kHasMins) {
           subtract_mins(w, part, acts, act_stride, sums);
         }
         if constexpr (V::kParts > 1) forget_loads();
@@ -174,7 +165,7 @@ struct Block256 {
   // dmin * min * sum of activations, of every run.
   template <int kRows>
   static inline void subtract_mins(const uint8_t* w, int part, const uint8_t* acts, int64_t act_stride,
-                                   Sums<V, kRows>& sums) {
+                                   Sums<V, kRows, F::kGoOn>& sums) {
     typename V::Words msum[kRows];
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) msum[m] = V::zero();
@@ -185,7 +176,7 @@ struct Block256 {
         msum[m] = V::dot_pairs(msum[m], min, V::broadcast4(block(acts, act_stride, m)->sums + 2 * j));
       }
     });
-    const typename V::Floats dmin = V::float_halves(w + 2 * kTileRows, part);
+    const typename V::Floats dmin = F::min_scales(w, part);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
       sums.acc[m][part] = V::reduce(msum[m], dmin, block(acts, act_stride, m)->d, sums.acc[m][part]);

@@ -24,6 +24,7 @@ struct Zmm {
   static inline __m128i load128(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static inline __m256i load256(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static inline Words words(const uint8_t* p, int) { return _mm512_loadu_si512(p); }
+  static inline void put(uint8_t* p, int, Words x) { _mm512_storeu_si512(p, x); }
   static inline Words halves(const uint8_t* p, int) { return _mm512_cvtepu16_epi32(load256(p)); }
   static inline Words byte_pairs(const uint8_t* p, int) {
     return spread<0, 0>(_mm512_cvtepu8_epi32(load128(p)));
@@ -90,6 +91,7 @@ struct Zmm {
   static inline Words high_of_pair(Words x) { return _mm512_srai_epi32(x, 16); }
 
   static inline Floats zero_floats() { return _mm512_setzero_ps(); }
+  static inline Floats load(const float* y) { return _mm512_loadu_ps(y); }
   static inline void store(float* y, Floats x) { _mm512_storeu_ps(y, x); }
   // acc +- isum * (d_w * d_a), rounded as the definition says.
   static inline Floats accumulate(Words isum, Floats d_w, float d_a, Floats acc) {

@@ -25,6 +25,9 @@ struct Ymm {
   static inline Words words(const uint8_t* p, int part) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32 * part));
   }
+  static inline void put(uint8_t* p, int part, Words x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32 * part), x);
+  }
   static inline Words halves(const uint8_t* p, int part) { return _mm256_cvtepu16_epi32(load128(p + 16 * part)); }
   static inline Words byte_pairs(const uint8_t* p, int part) {
     return spread<0, 0>(_mm256_cvtepu8_epi32(load64(p + 8 * part)));
@@ -93,6 +96,7 @@ struct Ymm {
   }
 
   static inline Floats zero_floats() { return _mm256_setzero_ps(); }
+  static inline Floats load(const float* y) { return _mm256_loadu_ps(y); }
   static inline void store(float* y, Floats x) { _mm256_storeu_ps(y, x); }
   // acc +- isum * (d_w * d_a), rounded as the definition says.
   static inline Floats accumulate(Words isum, Floats d_w, float d_a, Floats acc) {
