@@ -290,38 +290,88 @@ def test_command_line_refuses_what_edge_alone_has(command: str, flag: str, given
 
 
 class MlcEngine:
-    """Stands for mlc_llm.MLCEngine: replies by the rule of the next id, spelled as a server spells it."""
+    """Stands for mlc_llm's SyncMLCEngine: draws the next id, one a step, and says so as its callback does."""
 
-    asked: dict[str, Any]
+    asked: Any
+    aborted: list[str]
 
-    def __init__(self, model: str, device: str, mode: str) -> None:
-        self.tokenizer = load_tokenizer(STORY)
-        self.completions = SimpleNamespace(create=self.create)
+    def __init__(self, model: str, device: str, *, mode: str, request_stream_callback: Any) -> None:
+        if "broken" in model:
+            raise RuntimeError("no library")
+        MlcEngine.aborted = []
+        self.callback = request_stream_callback
+        self.running: list[Any] = []
 
-    def create(self, prompt: list[int], max_tokens: int, **asked: Any) -> Any:
-        MlcEngine.asked = asked
-        for i in range(max_tokens):
-            item = SimpleNamespace(
-                token=self.tokenizer.id_to_token(prompt[-1] + 1 + i), logprob=-0.5, top_logprobs=[]
-            )
-            choice = SimpleNamespace(logprobs=SimpleNamespace(content=[item]))
-            yield SimpleNamespace(choices=[choice, SimpleNamespace(logprobs=None)])
+    def create_request(self, request_id: str, inputs: list[Any], generation_config: Any) -> Any:
+        MlcEngine.asked = generation_config
+        return SimpleNamespace(id=request_id, last=inputs[0].token_ids[-1], left=generation_config.max_tokens)
 
-    def terminate(self) -> None:
-        pass
+    def add_request(self, request: Any) -> None:
+        self.running.append(request)
+
+    def abort_request(self, request_id: str) -> None:
+        MlcEngine.aborted.append(request_id)
+        self.running.clear()
+        self.tell(request_id, [], None, "abort")
+
+    def step(self) -> None:
+        [request] = self.running
+        request.last += 1
+        request.left -= 1
+        told = [json.dumps({"token": "x", "logprob": -0.5, "bytes": [], "top_logprobs": []})]
+        self.tell(request.id, [request.last], told, None if request.left else "length")
+        if not request.left:
+            self.running.clear()
+
+    def tell(self, request_id: str, ids: list[int], told: list[str] | None, reason: str | None) -> None:
+        stream = SimpleNamespace(delta_token_ids=ids, delta_logprob_json_strs=told, finish_reason=reason)
+        self.callback([SimpleNamespace(unpack=lambda: (request_id, [stream]))])
 
 
-def test_mlc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mlc_llm", SimpleNamespace(MLCEngine=MlcEngine))
+@pytest.fixture
+def mlc_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {
+        "mlc_llm": SimpleNamespace(__version__="0.0"),
+        "mlc_llm.serve.data": SimpleNamespace(TokenData=lambda ids: SimpleNamespace(token_ids=ids)),
+        "mlc_llm.serve.sync_engine": SimpleNamespace(SyncMLCEngine=MlcEngine),
+        "mlc_llm.protocol.generation_config": SimpleNamespace(GenerationConfig=SimpleNamespace),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_mlc(tmp_path: Path, mlc_package: None) -> None:
     with edge.load(onnx_folder(tmp_path, {}), backend="mlc") as peer:
-        done = peer.generate([300], max_tokens=3, temperature=0.5, seed=7, logprobs=0, ignore_eos=True)
-        assert done.tokens == [301, 302, 303]
+        settings: dict[str, Any] = {"temperature": 0.5, "seed": 7, "ignore_eos": True}
+        done = peer.generate([300], max_tokens=3, logprobs=0, repetition_penalty=1.3, **settings)
+        assert done.tokens == [301, 302, 303] and MlcEngine.aborted == []
         assert [one.logprob for one in done.logprobs or ()] == [-0.5] * 3
-        assert MlcEngine.asked["temperature"] == 0.5 and MlcEngine.asked["seed"] == 7
-        with pytest.raises(ArgumentError, match=r"repetition_penalty: mlc has no such setting, found 1\.3"):
-            peer.generate([300], max_tokens=1, repetition_penalty=1.3)
+        assert MlcEngine.asked.temperature == 0.5 and MlcEngine.asked.seed == 7
+        assert MlcEngine.asked.repetition_penalty == 1.3 and MlcEngine.asked.logit_bias is None
+        assert peer.generate([310], max_tokens=2, **settings).tokens == [311, 312]
+
+
+def test_mlc_stops_what_nobody_reads_on(tmp_path: Path, mlc_package: None) -> None:
+    with edge.load(onnx_folder(tmp_path, {}), backend="mlc") as peer:
+        stream = peer.stream([300], max_tokens=9, ignore_eos=True)
+        assert next(iter(stream)).token == 301
+        stream.close()
+        assert MlcEngine.aborted == ["0"]
+        assert peer.generate([300], max_tokens=1, ignore_eos=True).tokens == [301]
+
+
+def test_mlc_refuses_what_it_lacks(tmp_path: Path, mlc_package: None) -> None:
+    with edge.load(onnx_folder(tmp_path, {}), backend="mlc") as peer:
+        with pytest.raises(ArgumentError, match=r"min_p: mlc has no such setting, found 0\.1"):
+            peer.generate([300], max_tokens=1, min_p=0.1)
+        with pytest.raises(ArgumentError, match="logprobs: mlc has no such setting, found 3"):
+            peer.generate([300], max_tokens=1, logprobs=3)
         with pytest.raises(ArgumentError, match="score: mlc shows no log-probabilities"):
             peer.score([300, 301])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    with pytest.raises(ModelFileError, match="mlc does not load it: no library"):
+        edge.load(onnx_folder(broken, {}), backend="mlc")
 
 
 def test_llama_cpp_writes_what_edge_writes(shared: Path) -> None:
