@@ -287,11 +287,22 @@ def test_edge_against_itself_through_the_command(capsys: pytest.CaptureFixture[s
     assert command.main(["--shapes", "64x256", "--runtimes", "edge", "--json", *options]) == 0
     found = json.loads(capsys.readouterr().out)
     [shape] = found["shapes"]
-    assert named(shape) == [
-        f"edge {name}" for name in products.RUNTIMES["edge"].tolerance if name in products.FORMATS
-    ]
+    tolerances = products.RUNTIMES["edge"].tolerance
+    assert named(shape) == [f"edge {name}" for name in products.FORMATS if name in tolerances]
     assert shape["failures"] == []
     assert all(1e-4 < one["error"] < 0.012 for one in shape["products"])
+
+
+def test_a_model_is_run_as_a_whole_too(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EDGE_PEER_PYTHON", "/nowhere/python")
+    options = ["--shapes", "--runs", "1", "--prompt", "5", "--tokens", "3", "--threads", "1"]
+    monkeypatch.setattr(command.machine, "read_bandwidth", lambda threads: {"median": 1e9})
+    assert command.main([str(tiny("tiny", "q8_0")), "--runtimes", "edge", *options]) == 0
+    said = capsys.readouterr().out
+    assert "whole tokens, prompt of 5, 1 threads" in said
+    assert "llama.cpp: /nowhere/python does not run" in said
 
 
 @pytest.mark.slow

@@ -171,6 +171,20 @@ def write_blocks(folder: Path, name: str, rows: int, cols: int, seed: int) -> di
     return {"blocks": str(folder / f"{name}.bin"), "reference": str(folder / f"{name}.npy")}
 
 
+def make(child: Child, what: dict[str, Any], tolerance: float) -> dict[str, Any]:
+    """What a child says of matrices that it has made.
+
+    Raises:
+        ChildError: it cannot make them, or their products are not those of its own weights.
+    """
+    made = child.ask("make", **what)
+    if not made["error"] <= tolerance:  # which NaN is not either
+        raise ChildError(
+            f"products are {made['error']:.3g} away from the reference, expected at most {tolerance}"
+        )
+    return made | {"tolerance": tolerance}
+
+
 def enter(
     found: dict[str, Child], formats: Sequence[str], shape: tuple[int, int], n_bytes: int
 ) -> tuple[list[Entrant], list[str]]:
@@ -185,20 +199,15 @@ def enter(
             if name in TYPES and any(name in RUNTIMES[child].tolerance for child in found)
         }
         for runtime, child in found.items():
-            for name, tolerance in RUNTIMES[runtime].tolerance.items():
-                if name not in formats:
-                    continue
+            tolerances = RUNTIMES[runtime].tolerance
+            for name in (name for name in formats if name in tolerances):
                 what = {"name": name, "format": name, "rows": rows, "cols": cols, "bytes": n_bytes, "seed": 1}
                 try:
-                    made = child.ask("make", **what, **files.get(name, {}))
-                    if not made["error"] <= tolerance:
-                        raise ChildError(
-                            f"products are {made['error']:.3g} away from the reference, expected at most {tolerance}"
-                        )
+                    made = make(child, what | files.get(name, {}), tolerances[name])
                 except ChildError as error:
                     failures.append(f"{runtime} {name}, {rows} x {cols}: {error}")
-                    continue
-                entrants.append(Entrant(runtime, name, made | {"tolerance": tolerance}))
+                else:
+                    entrants.append(Entrant(runtime, name, made))
     return entrants, failures
 
 

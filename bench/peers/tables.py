@@ -120,7 +120,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
         panel.set_title("decode, one row" if m == "1" else f"prefill, {m} rows", fontsize=10)
         panel.set_xlabel("tokens/s of a model with 1e9 weights")
         panel.set_yticks(range(len(names)), names if panel is axes[0][0] else [""] * len(names))
-        panel.invert_yaxis()
+        panel.set_ylim(len(names) - 0.4, -0.6)
     report.save_figure(figure, axes[0][0], document, path)
 
 
