@@ -83,6 +83,7 @@ def test_everyone_multiplies_in_every_round(fake: Callable[[str], dict[str, Any]
     assert named(found) == ["edge a", "edge b", "peer a", "peer b"]
     assert found["failures"] == []
     assert found["read_bytes_per_second"]["runs"] == 8
+    assert found["foreign_cpus"] >= 0
     for one in found["products"]:
         assert one["version"] == "9.9" and one["copies"] == 2 and one["bits_per_weight"] == 64
         assert one["error"] < 1e-6
@@ -154,6 +155,24 @@ def test_absent_runtimes_cost_a_line(
             "'no_such_package'; EDGE_PEER_PYTHON names an interpreter that has it"
         )
     assert capsys.readouterr().err.count("\n") == 2
+
+
+class Working:
+    """Stands for a child that used so much of the processors."""
+
+    cpu_seconds = 0.0
+
+
+def test_what_children_use_is_not_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = {"perf_counter": 0.0, "process_time": 0.0, "busy": 0.0}
+    monkeypatch.setattr(products.time, "perf_counter", lambda: clocks["perf_counter"])
+    monkeypatch.setattr(products.time, "process_time", lambda: clocks["process_time"])
+    monkeypatch.setattr(products, "busy_seconds", lambda: clocks["busy"])
+    child: Any = Working()
+    with products.foreign_cpus({"a": child}) as others:
+        child.cpu_seconds = 5.0
+        clocks.update(perf_counter=10.0, process_time=1.0, busy=8.0)
+    assert others == [pytest.approx(0.2)]
 
 
 # --- what children share
@@ -240,10 +259,13 @@ def test_table_bars_and_ratios(
     for one, rate in zip(shape["products"], (8.0, 2.0), strict=True):
         one["bits_per_weight"] = 4.5
         one["m"]["1"]["tokens_per_second_of_1e9"] = report.spread_json([rate])
+        one["m"]["1"]["read_share"] = report.spread_json([rate / 10])
+        one["m"]["4"]["tokens_per_second_of_1e9"] = report.spread_json([1 / rate])
     tables.show(document(shape))
     said = capsys.readouterr().out
     assert "64 x 256, 1 threads, 2 rounds" in said
     assert "M=1, 4 bits and a little: edge a is 4.00 x peer a" in said
+    assert "M=4, 4 bits and a little: edge a is 0.25 x peer a" in said
     assert "edge wrong, 64 x 256: products are" in said and "torch: not here" in said
 
 

@@ -167,6 +167,7 @@ def serve(version: str, make: Callable[[dict[str, Any]], Matrices]) -> None:
         try:
             answer = server.answer(json.loads(line))
             rest()
+            answer["cpu_seconds"] = time.process_time()
         except Exception as error:
             answer = {"event": "error", "message": f"{type(error).__name__}: {error}".partition("\n")[0]}
         emit(**answer)

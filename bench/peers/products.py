@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from bench import peers, report
+from bench.machine import busy_seconds
 from bench.random_blocks import TYPES, random_blocks
 from quant.formats import WeightFormat, decode, from_blocks
 
@@ -69,10 +71,15 @@ class ChildError(Exception):
 
 
 class Child:
-    """A runtime's process, and questions to it. One that died answers every question with that."""
+    """A runtime's process, and questions to it. One that died answers every question with that.
+
+    Attributes:
+        cpu_seconds: processor time that it had used when it last answered.
+    """
 
     def __init__(self, name: str, system: peers.System, threads: int) -> None:
         self.name = name
+        self.cpu_seconds = 0.0
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
         self._process = subprocess.Popen(
             [peers.interpreter(system), str(peers.CHILDREN / system.child), json.dumps({"threads": threads})],
@@ -104,6 +111,7 @@ class Child:
         if answer is not None and answer["event"] == "error":
             raise ChildError(answer["message"])
         if answer is not None:
+            self.cpu_seconds = answer["cpu_seconds"]
             return answer
         self._errors.seek(0)
         code, said = self._process.wait(), self._errors.read().strip().splitlines()
@@ -247,6 +255,20 @@ def take_turns(
                 one.seconds.setdefault(m, []).append(median(got["seconds"]) / got["copies"])
 
 
+@contextmanager
+def foreign_cpus(found: dict[str, Child]) -> Iterator[list[float]]:
+    """One number when it ends: the processors that were busy meanwhile with other things than these children."""
+
+    def ours() -> float:
+        return time.process_time() + sum(child.cpu_seconds for child in found.values())
+
+    others: list[float] = []
+    start, busy, own = time.perf_counter(), busy_seconds(), ours()
+    yield others
+    foreign = busy_seconds() - busy - (ours() - own)
+    others.append(max(0.0, foreign / (time.perf_counter() - start)))
+
+
 def figures(one: Entrant, shape: tuple[int, int]) -> dict[str, Any]:
     """An entrant's part of the document; shares of the read rate are those of the first batch."""
     weights = shape[0] * shape[1]
@@ -289,7 +311,8 @@ def measure_shape(
     print(f"{shape[0]} x {shape[1]}: matrices are made and compared", file=sys.stderr)
     entrants, failures = enter(found, formats, shape, n_bytes)
     print(f"{shape[0]} x {shape[1]}: {len(entrants)} formats take turns", file=sys.stderr)
-    take_turns(found, entrants, batches, rounds, seconds, failures)
+    with foreign_cpus(found) as others:
+        take_turns(found, entrants, batches, rounds, seconds, failures)
     for child in found.values():
         try:
             child.ask("drop")
@@ -300,5 +323,6 @@ def measure_shape(
         "cols": shape[1],
         "read_bytes_per_second": report.spread_json(rate for one in entrants for rate in one.read_rates),
         "products": [figures(one, shape) for one in entrants],
+        "foreign_cpus": others[0],
         "failures": failures,
     }

@@ -42,21 +42,28 @@ def row(one: dict[str, Any], batches: list[str], most: float) -> list[str]:
     return [*cells, f"{one['error']:.1e}"]
 
 
+def speed(one: dict[str, Any], m: str) -> float:
+    """Tokens per second; of a first batch with a read share those at equal read rates, since memory's changes."""
+    at = one["m"][m]
+    if at["read_share"] is not None:
+        return float(at["read_share"]["median"] / one["bits_per_weight"])
+    return float(at["tokens_per_second_of_1e9"]["median"])
+
+
 def ratios(shape: dict[str, Any], batches: list[str]) -> list[str]:
     """Edge's fastest format against the fastest of every other runtime, of weights with about as many bits."""
     said = []
     for m in batches:
-        for low, high in ((0, 5.5), (5.5, 10)):
+        for low, high, bits in ((0, 5.5, "4 bits and a little"), (5.5, 10, "6 to 9 bits")):
             best: dict[str, tuple[float, str]] = {}
             for one in shape["products"]:
                 if low <= one["bits_per_weight"] < high:
-                    rate = one["m"][m]["tokens_per_second_of_1e9"]["median"], one["format"]
+                    rate = speed(one, m), one["format"]
                     best[one["runtime"]] = max(best.get(one["runtime"], rate), rate)
             ours = best.pop("edge", None)
             if ours is None or not best:
                 continue
             parts = [f"{ours[0] / rate:.2f} x {name} {form}" for name, (rate, form) in best.items()]
-            bits = "4 bits and a little" if high == 5.5 else "6 to 9 bits"
             said.append(f"M={m}, {bits}: edge {ours[1]} is {', '.join(parts)}")
     return said
 
@@ -68,7 +75,8 @@ def show(document: dict[str, Any]) -> None:
         most = max((s["tokens_per_second_of_1e9"]["median"] for s in speeds if s), default=0.0)
         title = (
             f"{shape['rows']} x {shape['cols']}, {document['threads']} threads, {document['rounds']} rounds; "
-            f"memory reads {report.spread_text(shape['read_bytes_per_second'], 1e9)} GB/s"
+            f"memory reads {report.spread_text(shape['read_bytes_per_second'], 1e9)} GB/s; "
+            f"others' cpus {report.figure(shape['foreign_cpus'])}"
         )
         rows = [row(one, batches, most) for one in shape["products"]]
         report.print_table(title, columns(batches), rows, [*ratios(shape, batches), *shape["failures"], ""])
@@ -76,7 +84,8 @@ def show(document: dict[str, Any]) -> None:
         _show_model(model, document)
     for line in (
         "tok/s: tokens a second of a model with 1e9 weights in such matrices; error: of the products, against",
-        "float64 products of the format's own weights (relative, L2). Bytes are those of each format itself.",
+        "float64 products of the format's own weights (relative, L2). Bytes are those of each format itself. Edge",
+        "against others at one row is at equal read rates: shares of reads just before, over bits.",
         *document["absent"].values(),
         report.machine_line(document["machine"]),
     ):
