@@ -130,7 +130,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
         panel.set_xlabel("tokens/s of a model with 1e9 weights")
         panel.set_yticks(range(len(names)), names if panel is axes[0][0] else [""] * len(names))
         panel.set_ylim(len(names) - 0.4, -0.6)
-    report.save_figure(figure, axes[0][0], document, path)
+    report.save_figure(figure, axes[0][-1], document, path)
 
 
 def _name(one: dict[str, Any]) -> str:
