@@ -7,7 +7,8 @@
 
 Of the experts that are not at hand, most are guessed layers ahead: their reads hide behind all that the layers
 compute. The others are asked for only when their layer has chosen them, and hide behind that layer's other experts
-alone. What is not known (which experts a text asks for) is taken to be uniform.
+alone. What is not known (which experts a text asks for) is taken to be uniform. A prompt's chunks ask for nearly all
+experts of each layer and find other shares of them at hand than a token does (:func:`prompt_hit_rate`).
 """
 
 from __future__ import annotations
@@ -79,6 +80,29 @@ def expected_hit_rate(capacity: float, n_experts: int, top_k: int) -> float:
     if capacity <= 1 or top_k >= n_experts:
         return 0.0
     return capacity / n_experts
+
+
+def prompt_hit_rate(capacity: float, n_layers: int, n_experts: int, chosen: float, n_before: int) -> float:
+    """Share of the experts that a chunk of a prompt chooses and that are in its cache when their layer comes.
+
+    A chunk chooses nearly all of a layer's experts, layer by layer, and those of one layer are held together. In its
+    first two passes the cache's policy knows less of the layers to come than of those that passed, and makes room with
+    what loading or the pass before put there for them: so some layers find theirs, and the others none. Later what was
+    just used goes first, being a whole pass away.
+
+    Args:
+        capacity: experts that the cache has room for.
+        chosen: experts of each layer, on average.
+        n_before: chunks before this one.
+    """
+    if capacity >= n_layers * n_experts:
+        return 1.0
+    if n_before >= 2:
+        return max(0.0, capacity - chosen) / (n_layers * n_experts - chosen)
+    held = capacity / n_layers
+    lacking = chosen * (1 - held / n_experts)
+    finding = held / (held + lacking)
+    return finding * held / n_experts
 
 
 @dataclass(frozen=True)
@@ -336,15 +360,24 @@ class CostModel:
             total += self._chunk_seconds(plan, first, rows, hit)
         return total
 
+    def _chosen(self, rows: int) -> float:
+        """Experts of a layer that ``rows`` rows choose between them."""
+        n, k = self._decoder["n_experts"], self._decoder["experts_per_token"]
+        return float(n * (1 - (1 - k / n) ** rows))
+
     def _chunk_seconds(self, plan: Plan, first: int, rows: int, hit: float | None) -> float:
         machine = self._machine
         compute = self._layers.seconds(machine, rows)
         compute += rows * (self._attention_seconds(first + rows / 2) + self._small_seconds())
         at_work, each = 0.0, 0.0
         if self._n_sparse:
-            n, k = self._decoder["n_experts"], self._decoder["experts_per_token"]
-            at_work = n * (1 - (1 - k / n) ** rows)
-            each = rows * k / at_work
+            at_work = self._chosen(rows)
+            each = rows * self._decoder["experts_per_token"] / at_work
+            if hit is not None and hit < 1:
+                n_before = first // plan.max_rows
+                hit = prompt_hit_rate(
+                    plan.expert_slots, self._n_sparse, self._decoder["n_experts"], at_work, n_before
+                )
         compute += self._overhead_seconds(at_work)
         mixture, expert_bytes = self._mixture_seconds(hit, each, at_work)
         neurons = self._neurons.work(plan, rows)

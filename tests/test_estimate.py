@@ -19,8 +19,9 @@ from flashload.bind import bind
 from flashload.calibrate import LayerCost
 from flashload.curve import Curve
 from flashload.errors import ArgumentError, EdgeError, ModelFileError, UnsupportedModelError
-from flashload.estimate import CostModel, Prediction, expected_hit_rate
+from flashload.estimate import CostModel, Prediction, expected_hit_rate, prompt_hit_rate
 from flashload.estimate_neurons import NeuronCost, reads_of
+from flashload.expert_policy import ExpertPolicy, Trace, simulate
 from flashload.format import PackFile
 from flashload.neuron_use import NeuronUse
 from flashload.pack import _plan, pack
@@ -296,14 +297,16 @@ def test_a_prompt_finds_the_experts_that_loading_read(case: Callable[..., Case])
     one = case("moe", drive=DriveRate(0.0, 1e8, 1e8, 1e-4, 0.0))
     plan = one.plan(250 << 20, 512)
     experts = sum(w.stored_bytes for w in one.weights if w.expert >= 0)
-    hit = one.model.predict(plan).expert_hit_rate
-    assert plan.placement == "experts" and hit
-    first, second = (
-        one.model.predict(plan, prompt_tokens=n * plan.max_rows).time_to_first_token_seconds for n in (1, 2)
-    )
-    missing = (1 - hit) * experts / 1e8
-    assert missing <= first < experts / 1e8
-    assert second - first == pytest.approx(missing, rel=0.1)
+    decoder = one.decoder
+    n_layers, n_experts = decoder["n_layers"], decoder["n_experts"]
+    assert plan.placement == "experts" and 0 < plan.expert_slots < n_layers * n_experts
+    waits = [
+        one.model.predict(plan, prompt_tokens=n * plan.max_rows).time_to_first_token_seconds
+        for n in (1, 2, 3)
+    ]
+    for n_before, more in ((0, waits[0]), (1, waits[1] - waits[0]), (2, waits[2] - waits[1])):
+        hit = prompt_hit_rate(plan.expert_slots, n_layers, n_experts, n_experts, n_before)
+        assert more == pytest.approx((1 - hit) * experts / 1e8, rel=0.1)
 
 
 def test_memory_that_is_new_is_paid_for_once(case: Callable[..., Case]) -> None:
@@ -466,6 +469,29 @@ def test_hit_rate_is_a_share_that_rises_with_room(n: int, data: st.DataObject) -
     assert all(0 <= rate <= 1 for rate in rates)
     assert all(a <= b + 1e-12 for a, b in itertools.pairwise(rates))
     assert expected_hit_rate(0, n, k) == 0 and expected_hit_rate(n, n, k) == 1
+
+
+@given(n_layers=st.integers(2, 48), n_experts=st.integers(1, 128), n_before=st.integers(0, 4), data=st.data())
+def test_a_prompt_finds_more_experts_with_more_room(
+    n_layers: int, n_experts: int, n_before: int, data: st.DataObject
+) -> None:
+    chosen = data.draw(st.floats(0.5, n_experts))
+    rooms = sorted(data.draw(st.lists(st.floats(0, 1.1 * n_layers * n_experts), min_size=2, max_size=5)))
+    rates = [prompt_hit_rate(room, n_layers, n_experts, chosen, n_before) for room in rooms]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert all(a <= b + 1e-12 for a, b in itertools.pairwise(rates))
+    assert prompt_hit_rate(0, n_layers, n_experts, chosen, n_before) == 0
+
+
+@pytest.mark.parametrize("capacity", [12, 20, 28, 40])
+def test_a_long_prompt_finds_what_the_policy_keeps(capacity: int) -> None:
+    """All experts of every layer, pass after pass: the policy keeps what comes next."""
+    n_layers, n_experts, n_passes = 6, 8, 60
+    chosen = tuple(range(n_experts))
+    trace = Trace(n_layers, n_experts, [(layer, chosen) for layer in range(n_layers)] * n_passes)
+    found = simulate(trace, capacity, ExpertPolicy(trace))
+    told = prompt_hit_rate(capacity, n_layers, n_experts, n_experts, 2)
+    assert told == pytest.approx(found, abs=0.04)
 
 
 @pytest.fixture(scope="module")
