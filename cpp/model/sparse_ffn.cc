@@ -12,6 +12,8 @@ namespace {
 
 // Neurons whose dot products one thread takes at a time: their values for 64 rows fit its first cache.
 constexpr int64_t kDotNeurons = 32;
+// Neurons whose users are looked up in one go: each row's share of them should fill whole registers.
+constexpr size_t kSharedNeurons = 256;
 // Activation rows that go with them at a time, so that these stay in that cache too.
 constexpr int64_t kDotRows = 16;
 // More rows want nearly every neuron between them.
@@ -260,14 +262,18 @@ Status SparseFfn::expect(const Ahead& ahead, int64_t n_rows) {
 void SparseFfn::collect(Turn& turn) {
   const int64_t n_neurons = config_.intermediate_size;
   uint64_t* used = scratch_.neuron_rows;
+  // Bits as wide as the gates, so that registers of both go together; the list that lies there is made below.
+  auto* const bits = reinterpret_cast<uint32_t*>(scratch_.neurons);
   const auto mark = [&](auto is_active) {
-    for (int64_t row = 0; row < turn.n_rows; ++row) {
-      const float* gate = scratch_.gate + row * turn.gate_stride;
-      if (row == 0) {
-        for (int64_t i = 0; i < n_neurons; ++i) used[i] = is_active(gate[i], i);
-      } else {
-        for (int64_t i = 0; i < n_neurons; ++i) used[i] |= static_cast<uint64_t>(is_active(gate[i], i)) << row;
+    std::fill_n(used, n_neurons, 0u);
+    for (int64_t first = 0; first < turn.n_rows; first += 32) {
+      std::fill_n(bits, n_neurons, 0u);
+      for (int64_t row = first; row < std::min(first + 32, turn.n_rows); ++row) {
+        const float* gate = scratch_.gate + row * turn.gate_stride;
+        const uint32_t bit = 1u << (row - first);
+        for (int64_t i = 0; i < n_neurons; ++i) bits[i] |= is_active(gate[i], i) ? bit : 0u;
       }
+      for (int64_t i = 0; i < n_neurons; ++i) used[i] |= static_cast<uint64_t>(bits[i]) << first;
     }
   };
   if (!turn.exact) {
@@ -378,7 +384,8 @@ Status SparseFfn::start(const Turn& turn) {
 template <typename Meanwhile>
 void SparseFfn::values(const Turn& turn, size_t begin, size_t end, const Meanwhile& meanwhile) {
   const auto n = static_cast<int64_t>(end - begin);
-  const int64_t work_bytes = n * turn.row_bytes * turn.n_rows;
+  // Most neurons have one user or all rows.
+  const int64_t work_bytes = n * turn.row_bytes * (turn.n_rows + 1) / 2;
   const int64_t n_pieces = std::clamp<int64_t>(work_bytes / kPieceBytes, 1, pool_.size() * kPiecesPerThread);
   const uint64_t all_rows = ~uint64_t{0} >> (64 - turn.n_rows);
   bool is_done = false;  // meanwhile
@@ -387,24 +394,29 @@ void SparseFfn::values(const Turn& turn, size_t begin, size_t end, const Meanwhi
       is_done = true;
       meanwhile();
     }
-    std::array<int32_t, kDotNeurons> wanted;
+    std::array<int32_t, kSharedNeurons> wanted;
     size_t n_here = 0;
+    const auto multiply_all = [&](std::span<const int32_t> neurons, int64_t row, int64_t n_rows) {
+      for (size_t at = 0; at < neurons.size(); at += kDotNeurons) {
+        multiply(turn, neurons.subspan(at, std::min<size_t>(kDotNeurons, neurons.size() - at)), row, n_rows);
+      }
+    };
     const auto finish = [&] {
       const std::span<const int32_t> here(wanted.data(), n_here);
       uint64_t of_all = all_rows;
       for (const int32_t i : here) of_all &= scratch_.neuron_rows[i];
       if (of_all == all_rows) {
         for (int64_t row = 0; row < turn.n_rows; row += kDotRows) {
-          multiply(turn, here, row, std::min(kDotRows, turn.n_rows - row));
+          multiply_all(here, row, std::min(kDotRows, turn.n_rows - row));
         }
       } else {
         // Sharing a neuron between rows gains less than leaving out the rows that do not use it.
-        Users<kDotNeurons> users(here, scratch_.neuron_rows);
-        std::array<int32_t, kDotNeurons> own;
+        const Users<kSharedNeurons> users(here, scratch_.neuron_rows);
+        std::array<int32_t, kSharedNeurons> own;
         for (int64_t row = 0; row < turn.n_rows; ++row) {
           const std::span<const uint8_t> used = users.of(row);
           for (size_t i = 0; i < used.size(); ++i) own[i] = here[used[i]];
-          if (!used.empty()) multiply(turn, {own.data(), used.size()}, row, 1);
+          multiply_all({own.data(), used.size()}, row, 1);
         }
       }
       for (const int32_t i : here) scratch_.computed[i] = true;
