@@ -138,7 +138,7 @@ void bind(py::module_& module) {
       .def("stats", &stats)
       .def_property_readonly("context", [](Engine& self) { return self.options().context; })
       .def_property_readonly("vocab_size", [](Engine& self) { return self.decoder().config().vocab_size; })
-      .def_property_readonly("kv_page_tokens", [](Engine& self) { return self.kv_pool().shape().page_tokens; })
+      .def_property_readonly("kv_page_tokens", [](Engine& self) { return self.kv_pool().page_tokens(); })
       .def_property_readonly("kv_pages_left", [](Engine& self) { return self.kv_pool().n_pages_left(); },
                              "Pages of keys and values that no sequence has.")
       .def("set_neuron_thresholds", &set_thresholds, py::arg("thresholds").none(true),

@@ -21,7 +21,7 @@ void kv_options_from(const py::dict& dict, EngineOptions* options) {
 
 void add_kv_stats(Engine& engine, py::dict& dict) {
   const KvTraffic traffic = engine.kv_pool().traffic();
-  dict["kv_page_tokens"] = engine.kv_pool().shape().page_tokens;
+  dict["kv_page_tokens"] = engine.kv_pool().page_tokens();
   dict["kv_written_bytes"] = traffic.written_bytes;
   dict["kv_read_bytes"] = traffic.read_bytes;
   dict["kv_wait_seconds"] = traffic.wait_seconds;

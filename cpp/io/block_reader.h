@@ -2,6 +2,7 @@
 // truncated file would kill the process.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -53,14 +54,15 @@ class BlockReader {
   virtual uint64_t align() const = 0;
   virtual uint64_t file_bytes() const = 0;
 
-  uint64_t bytes_read() const { return bytes_read_; }
+  // From any thread.
+  uint64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }
 
   // Submits all and waits for all; returns the first error after everything in flight has landed.
   // Nothing else may be in flight.
   Status read_all(std::span<const ReadRequest> requests);
 
  protected:
-  uint64_t bytes_read_ = 0;
+  std::atomic<uint64_t> bytes_read_{0};  // a figure: nothing is ordered by it
 };
 
 struct ReaderOptions {

@@ -51,13 +51,13 @@ class PreadReader final : public BlockReader {
     std::unique_lock lock(mutex_);
     if (queue_.n_open() == 0 && !queue_.has_finished()) return error(Code::kBadArgument, "wait: no read is in flight");
     done_.wait(lock, [&] { return queue_.has_finished(); });
-    bytes_read_ = queue_.bytes_landed();
+    bytes_read_.store(queue_.bytes_landed(), std::memory_order_relaxed);
     return std::move(*queue_.take());
   }
 
   Result<std::optional<ReadCompletion>> poll() override {
     std::lock_guard lock(mutex_);
-    bytes_read_ = queue_.bytes_landed();
+    bytes_read_.store(queue_.bytes_landed(), std::memory_order_relaxed);
     return queue_.take();
   }
 

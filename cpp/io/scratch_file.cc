@@ -105,7 +105,7 @@ Status ScratchFile::write(uint64_t offset, std::span<const std::span<const std::
     retries = 0;
     if (!direct_) drop_written(fd_, offset, progress);
     offset += progress;
-    bytes_written_ += progress;
+    bytes_written_.fetch_add(progress, std::memory_order_relaxed);
     within += progress;
     while (n_done < pieces.size() && within >= pieces[n_done].size()) within -= pieces[n_done++].size();
   }

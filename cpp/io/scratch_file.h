@@ -2,6 +2,7 @@
 // process ends, however it ends.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -33,7 +34,8 @@ class ScratchFile {
   BlockReader& reader() { return *reader_; }
 
   bool direct() const { return direct_; }
-  uint64_t bytes_written() const { return bytes_written_; }
+  // From any thread.
+  uint64_t bytes_written() const { return bytes_written_.load(std::memory_order_relaxed); }
 
  private:
   ScratchFile() = default;
@@ -44,7 +46,7 @@ class ScratchFile {
   bool direct_ = false;
   FaultPlan faults_;
   uint64_t n_writes_ = 0;
-  uint64_t bytes_written_ = 0;
+  std::atomic<uint64_t> bytes_written_{0};  // a figure: nothing is ordered by it
   std::unique_ptr<BlockReader> reader_;
 };
 

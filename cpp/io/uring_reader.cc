@@ -87,7 +87,7 @@ class UringReader final : public BlockReader {
       file_.drop(piece.offset, piece.bytes);
       queue_.landed(piece, faults_.apply(piece.read_index, landed.result, piece.into));
     }
-    bytes_read_ = queue_.bytes_landed();
+    bytes_read_.store(queue_.bytes_landed(), std::memory_order_relaxed);
     return any;
   }
 

@@ -60,8 +60,8 @@ Status KvPool::park(const KvShape& flash_shape, const KvOptions& options, Budget
     n_pages_left_ = n_places - place;
     free_places_.clear();
     for (auto free = static_cast<int32_t>(n_places); free-- > place;) free_places_.push_back(free);
-    shape_ = flash_shape;
     std::lock_guard lock(mutex_);
+    shape_ = flash_shape;
     flash_ = std::move(flash);
   }
   tails_.release();

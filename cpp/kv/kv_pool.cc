@@ -47,7 +47,10 @@ Result<std::unique_ptr<KvPool>> KvPool::create(const KvShape& shape, int64_t con
 
 Status KvPool::reserve_frames(const KvShape& shape, int64_t n_frames, Budget& budget) {
   EDGE_ASSIGN(frames_, budget.reserve(static_cast<uint64_t>(n_frames) * shape.page_bytes(), "kv cache"));
-  shape_ = shape;
+  {
+    std::lock_guard lock(mutex_);
+    shape_ = shape;
+  }
   n_frames_ = n_frames;
   users_.assign(static_cast<size_t>(n_frames), 0);
   free_frames_.clear();
@@ -72,6 +75,11 @@ int32_t KvPool::take_tail() {
 
 void KvPool::copy_tail(int32_t from, int32_t to) {
   std::memcpy(tail_rows(to, 0, kKeys), tail_rows(from, 0, kKeys), shape_.tail_bytes());
+}
+
+int64_t KvPool::page_tokens() const {
+  std::lock_guard lock(mutex_);
+  return shape_.page_tokens;
 }
 
 KvTraffic KvPool::traffic() const {

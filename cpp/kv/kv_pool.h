@@ -53,6 +53,8 @@ class KvPool {
   bool is_settled(const KvOptions& options) const;
 
   const KvShape& shape() const { return shape_; }
+  // Of its shape. From any thread.
+  int64_t page_tokens() const;
   // Since the pool was made. From any thread.
   KvTraffic traffic() const;
   KvFlash* flash() { return flash_.get(); }
@@ -121,7 +123,8 @@ class KvPool {
   std::vector<int32_t> users_;  // per frame, besides the first
   std::vector<int32_t> free_places_;
   std::vector<KvCache*> caches_;
-  mutable std::mutex mutex_;  // of the two below as traffic() sees them
+  // Of shape_ and the three below: the thread that computes locks to change them, all others to read them.
+  mutable std::mutex mutex_;
   KvTraffic past_;            // of those that are gone
   std::unique_ptr<KvFlash> flash_;
   std::unique_ptr<KvStream> stream_;  // reads of flash_ that are in flight end before it

@@ -103,7 +103,8 @@ Status KvStream::wait_for(const Flight& flight) {
     }
     --n_flying_;
   }
-  wait_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
+  wait_seconds_.fetch_add(waited.count(), std::memory_order_relaxed);
   return {};
 }
 

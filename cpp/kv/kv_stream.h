@@ -2,6 +2,7 @@
 // past the end of one layer into the next, while earlier ranges are computed on.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <span>
@@ -38,7 +39,8 @@ class KvStream {
   void stop();
 
   int64_t range_tokens() const { return flash_.range_pages() * flash_.shape().page_tokens; }
-  double wait_seconds() const { return wait_seconds_; }
+  // From any thread.
+  double wait_seconds() const { return wait_seconds_.load(std::memory_order_relaxed); }
 
  private:
   // Where in the pass; `page` is the first of the next range.
@@ -75,7 +77,7 @@ class KvStream {
   std::vector<int> free_buffers_;
   int n_flying_ = 0;
   Status broken_;  // the reader itself failed: buffers may still be written to
-  double wait_seconds_ = 0;
+  std::atomic<double> wait_seconds_{0};  // a figure: nothing is ordered by it
 };
 
 }  // namespace edge
