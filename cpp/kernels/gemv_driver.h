@@ -16,7 +16,7 @@ constexpr int64_t kTileGroupBytes = 256 * 1024;
 constexpr int64_t kRowsPerTile = 16;
 
 // From this many rows on a tile is unpacked once for all; so many rows' activations stay in L2 meanwhile.
-constexpr int64_t kMinPanelRows = 16;
+constexpr int64_t kMinPanelRows = 32;
 constexpr int64_t kPanelRows = 64;
 
 // Runs Format::tile<m>(tile, n_blocks, acts, act_stride, y, y_stride) for m = n_rows in [1, kMaxRows].
