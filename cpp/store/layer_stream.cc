@@ -234,14 +234,16 @@ Result<TileLease> LayerStream::acquire_tiles(WeightId weight, int64_t first) {
     if (slot->part == &part && slot->n_leases > 0) return TileLease{lease(slot.get()), part.end_tile};
   }
   EDGE_ASSIGN(Slot* const slot, wait_for(index, lock));
-  const uint64_t tile_bytes = row_tile_bytes(directory_.entry(weight));
   std::byte* const memory = weight_memory(*slot);
   if (part.fragment_bytes > 0) {
     std::memcpy(memory + part.begin - part.fragment_bytes, carry_.data(), part.fragment_bytes);
   }
   const bool last = part.end == directory_.entry(weight).stored_bytes;
   carry_index_ = last ? 0 : index + 1;
-  if (!last) std::memcpy(carry_.data(), memory + static_cast<uint64_t>(part.end_tile) * tile_bytes, parts_[index + 1].fragment_bytes);
+  if (!last) {  // what has no tiles has one part
+    const uint64_t tiles_bytes = static_cast<uint64_t>(part.end_tile) * row_tile_bytes(directory_.entry(weight));
+    std::memcpy(carry_.data(), memory + tiles_bytes, parts_[index + 1].fragment_bytes);
+  }
   return TileLease{lease(slot), part.end_tile};
 }
 
