@@ -60,6 +60,7 @@ class Meter:
             "peak_memory_bytes": peak_rss_bytes(),
             "budget_bytes": plan.memory_bytes,
             "placement": plan.placement,
+            "neuron_mode": plan.neuron_mode,
             "isa": after["isa"],
             "speculation": speculation.spent(
                 self._speculated, None if self._speculators is None else self._speculators.stats()

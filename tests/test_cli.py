@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from edge.cli.report import summary
 from tests.tiny import tiny_hf, tiny_llama_gguf
 
 RUN = [sys.executable, "-c", "from edge.cli import main; main()"]
@@ -113,6 +114,30 @@ def test_keys_and_values_go_where_kv_says(gguf_file: Path, tmp_path: Path) -> No
     assert found["flash"]["tokens"] == found["memory"]["tokens"]
     refused = edge("chat", gguf_file, "--kv", "disk", check=False)
     assert refused.returncode == 2 and "'auto', 'memory', 'flash'" in refused.stderr
+
+
+def test_exact_gives_the_text_of_the_model(gguf_file: Path) -> None:
+    settings = (gguf_file, "x", "-n", 4, "--context", 64, "--temperature", 0, "--json")
+    plain, exact = (json.loads(edge("run", *settings, *more).stdout) for more in ((), ("--exact",)))
+    assert plain["tokens"] == exact["tokens"] and exact["neuron_mode"] == ""
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_lossy"), [("", False), ("exact", False), ("predictor", True), ("lean", True)]
+)
+def test_the_last_line_says_what_is_lossy(mode: str, is_lossy: bool) -> None:
+    stats = {
+        "peak_memory_bytes": 1,
+        "budget_bytes": 2,
+        "flash_bytes_per_token": 3,
+        "placement": "neurons",
+        "neuron_mode": mode,
+        "generated_tokens": 1,
+        "decode_tokens_per_second": 1.0,
+        "prefill_tokens_per_second": 1.0,
+        "seed": 1,
+    }
+    assert ("lossy" in summary(stats, "length")) == is_lossy
 
 
 def test_pack_show_verify_plan_list(gguf_file: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ _LOAD = (
     "kv_type",
     "sparsity",
     "predictor",
+    "exact",
     "backend",
 )
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -123,6 +124,9 @@ def load_options(function: _F) -> _F:
             kv_type_option,
             sparsity_option,
             predictor_option,
+            click.option(
+                "--exact", is_flag=True, help="Nothing that changes the text: neither predictor nor sparsity."
+            ),
             backend_option,
         ]
     ):

@@ -16,7 +16,6 @@ from edge.cli.common import (
     sparsity_option,
 )
 from flashload.machine import format_bytes
-from flashload.neuron_use import GUESSED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -179,6 +178,8 @@ def _figure(value: float) -> str:
 
 def _placement(weights: str, plan: Plan) -> str:
     """One line: where the weights, the experts and the context go."""
+    from flashload.neuron_use import GUESSED
+
     text = f"weights {weights}: {plan.placement}"
     if plan.expert_slots:
         sets = plan.expert_slots / plan.experts_per_token

@@ -25,9 +25,12 @@ def summary(stats: dict[str, Any], reason: str) -> str:
     if "backend" in stats:
         where = f"{peak} | {stats['backend']} {stats['version']}"
     else:
+        from flashload.neuron_use import GUESSED
+
+        lossy = ", lossy (--exact is not)" if stats.get("neuron_mode") in GUESSED else ""
         where = (
             f"{peak} of {format_bytes(stats['budget_bytes'])} | flash "
-            f"{format_bytes(stats['flash_bytes_per_token'])}/token | {stats['placement']}"
+            f"{format_bytes(stats['flash_bytes_per_token'])}/token | {stats['placement']}{lossy}"
         )
     return (
         f"[{stats['generated_tokens']} tokens, {reason} | {stats['decode_tokens_per_second']:.1f} tok/s "
