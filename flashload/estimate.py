@@ -82,27 +82,20 @@ def expected_hit_rate(capacity: float, n_experts: int, top_k: int) -> float:
     return capacity / n_experts
 
 
-def prompt_hit_rate(capacity: float, n_layers: int, n_experts: int, chosen: float, n_before: int) -> float:
+def prompt_hit_rate(capacity: float, n_layers: int, n_experts: int, chosen: float) -> float:
     """Share of the experts that a chunk of a prompt chooses and that are in its cache when their layer comes.
 
-    A chunk chooses nearly all of a layer's experts, layer by layer, and those of one layer are held together. In its
-    first two passes the cache's policy knows less of the layers to come than of those that passed, and makes room with
-    what loading or the pass before put there for them: so some layers find theirs, and the others none. Later what was
-    just used goes first, being a whole pass away.
+    A chunk chooses nearly all of a layer's experts, layer by layer, and those of one layer are held together. What was
+    just used makes room, being a whole pass away: what loading or the chunk before left of the layers to come stays.
 
     Args:
         capacity: experts that the cache has room for.
         chosen: experts of each layer, on average.
-        n_before: chunks before this one.
     """
-    if capacity >= n_layers * n_experts:
+    total = n_layers * n_experts
+    if capacity >= total:
         return 1.0
-    if n_before >= 2:
-        return max(0.0, capacity - chosen) / (n_layers * n_experts - chosen)
-    held = capacity / n_layers
-    lacking = chosen * (1 - held / n_experts)
-    finding = held / (held + lacking)
-    return finding * held / n_experts
+    return max(0.0, capacity - chosen) / (total - chosen) if chosen < total else 0.0
 
 
 @dataclass(frozen=True)
@@ -374,10 +367,7 @@ class CostModel:
             at_work = self._chosen(rows)
             each = rows * self._decoder["experts_per_token"] / at_work
             if hit is not None and hit < 1:
-                n_before = first // plan.max_rows
-                hit = prompt_hit_rate(
-                    plan.expert_slots, self._n_sparse, self._decoder["n_experts"], at_work, n_before
-                )
+                hit = prompt_hit_rate(plan.expert_slots, self._n_sparse, self._decoder["n_experts"], at_work)
         compute += self._overhead_seconds(at_work)
         mixture, expert_bytes = self._mixture_seconds(hit, each, at_work)
         neurons = self._neurons.work(plan, rows)

@@ -51,15 +51,20 @@ class Policy(Protocol):
         ...
 
 
-def simulate(trace: Trace, capacity: int, policy: Policy) -> float:
+def simulate(
+    trace: Trace, capacity: int, policy: Policy, loaded: Sequence[tuple[int, int]] = ()
+) -> float:
     """The share of a trace's accesses that a cache of ``capacity`` experts serves; first uses count as misses.
 
-    What one visit chooses is in the cache together where it fits, so none of it makes way for the rest.
+    What one visit chooses is in the cache together where it fits, so none of it makes way for the rest. The cache
+    begins with ``loaded``, pairs of layer and expert.
     """
     if capacity < 1:
         raise ArgumentError(f"capacity: expected at least one expert, found {capacity}")
     cached = np.zeros(trace.total_experts, dtype=bool)
-    n_hits = n_accesses = n_cached = 0
+    cached[[layer * trace.n_experts + expert for layer, expert in loaded]] = True
+    n_hits = n_accesses = 0
+    n_cached = len(loaded)
     for layer, chosen in trace.visits:
         ids = layer * trace.n_experts + np.array(chosen)
         hits = int(np.count_nonzero(cached[ids]))
@@ -183,14 +188,19 @@ class ExpertPolicy:
         self._n_visits[layer] += 1
         self._n_tokens[layer] += n_rows
         n = int(self._n_tokens[layer])
-        self._chance[layer] = (
+        follows = self._follow(choices, int(self._n_visits[layer]))
+        often = 1.0 if follows is not None else 1 + self.FOLLOW_SHARE / (self.RECENT_SHARE + self.RATE_SHARE)
+        self._chance[layer] = often * (
             self.RECENT_SHARE * self._recent[layer] / (1 - self.RECENT_DECAY**n)
             + self.RATE_SHARE * self._rate[layer] / (1 - self.RATE_DECAY**n)
-            + self.FOLLOW_SHARE * self._follow(choices, int(self._n_visits[layer]))
         )
+        if follows is not None:
+            self._chance[layer] += self.FOLLOW_SHARE * follows
+        never = self._n_visits == 0
+        self._chance[never] = self._chance[layer].mean()
 
-    def _follow(self, choices: Array, n_visits: int) -> Array:
-        """[n_experts]: the share of what followed tokens like this one that was each expert."""
+    def _follow(self, choices: Array, n_visits: int) -> Array | None:
+        """[n_experts]: the share of what followed tokens like this one that was each expert; None: nothing did yet."""
         n_lags = min(n_visits - 1, self.HISTORY - 1)
         sizes = np.maximum(choices.sum(1), 1)
         self._alike_norm = self.ALIKE_DECAY * self._alike_norm + 1
@@ -204,7 +214,7 @@ class ExpertPolicy:
         weight[n_lags + 1 :] = 0
         total = weight.sum()
         if total <= 0:
-            return np.zeros(choices.shape[1])
+            return None
         share: Array = weight / total * np.minimum(1.0, sizes[0] / sizes)
         found: Array = share @ choices
         return found

@@ -304,8 +304,8 @@ def test_a_prompt_finds_the_experts_that_loading_read(case: Callable[..., Case])
         one.model.predict(plan, prompt_tokens=n * plan.max_rows).time_to_first_token_seconds
         for n in (1, 2, 3)
     ]
-    for n_before, more in ((0, waits[0]), (1, waits[1] - waits[0]), (2, waits[2] - waits[1])):
-        hit = prompt_hit_rate(plan.expert_slots, n_layers, n_experts, n_experts, n_before)
+    hit = prompt_hit_rate(plan.expert_slots, n_layers, n_experts, n_experts)
+    for more in (waits[0], waits[1] - waits[0], waits[2] - waits[1]):
         assert more == pytest.approx((1 - hit) * experts / 1e8, rel=0.1)
 
 
@@ -471,16 +471,16 @@ def test_hit_rate_is_a_share_that_rises_with_room(n: int, data: st.DataObject) -
     assert expected_hit_rate(0, n, k) == 0 and expected_hit_rate(n, n, k) == 1
 
 
-@given(n_layers=st.integers(2, 48), n_experts=st.integers(1, 128), n_before=st.integers(0, 4), data=st.data())
+@given(n_layers=st.integers(1, 48), n_experts=st.integers(1, 128), data=st.data())
 def test_a_prompt_finds_more_experts_with_more_room(
-    n_layers: int, n_experts: int, n_before: int, data: st.DataObject
+    n_layers: int, n_experts: int, data: st.DataObject
 ) -> None:
     chosen = data.draw(st.floats(0.5, n_experts))
     rooms = sorted(data.draw(st.lists(st.floats(0, 1.1 * n_layers * n_experts), min_size=2, max_size=5)))
-    rates = [prompt_hit_rate(room, n_layers, n_experts, chosen, n_before) for room in rooms]
+    rates = [prompt_hit_rate(room, n_layers, n_experts, chosen) for room in rooms]
     assert all(0 <= rate <= 1 for rate in rates)
     assert all(a <= b + 1e-12 for a, b in itertools.pairwise(rates))
-    assert prompt_hit_rate(0, n_layers, n_experts, chosen, n_before) == 0
+    assert prompt_hit_rate(0, n_layers, n_experts, chosen) == 0
 
 
 @pytest.mark.parametrize("capacity", [12, 20, 28, 40])
@@ -490,8 +490,20 @@ def test_a_long_prompt_finds_what_the_policy_keeps(capacity: int) -> None:
     chosen = tuple(range(n_experts))
     trace = Trace(n_layers, n_experts, [(layer, chosen) for layer in range(n_layers)] * n_passes)
     found = simulate(trace, capacity, ExpertPolicy(trace))
-    told = prompt_hit_rate(capacity, n_layers, n_experts, n_experts, 2)
+    told = prompt_hit_rate(capacity, n_layers, n_experts, n_experts)
     assert told == pytest.approx(found, abs=0.04)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_a_first_prompt_finds_what_loading_read(share: float) -> None:
+    n_layers, n_experts = 12, 16
+    chosen = tuple(range(n_experts))
+    capacity = int(share * n_layers * n_experts)
+    trace = Trace(n_layers, n_experts, [(layer, chosen) for layer in range(n_layers)] * 2)
+    loaded = [(layer, expert) for expert in range(n_experts) for layer in range(n_layers)][:capacity]
+    told = prompt_hit_rate(capacity, n_layers, n_experts, n_experts)
+    found = simulate(trace, capacity, ExpertPolicy(trace), loaded=loaded)
+    assert found == pytest.approx(told, abs=0.06)
 
 
 @pytest.fixture(scope="module")

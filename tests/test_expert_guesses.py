@@ -196,9 +196,10 @@ def test_random_guesses_change_no_answer(fault: str, depth: int, engine: str, pa
             for distance in (1, 2):
                 if layer + distance < LAYERS and choose.random() < 0.8:
                     guess(store, layer + distance, choose.sample(range(EXPERTS), 2), distance)
-            if choose.random() < 0.2:
-                store.acquire(0, [choose.randrange(64)])
+            row = choose.randrange(64) if choose.random() < 0.2 else None
             try:
+                if row is not None:
+                    store.acquire(0, [row])
                 visit(store, layer, list(chosen))
             except (DiskError, CorruptError):
                 errors += 1

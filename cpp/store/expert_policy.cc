@@ -61,17 +61,23 @@ void ExpertPolicy::visit(int layer_index, std::span<const ExpertUse> chosen, int
   layer.n_chosen[slot] = static_cast<int32_t>(chosen.size());
   ++layer.n_visits;
   layer.n_tokens += n_rows;
-  follow(layer, chosen.size());
+  const bool follows = follow(layer, chosen.size());
   const double recent_norm = 1 - std::pow(kRecentDecay, static_cast<double>(layer.n_tokens));
   const double rate_norm = 1 - std::pow(kRateDecay, static_cast<double>(layer.n_tokens));
+  // While nothing followed batches of this layer yet, how often stands for that too: layers are compared.
+  const double often = follows ? 1 : 1 + kFollowShare / (kRecentShare + kRateShare);
+  double sum = 0;
   for (int e = 0; e < n_experts_; ++e) {
-    layer.chance[e] = static_cast<float>(kRecentShare * layer.recent[e] / recent_norm +
-                                         kRateShare * layer.rate[e] / rate_norm + kFollowShare * follows_[e]);
+    layer.chance[e] = static_cast<float>(often * (kRecentShare * layer.recent[e] / recent_norm +
+                                                  kRateShare * layer.rate[e] / rate_norm) +
+                                         kFollowShare * follows_[e]);
+    sum += layer.chance[e];
   }
+  mean_chance_ = sum / n_experts_;
 }
 
-// follows_[e]: the share of what followed batches like this one, in this layer, that was expert e.
-void ExpertPolicy::follow(Layer& layer, size_t n_chosen) {
+// follows_[e]: the share of what followed batches like this one, in this layer, that was expert e. False: nothing did yet.
+bool ExpertPolicy::follow(Layer& layer, size_t n_chosen) {
   const int64_t newest = layer.n_visits - 1;
   const int n_lags = static_cast<int>(std::min<int64_t>(newest, kHistory - 1));
   const auto slot = [&](int lag) { return static_cast<int>((newest - lag) % kHistory); };
@@ -102,7 +108,7 @@ void ExpertPolicy::follow(Layer& layer, size_t n_chosen) {
     after = kFollowDecay * after + like;
   }
   std::fill(follows_.begin(), follows_.end(), 0.0);
-  if (sum <= 0) return;
+  if (sum <= 0) return false;
   for (int lag = 0; lag <= n_lags; ++lag) {
     const uint64_t* const then = &layer.choices[static_cast<size_t>(slot(lag) * words_)];
     const double share = weight[lag] / sum * std::min(1.0, n_now / layer.n_chosen[slot(lag)]);
@@ -110,12 +116,14 @@ void ExpertPolicy::follow(Layer& layer, size_t n_chosen) {
       for (uint64_t left = then[i]; left != 0; left &= left - 1) follows_[i * 64 + std::countr_zero(left)] += share;
     }
   }
+  return true;
 }
 
 double ExpertPolicy::worth(int layer, int expert) const {
   const int n_layers = static_cast<int>(layers_.size());
   const int ahead = (layer - here_ - 1 + n_layers) % n_layers + 1;
-  const double chance = layers_[static_cast<size_t>(layer)].chance[static_cast<size_t>(expert)];
+  const Layer& its = layers_[static_cast<size_t>(layer)];
+  const double chance = its.n_visits > 0 ? its.chance[static_cast<size_t>(expert)] : mean_chance_;
   return -(kDistance * ahead / n_layers + 1 / (chance + kLeastChance));
 }
 

@@ -42,10 +42,11 @@ class ExpertPolicy {
     int64_t n_visits = 0, n_tokens = 0;
   };
 
-  void follow(Layer& layer, size_t n_chosen);
+  bool follow(Layer& layer, size_t n_chosen);
 
   int n_experts_, words_;
   int here_ = 0;  // the layer visited last
+  double mean_chance_ = 0;  // of its experts: what is thought of layers that were never visited
   std::vector<Layer> layers_;
   // alike_[lag]: how much the choices of the layers just visited resemble those `lag` batches before, decayed by layer.
   std::vector<double> alike_;
