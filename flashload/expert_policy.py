@@ -51,9 +51,7 @@ class Policy(Protocol):
         ...
 
 
-def simulate(
-    trace: Trace, capacity: int, policy: Policy, loaded: Sequence[tuple[int, int]] = ()
-) -> float:
+def simulate(trace: Trace, capacity: int, policy: Policy, loaded: Sequence[tuple[int, int]] = ()) -> float:
     """The share of a trace's accesses that a cache of ``capacity`` experts serves; first uses count as misses.
 
     What one visit chooses is in the cache together where it fits, so none of it makes way for the rest. The cache
