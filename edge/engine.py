@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal, overload
 
 import _edge
 
-from edge import batch, live, session, speculation
+from edge import batch, forks, live, session, speculation
 from edge.completion import Chunk, Completion, collect
 from edge.config import GenerationConfig, config_from
 from edge.meter import Meter
@@ -65,6 +66,8 @@ class Engine:
         self._passes = Passes()
         # No Event, whose own lock a signal handler that calls cancel() may find taken by what it interrupts.
         self._cancelled = False
+        self._loaded_by = os.getpid()
+        forks.watch(self)
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -220,9 +223,20 @@ class Engine:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _open_core(self) -> _edge.Engine:
-        if self._core is None:
-            raise EdgeError("engine: closed; load the model again")
-        return self._core
+        if self._core is not None:
+            return self._core
+        if self._loaded_by != os.getpid():
+            raise EdgeError(
+                f"engine: loaded by process {self._loaded_by} before it forked; load the model in this one too"
+            )
+        raise EdgeError("engine: closed; load the model again")
+
+    def left_behind(self) -> object:
+        """In the child of a fork: closed from now on, and nothing of it is freed."""
+        kept = (self._core, self._sequence, self._speculators, self._drafting, self._prefixes, self._memory)
+        self._core = self._sequence = self._speculators = self._drafting = self._memory = None
+        self._prefixes, self._turns, self._passes = Prefixes(), Turns(), Passes()
+        return kept
 
     def _begin(self) -> _edge.Sequence:
         """What the request whose turn it is works with; a cancel that came before it is forgotten."""
