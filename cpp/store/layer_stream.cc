@@ -240,9 +240,10 @@ Result<TileLease> LayerStream::acquire_tiles(WeightId weight, int64_t first) {
   }
   const bool last = part.end == directory_.entry(weight).stored_bytes;
   carry_index_ = last ? 0 : index + 1;
-  if (!last) {  // what has no tiles has one part
+  // What has no tiles has one part; parts of whole rows leave nothing to carry.
+  if (const uint64_t carried = last ? 0 : parts_[index + 1].fragment_bytes; carried > 0) {
     const uint64_t tiles_bytes = static_cast<uint64_t>(part.end_tile) * row_tile_bytes(directory_.entry(weight));
-    std::memcpy(carry_.data(), memory + tiles_bytes, parts_[index + 1].fragment_bytes);
+    std::memcpy(carry_.data(), memory + tiles_bytes, carried);
   }
   return TileLease{lease(slot), part.end_tile};
 }
