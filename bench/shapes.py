@@ -48,6 +48,8 @@ SHAPES = {
         Shape("olmoe-1b-7b", "llama", 50304, 2048, 1024, 16, 16, 16, 4096, 128, 64, 8),
         # 48 layers in the original; six keep the file small and every layer's work the same.
         Shape("qwen3-30b-a3b", "qwen3moe", 151936, 2048, 768, 6, 32, 4, 40960, 128, 128, 8, 1e-6, 1e6, "bpe"),
+        # The shipped story model as a dense Llama.
+        Shape("story", "llama", 4096, 256, 1536, 6, 4, 2, 512, 64),
         # For tests: loads in a moment, all row lengths a multiple of 256.
         Shape("tiny", "llama", 512, 256, 512, 2, 4, 2, 256, 64),
         Shape("tiny-moe", "llama", 512, 256, 256, 2, 4, 2, 256, 64, 4, 2),
@@ -71,12 +73,12 @@ class Tensor:
 
 # Which type a matrix gets in a file of a named mix. The rules are llama.cpp's own for its file types of these
 # names (llama-quant.cpp): a finer output matrix, more bits for v and down where they pay.
-MIXES = ("f16", "q8_0", "q4_0", "q4_k", "q4_k_m", "q6_k", "q3_k", "q2_k", "q2_k_mix")
+MIXES = ("f32", "f16", "q8_0", "q4_0", "q4_k", "q4_k_m", "q6_k", "q3_k", "q2_k", "q2_k_mix")
 
 
 def kind_of(mix: str, role: str, layer: int, shape: Shape) -> str:
     """Block type of a matrix: ``role`` is embed, head, q, k, v, o, gate, up or down."""
-    if mix in ("f16", "q8_0", "q6_k"):
+    if mix in ("f32", "f16", "q8_0", "q6_k"):
         return mix
     if role == "head":
         return "q6_k"

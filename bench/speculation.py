@@ -7,6 +7,9 @@ Texts are compared token for token: a setting that changes one is a fault and en
 ``--scripted RATE`` (a setting ``scripted:RATE:DEPTH``) guesses DEPTH tokens ahead, each right with probability RATE,
 from the plain run's text and in no time: what a drafter of that acceptance would gain on this machine, whatever the
 model knows.
+
+``--copies`` takes texts that copy their prompt but for edits, and texts that have nothing to copy
+(:mod:`bench.copies`), on a model made for it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import machine, report
+from bench import copies, machine, report
 from bench.scripted import guessing, scripted
 
 #: Kind of text -> prompts. Stories are what a small model knows; the second kind repeats itself, as edits and
@@ -54,15 +57,21 @@ def _one(engine: Any, prompt: list[int], setting: str, plain: list[int], args: a
         return engine.generate(prompt, speculation="auto", **asked)
 
 
-def _texts(args: argparse.Namespace) -> dict[str, Sequence[str]]:
-    """Kind of text -> prompts: ours, or the first turns of a file of questions by their category."""
-    found: dict[str, list[str]] = {}
-    if args.questions is None:
-        found = {kind: list(prompts) for kind, prompts in PROMPTS.items()}
+def _texts(engine: Any, args: argparse.Namespace) -> dict[str, list[list[int]]]:
+    """Kind of text -> prompts as tokens: ours, copies, or the first turns of a file of questions by their category."""
+    found: dict[str, list[list[int]]] = {}
+    if args.copies:
+        found = copies.prompts(engine, args.tokens, args.seed)
     else:
-        for line in Path(args.questions).read_text().splitlines():
-            question = json.loads(line)
-            found.setdefault(question["category"], []).append(question["turns"][0])
+        texts: dict[str, Sequence[str]] = dict(PROMPTS)
+        if args.questions is not None:
+            lines = [json.loads(line) for line in Path(args.questions).read_text().splitlines()]
+            kinds = dict.fromkeys(line["category"] for line in lines)
+            texts = {kind: [q["turns"][0] for q in lines if q["category"] == kind] for kind in kinds}
+        longest = max(1, engine.plan.context - args.tokens)
+        for kind, prompts in texts.items():
+            ids = [engine.tokenizer.encode(text, add_special_tokens=True) for text in prompts]
+            found[kind] = [prompt[-longest:] for prompt in ids]
     return {k: v[: args.prompts] for k, v in found.items() if not args.kind or k in args.kind}
 
 
@@ -88,20 +97,18 @@ def measure(engine: Any, settings: Sequence[str], args: argparse.Namespace) -> d
     """
     facts = machine.facts()
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    texts = _texts(args)
+    texts = _texts(engine, args)
     for number in range(args.runs):
         for kind, prompts in texts.items():
             seconds: dict[str, float] = dict.fromkeys(settings, 0.0)
             done: dict[str, list[Any]] = {setting: [] for setting in settings}
-            for text in prompts:
-                prompt = engine.tokenizer.encode(text, add_special_tokens=True)
-                prompt = prompt[-max(1, engine.plan.context - args.tokens) :]
+            for prompt in prompts:
                 plain: list[int] = []
                 for setting in settings:
                     completion = _one(engine, prompt, setting, plain, args)
                     plain = plain or completion.tokens
                     if plain != completion.tokens:
-                        raise RuntimeError(f"speculation={setting!r} changed the text after {text!r}")
+                        raise RuntimeError(f"speculation={setting!r} changed the text of {kind!r}")
                     seconds[setting] += completion.stats["decode_seconds"]
                     done[setting].append(completion.stats)
             for setting in settings:
@@ -220,13 +227,19 @@ def main(argv: list[str] | None = None) -> int:
         "--questions", help="JSON lines with category and turns (Spec-Bench), in place of our prompts"
     )
     parser.add_argument(
+        "--copies", action="store_true", help="texts that copy: for a model of synth --successor"
+    )
+    parser.add_argument(
         "--scripted", action="append", default=[], metavar="RATE", help="repeatable; see above"
     )
     parser.add_argument("--depth", type=int, default=7, help="how far ahead --scripted guesses")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--setting", action="append", default=[], help="repeatable; default: auto and each drafter"
+        "--setting",
+        action="append",
+        default=[],
+        help="repeatable; default: auto and each drafter; lookup and auto with --copies",
     )
     report.add_output(parser)
     args = parser.parse_args(argv)
@@ -238,7 +251,8 @@ def main(argv: list[str] | None = None) -> int:
     ) as engine:
         there = [name for name in DRAFTERS if engine.can_draft(name)]
         asked = [*args.setting, *(f"scripted:{rate}:{args.depth}" for rate in args.scripted)]
-        settings = ["off", *(asked or ["auto", *there])]
+        usual = ["lookup", "auto"] if args.copies else ["auto", *there]
+        settings = ["off", *(asked or usual)]
         document = measure(engine, settings, args)
     report.put_out("speculation-" + document["model"], document, show, args)
     return 0

@@ -20,10 +20,12 @@ from bench import shapes
 from bench.random_blocks import TYPES, write_blocks
 from bench.replay import Replay
 from bench.synth_hf import write_opt_folder
+from bench.walk import Walk, successor
 from flashload.errors import ModelFileError
 
 _ROWS = 1024
 _FILE_TYPES = {
+    "f32": 0,
     "f16": 1,
     "q4_0": 2,
     "q8_0": 7,
@@ -94,7 +96,7 @@ def write_model(
     *,
     as_mpt: bool = False,
     seed: int = 0,
-    replay: Replay | None = None,
+    walk: Walk | None = None,
 ) -> int:
     """Writes a random model; returns the file's bytes.
 
@@ -103,13 +105,13 @@ def write_model(
         mix: one of ``shapes.MIXES``.
         as_mpt: an OPT shape under the name of MPT (same matrices), for llama.cpp, which has no OPT.
         seed: of the random bits.
-        replay: the routing that a mixture of experts follows; its own is random otherwise.
+        walk: planted tensors, by which text and routing are known; they are random otherwise.
     """
     if shape.arch == "opt" and not as_mpt:
         raise ValueError(f"{shape.name}: GGUF has no OPT; write it as MPT or as a folder")
     plan = list(shapes.tensors(shape, mix))
-    if replay is not None:
-        plan = replay.plan(plan)
+    if walk is not None:
+        plan = walk.plan(plan)
     writer = GGUFWriter(path, "mpt" if as_mpt else shape.arch)
     _add_metadata(writer, shape, mix)
     _add_tokenizer(writer, shape)
@@ -135,7 +137,7 @@ def write_model(
         kind = TYPES[tensor.kind]
         left = int(np.prod(tensor.shape, dtype=np.int64)) // kind.values
         n_bytes = left * kind.block_bytes
-        planted = replay.values(tensor.name) if replay is not None else None
+        planted = walk.values(tensor.name) if walk is not None else None
         if planted is not None:
             kind_code = GGMLQuantizationType[tensor.kind.upper()]
             for first in range(0, len(planted), _ROWS):
@@ -177,8 +179,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--active", type=float, default=0.5, help="share of OPT neurons that fire (0.03 is typical)"
     )
-    parser.add_argument(
+    planted = parser.add_mutually_exclusive_group()
+    planted.add_argument(
         "--routing", type=Path, help="a recorded trace that a mixture of experts replays, or uniform"
+    )
+    planted.add_argument(
+        "--successor",
+        action="store_true",
+        help="a Llama shape whose greedy text is one order of all tokens, whatever came before: it copies",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--format", choices=("q4", "f16"), default="q4", help="of a -sparse model's pack")
@@ -205,13 +213,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--as-mpt: only for OPT shapes")
     if not 0 < args.active < 1:
         parser.error(f"--active: expected a share between 0 and 1, found {args.active}")
-    replay = None
-    if args.routing:
-        try:
-            replay = Replay(args.routing, shape, args.seed)
-        except (ValueError, ModelFileError) as error:
-            parser.error(f"--routing: {error}")
-        shape = replace(shape, experts_per_token=replay.experts_per_token)
+    walk: Walk | None = None
+    try:
+        if args.routing:
+            walk = replay = Replay(args.routing, shape, args.seed)
+            shape = replace(shape, experts_per_token=replay.experts_per_token)
+        elif args.successor:
+            walk = successor(shape, args.seed)
+    except (ValueError, ModelFileError) as error:
+        parser.error(f"{'--routing' if args.routing else '--successor'}: {error}")
     start = time.perf_counter()
     if shape.arch == "opt" and not args.as_mpt:
         if args.mix not in (None, "f16"):
@@ -219,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         size = write_opt_folder(args.out, shape, active=args.active, seed=args.seed)
     else:
         mix = args.mix or "q4_0"
-        size = write_model(args.out, shape, mix, as_mpt=args.as_mpt, seed=args.seed, replay=replay)
+        size = write_model(args.out, shape, mix, as_mpt=args.as_mpt, seed=args.seed, walk=walk)
     seconds = time.perf_counter() - start
     _told(args.out, size, seconds)
     return 0

@@ -41,7 +41,7 @@ def trace(tmp_path: Path) -> Path:
 def made(tmp_path: Path, trace: Path, mix: str = "q4_0", shape: shapes.Shape = SHAPE) -> tuple[Path, Replay]:
     replay = Replay(trace, shape)
     path = tmp_path / f"{mix}.gguf"
-    synth.write_model(path, shape, mix, replay=replay)
+    synth.write_model(path, shape, mix, walk=replay)
     return path, replay
 
 

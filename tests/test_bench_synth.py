@@ -72,7 +72,9 @@ def test_models_open_and_hold_sane_values(name: str, mix: str, tiny: Callable[..
         else:
             assert np.isfinite(values).all()
             assert 0.6 * tensor.std < values.std() < 1.6 * tensor.std
-    assert found["output.weight"].tensor_type.name == {"f16": "F16", "q8_0": "Q8_0"}.get(mix, "Q6_K")
+    assert found["output.weight"].tensor_type.name == {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}.get(
+        mix, "Q6_K"
+    )
     assert len(reader.fields["tokenizer.ggml.tokens"].data) == shape.vocab
 
 

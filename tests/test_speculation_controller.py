@@ -94,3 +94,20 @@ def test_losses_end_what_estimates_would_go_on_with() -> None:
         passes += 1
     # A thousand wins do not pay for a thousand losses.
     assert passes < 250
+
+
+def test_what_was_won_on_one_text_is_not_lost_on_the_next() -> None:
+    def lost(known: _edge.SpeculationController) -> int:
+        passes = 0
+        while known.may_spend():
+            known.account(1, 1.4)
+            passes += 1
+        return passes
+
+    winner, loser = controller(0.1), controller(0.1)
+    for _ in range(1000):
+        winner.account(5, 1.4)
+    assert lost(loser) <= 6
+    for known in (winner, loser):
+        known.begin_text()
+    assert lost(winner) <= 6 and lost(loser) == 0

@@ -200,6 +200,7 @@ const Binding kBinding("speculation", [](py::module_& module) {
       .def("verifies", &chain_verified, py::arg("guesses"), py::arg("text"),
            "How many of a chain of guesses are verified; then it learns which of them the text bears out.")
       .def("account", &Controller::account)
+      .def("begin_text", &Controller::begin_text)
       .def("may_spend", &Controller::may_spend, py::arg("ms") = 0.0);
   py::class_<LoneAutomaton>(module, "SuffixAutomaton", "What followed the end of a text where it occurred before.")
       .def(py::init([](int64_t max_tokens) {

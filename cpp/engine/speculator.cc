@@ -106,6 +106,7 @@ Status Speculator::add_medusa() {
 void Speculator::follow(Sequence& sequence) {
   if (revision_ == sequence.revision()) return;
   revision_ = sequence.revision();
+  controller_.begin_text();
   for (Turn& turn : turns_) {
     turn.drafter->restart();
     if (turn.enabled && turn.drafter->wants_hidden()) sequence.keep_hidden();

@@ -11,7 +11,7 @@ namespace {
 constexpr double kFresh = 0.12;
 constexpr double kFreshLower = 0.35;
 constexpr double kOutlier = 2.5;
-constexpr double kDecay = 0.97;
+constexpr double kDecay = 0.95;
 constexpr double kPriorWeight = 3;
 // A tree must promise this much more than it costs: estimates err.
 constexpr double kWorthwhile = 1.05;
@@ -147,6 +147,11 @@ void Controller::account(int64_t n_tokens, double ms) {
   saved_ms_ += won_ms;
   total_ms_ += ms;
   balance_ms_ = std::min(balance_ms_ + won_ms, kWinPasses * cost(1));
+}
+
+void Controller::begin_text() {
+  balance_ms_ = std::min(0.0, balance_ms_ + kLossShare * total_ms_);
+  total_ms_ = 0;
 }
 
 void Controller::learn(const DraftTree& proposed, std::span<const int32_t> tokens) {

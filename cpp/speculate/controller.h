@@ -91,6 +91,9 @@ class Controller {
   // Judges what was proposed, verified or not, by the tokens that followed the root.
   void learn(const DraftTree& proposed, std::span<const int32_t> tokens);
 
+  // Another text: what speculation won on earlier ones is no reason to lose time on this one. Losses stay.
+  void begin_text();
+
   double saved_ms() const { return saved_ms_; }
   void forget_account() { balance_ms_ = saved_ms_ = total_ms_ = 0; }
 
@@ -110,7 +113,7 @@ class Controller {
   int64_t retry_after_ = kRetry;
   double balance_ms_ = 0;  // bounded above, so that a streak of wins cannot pay for a long one of losses
   double saved_ms_ = 0;
-  double total_ms_ = 0;
+  double total_ms_ = 0;  // of this text
 };
 
 }  // namespace edge
