@@ -5,6 +5,13 @@
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 #define EDGE_X86 1
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -19,6 +26,7 @@ struct CpuidBits {
   uint32_t leaf1_ecx = 0;
   uint32_t leaf7_ebx = 0;
   uint32_t leaf7_ecx = 0;
+  uint32_t leaf7_edx = 0;
   uint32_t leaf7_1_eax = 0;
   uint64_t xcr0 = 0;  // register state the OS saves on a context switch
 };
@@ -30,6 +38,7 @@ CpuidBits read_cpuid() {
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0) {
     bits.leaf7_ebx = ebx;
     bits.leaf7_ecx = ecx;
+    bits.leaf7_edx = edx;
     // eax: the last subleaf there is.
     if (eax >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0) bits.leaf7_1_eax = eax;
   }
@@ -66,6 +75,33 @@ std::string missing_avx512_vnni(const CpuidBits& bits) {
   if ((bits.leaf7_ecx & (1u << 11)) == 0) return "CPU lacks avx512_vnni";
   if ((bits.xcr0 & 0xe6) != 0xe6) return "the OS does not save AVX-512 registers";
   return "";
+}
+
+// Asks Linux (5.16 or newer) for the tiles; until then their first use is an illegal instruction.
+std::string ask_for_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kArchReqXcompPerm = 0x1023, kXfeatureXtileData = 18;  // arch/x86/include/uapi/asm/prctl.h
+  if (syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtileData) == 0) return "";
+  if (errno == ENOSPC) return "a thread's sigaltstack is too small for AMX registers: the OS refuses them";
+  return std::string("the OS refuses AMX registers: ") + std::strerror(errno);
+#else
+  return "no way to ask this OS for AMX registers";
+#endif
+}
+
+std::string missing_amx_int8(const CpuidBits& bits) {
+  std::string missing = missing_avx512_vnni(bits);
+  if (!missing.empty()) return missing;
+  if ((bits.leaf7_edx & (1u << 24)) == 0) return "CPU lacks amx_tile";
+  if ((bits.leaf7_edx & (1u << 25)) == 0) return "CPU lacks amx_int8";
+  if ((bits.xcr0 & 0x60000) != 0x60000) return "the OS does not save AMX registers";
+  // Palette 1: eight tiles of 16 rows x 64 bytes.
+  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(0x1d, 1, &eax, &ebx, &ecx, &edx) == 0 || ebx != (8u << 16 | 64u) || (ecx & 0xffffu) != 16) {
+    return "CPU has AMX tiles of another shape";
+  }
+  static const std::string refusal = ask_for_tiles();
+  return refusal;
 }
 #endif
 
@@ -108,10 +144,12 @@ std::string cpu_missing(CpuLevel level) {
     case CpuLevel::kAvx2: return missing_avx2(read_cpuid());
     case CpuLevel::kAvxVnni: return missing_avx_vnni(read_cpuid());
     case CpuLevel::kAvx512Vnni: return missing_avx512_vnni(read_cpuid());
+    case CpuLevel::kAmxInt8: return missing_amx_int8(read_cpuid());
 #else
     case CpuLevel::kAvx2:
     case CpuLevel::kAvxVnni:
-    case CpuLevel::kAvx512Vnni: return "not an x86 CPU";
+    case CpuLevel::kAvx512Vnni:
+    case CpuLevel::kAmxInt8: return "not an x86 CPU";
 #endif
 #if defined(__aarch64__)
     case CpuLevel::kNeon: return "";

@@ -1,6 +1,7 @@
 #include <cstdlib>
 
 #include "core/cpu.h"
+#include "kernels/gemv_check.h"
 #include "kernels/gemv_table.h"
 #include "kernels/kernels.h"
 #include "kernels/neuron_table.h"
@@ -15,6 +16,8 @@ EDGE_DECLARE_NEURON_TABLE(ref);
 EDGE_DECLARE_GEMV_TABLE(avx2);
 EDGE_DECLARE_GEMV_TABLE_OVER(avxvnni, avx2);
 EDGE_DECLARE_GEMV_TABLE(avx512vnni);
+EDGE_DECLARE_GEMV_TABLE_OVER(amx, avx512vnni);
+EDGE_DECLARE_GEMV_TABLE_OVER(amx_model, avx512vnni);
 EDGE_DECLARE_NEURON_TABLE(avx2);
 EDGE_DECLARE_NEURON_TABLE(avx512vnni);
 #elif defined(__aarch64__)
@@ -77,9 +80,11 @@ Kernels join(const char* isa, const GemvTable& gemv, const NeuronKernels& neuron
 // Best first.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
+    EDGE_ISA(kAmxInt8, amx, avx512vnni, avx512vnni),
     EDGE_ISA(kAvx512Vnni, avx512vnni, avx512vnni, avx512vnni),
     EDGE_ISA(kAvxVnni, avxvnni, avx2, avx2),
     EDGE_ISA(kAvx2, avx2, avx2, avx2),
+    EDGE_ISA(kAvx512Vnni, amx_model, avx512vnni, avx512vnni),  // never the best: where it runs, avx512vnni does
 #elif defined(__aarch64__)
     EDGE_ISA(kNeonI8mm, neon_i8mm, neon_dotprod, neon),
     EDGE_ISA(kNeonDotprod, neon_dotprod, neon_dotprod, neon),
@@ -90,13 +95,33 @@ const Isa kIsas[] = {
 
 #undef EDGE_ISA
 
+#if defined(__x86_64__)
+// This machine's tiles, which may be of a kind that nobody has tried, against its vectors, once: a table that is wrong
+// must not be there to be chosen.
+const std::string& tiles_differ() {
+  static const std::string difference = gemv_difference(kGemvTable_amx, kGemvTable_avx512vnni);
+  return difference;
+}
+#endif
+
+// Empty when the ISA can run here, else why not.
+std::string missing(const Isa& isa) {
+  std::string reason = cpu_missing(isa.level);
+#if defined(__x86_64__)
+  if (reason.empty() && isa.level == CpuLevel::kAmxInt8 && !tiles_differ().empty()) {
+    reason = "this CPU's AMX fails the self-check: " + tiles_differ();
+  }
+#endif
+  return reason;
+}
+
 Result<const Isa*> find(const std::string& name) {
   std::string names;
   for (const Isa& isa : kIsas) {
     if (name == isa.name) {
-      const std::string missing = cpu_missing(isa.level);
-      if (missing.empty()) return &isa;
-      return error(Code::kUnsupported, "ISA %s cannot run here: %s", name.c_str(), missing.c_str());
+      const std::string reason = missing(isa);
+      if (reason.empty()) return &isa;
+      return error(Code::kUnsupported, "ISA %s cannot run here: %s", name.c_str(), reason.c_str());
     }
     names += (names.empty() ? "" : ", ") + std::string(isa.name);
   }
@@ -108,8 +133,8 @@ Result<const Isa*> find(const std::string& name) {
 std::vector<IsaInfo> list_isas() {
   std::vector<IsaInfo> infos;
   for (const Isa& isa : kIsas) {
-    std::string missing = cpu_missing(isa.level);
-    infos.push_back({isa.name, missing.empty(), std::move(missing)});
+    std::string reason = missing(isa);
+    infos.push_back({isa.name, reason.empty(), std::move(reason)});
   }
   return infos;
 }
@@ -127,7 +152,7 @@ Result<const Kernels*> default_kernels() {
     return kernels;
   }
   for (const Isa& isa : kIsas) {
-    if (cpu_missing(isa.level).empty()) return &isa.kernels();
+    if (missing(isa).empty()) return &isa.kernels();
   }
   return error(Code::kUnsupported, "no ISA of this build runs on this CPU");
 }

@@ -1,0 +1,16 @@
+#include "kernels/amx_tiles.h"
+#include "kernels/gemv_lanes_amx.h"
+
+namespace edge {
+
+EDGE_DECLARE_QUANTISED_GEMV(amx);
+
+namespace {
+using Tiles = AmxHardware;
+}
+
+EDGE_Q8X32_FORMATS(EDGE_GEMV_AMX32, amx)
+
+int64_t multiply_int8_amx(int64_t n_steps) { return multiply_int8_tiles<Tiles>(n_steps); }
+
+}  // namespace edge
