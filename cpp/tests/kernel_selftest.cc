@@ -1,6 +1,6 @@
 // Compares every ISA this machine can run with ref, bit for bit. Python-free, so that it also runs under an emulator.
 // Usage: kernel_selftest gemv ISA FORMAT M K: one product of a tile, and nothing compared, for who counts instructions.
-//        kernel_selftest [n_rounds] [seed]; exit 0 when all agree, else 1 with the first difference of each kernel. The
+//        kernel_selftest [n_rounds] [seed] [ISA]; exit 0 when all agree, else 1 with the first difference of each kernel. The
 // first kEveryM rounds of a matrix product take 1, 2, ... activation rows, so that every way through a tile is taken.
 #include <algorithm>
 #include <cstdio>
@@ -131,7 +131,7 @@ int compare(const Kernels& ref, const Kernels& isa, WeightFormat format, int64_t
   const int64_t block = traits_of.block_values;
   const int64_t k = block == 1 ? 1 + random.below(300) : block * (1 + random.below(256 / block + 2));
   const int64_t rows = 1 + random.below(70);
-  const int64_t m = round < kEveryM ? round + 1 : 1 + random.below(random.below(4) == 0 ? 70 : 9);
+  const int64_t m = round < kEveryM ? round + 1 : 1 + random.below(random.below(4) == 0 ? 150 : 9);
   const ActKind kind = act_kind(format);
   const std::vector<std::byte> tiles = random_tiles(random, format, rows, k);
   const std::vector<float> x = random_activations(random, m * k);
@@ -225,6 +225,7 @@ int main(int argc, char** argv) {
   }
   const int64_t n_rounds = argc > 1 ? std::atoll(argv[1]) : 20;
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
+  const char* only = argc > 3 ? argv[3] : "";
   const Kernels& ref = **kernels_for("ref");
   int failures = 0;
   int n_compared = 0;
@@ -233,7 +234,7 @@ int main(int argc, char** argv) {
       std::printf("%s: not run: %s\n", info.name.c_str(), info.reason.c_str());
       continue;
     }
-    if (info.name == "ref") continue;
+    if (info.name == "ref" || (only[0] != '\0' && info.name != only)) continue;
     const Kernels& isa = **kernels_for(info.name);
     const int isa_failures = compare_all(ref, isa, n_rounds, seed);
     ++n_compared;
