@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edge.models import resolve_model
 from edge.planning import ModelPlan, plan
+from flashload.errors import ArgumentError
 
 if TYPE_CHECKING:
     from flashload.pack import PackReport
@@ -33,16 +34,23 @@ def pack(
             thresholds, :func:`edge.sparsify`) gains from; "auto" does so when predictors lie beside the weights, "off"
             never does.
         neuron_order: an .npz file with arrays ``layers.{i}.neuron_order``: the order of the records.
+        destination: a new file, or a pack, which is replaced once the new one is complete.
         progress: called with (bytes done, bytes).
 
     Raises:
+        ArgumentError: the destination is a folder, or a file that is no pack.
         ModelFileError, UnsupportedModelError, DiskError.
     """
+    from flashload.format import is_pack
     from flashload.pack import pack as pack_checkpoint
 
+    path = resolve_model(source)
+    destination = Path(destination)
+    if destination.exists() and destination.resolve() != path.resolve() and not is_pack(destination):
+        raise ArgumentError(f"{destination}: expected a new file or a pack to replace, found something else")
     return pack_checkpoint(
-        resolve_model(source),
-        Path(destination),
+        path,
+        destination,
         weights=weights,
         neurons=neurons,
         neuron_order=None if neuron_order is None else Path(neuron_order),

@@ -39,9 +39,11 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > _MAX_TEXT_BYTES:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_TEXT_BYTES + 1)  # a device may be endless
+        if len(data) > _MAX_TEXT_BYTES:
             raise ArgumentError(f"data: {path}: expected at most {_MAX_TEXT_BYTES} bytes of text, found more")
-        return path.read_bytes().decode("utf-8")
+        return data.decode("utf-8")
     except OSError as error:
         raise DiskError(f"data: {path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from edge.watch import Progress
-from flashload.errors import ArgumentError
+from flashload.errors import ArgumentError, DiskError
 from flashload.format import PackFile
 
 _BUILTIN = Path(__file__).parent / "builtin"
@@ -22,14 +22,22 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
 
     Raises:
         ArgumentError: neither.
+        DiskError: a folder that may not be read.
     """
     if isinstance(model, str) and model in builtin_models():
         return _BUILTIN / f"{model}.edge"
-    path = Path(model).expanduser()
-    if not path.exists():
+    try:
+        path = Path(model).expanduser()
+        found = bool(str(model)) and path.exists()
+        if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+            raise DiskError(f"{path}: the folder cannot be read: Permission denied")
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DiskError(f"{str(model)[:200]}: cannot be looked up: {reason}") from None
+    if not found:
         names = ", ".join(builtin_models()) or "none"
         raise ArgumentError(
-            f"model: expected a file, a folder or a shipped model ({names}), found {str(model)!r}"
+            f"model: expected a file, a folder or a shipped model ({names}), found {str(model)[:200]!r}"
         )
     return path
 

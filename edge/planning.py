@@ -30,6 +30,8 @@ from quant.formats.neuron import NEURON_FORMATS
 _ROWS = 8
 #: A placement this near to the speed of everything in memory counts as fitting.
 _NEARLY = 0.7
+#: How much faster fewer bits have to be where neither fits: they cost accuracy.
+_WORTH_FEWER_BITS = 1.1
 _DEFAULT_CONTEXT, _SMALLEST_DEFAULT_CONTEXT = 4096, 512
 
 
@@ -316,21 +318,25 @@ def recommend(curves: Sequence[Curve], memory_bytes: int) -> tuple[Option, str]:
         option = least.at(least.floor_bytes)
         assert option is not None
         short = f"{format_bytes(memory_bytes)} is too little: the least that runs is {format_bytes(least.floor_bytes)}"
-        short += f" ({_bits_text(option)}), at {_speed(option)}"
+        short += f", {_bits_text(option)}: {_speed(option)}"
         return option, short + _repack_hint(found, None)
     fitting = [o for c, o in at_hand if _fits(c, o)]
-    best = (
-        fitting[0] if fitting else max((o for _, o in at_hand), key=lambda o: o.predicted_tokens_per_second)
-    )
+    exact = at_hand[0][1]
+    best = fitting[0] if fitting else _fastest(exact, [o for _, o in at_hand])
     words = f"{'fits' if fitting else 'runs'} {_bits_text(best)}: {_speed(best)}"
     if not fitting:
         words += f", reading {format_bytes(best.flash_bytes_per_token)} per token from the drive"
-    exact = at_hand[0][1]
     if exact.weights != best.weights:
         words += f"; exact {_bits_text(exact)}: {_speed(exact)}"
-    if not fitting or best.weights != at_hand[0][1].weights:
+    if not fitting or best.weights != exact.weights:
         words += f"; all of it would be in memory from {format_bytes(exact.resident_bytes)}"
     return best, words + _repack_hint(found, best)
+
+
+def _fastest(exact: Option, options: Sequence[Option]) -> Option:
+    best = max(options, key=lambda option: option.predicted_tokens_per_second)
+    gain = best.predicted_tokens_per_second / exact.predicted_tokens_per_second
+    return best if gain >= _WORTH_FEWER_BITS else exact
 
 
 def _repacked(curve: Curve) -> bool:

@@ -8,6 +8,7 @@ written again with the predictors in it, and run over held-out text.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from flashload.arch import DecoderConfig
 from flashload.bind import bind
 from flashload.cache import cache_folder
 from flashload.checkpoint import open_checkpoint
-from flashload.errors import ArgumentError, BudgetError
+from flashload.errors import ArgumentError, BudgetError, EdgeError
 from flashload.format import PackFile, is_pack
 from flashload.machine import format_bytes, parse_bytes, rss_bytes, trim_memory
 from flashload.neuron_use import measure_falloff
@@ -47,6 +48,8 @@ _ROW_TOKENS = 512
 #: Rank of the paper's predictors, in the hidden size: 128 of 4096, and 1024 in the last four of 32 layers.
 _RANK_SHARE, _LAST_RANK_SHARE, _LAST_LAYERS_SHARE = 32, 4, 8
 
+#: A line of the process that fits: layer, rank, thousandths.
+_PROGRESS = re.compile(r"(\d+) (\d+) (\d+)\n")
 #: Told (stage, done, total).
 Stages = Callable[[str, int, int], None]
 
@@ -364,22 +367,38 @@ def _capture(
     work.finish_capture({"tokens": counts["fit"], "held_out_tokens": counts["held-out"], "perplexity": exact})
 
 
+def _fit_command(work: WorkFolder) -> list[str]:
+    return [sys.executable, "-m", "edge.predictor_fit", str(work.path)]
+
+
 def _fit(work: WorkFolder, n_layers: int, on_progress: Stages) -> None:
-    """Runs ``edge.predictor_fit`` until every layer is in the folder."""
+    """Runs ``edge.predictor_fit`` until every layer is in the folder.
+
+    Raises:
+        ArgumentError: a layer cannot be fitted.
+        EdgeError: the process was killed; what it had finished is kept.
+    """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "edge.predictor_fit", str(work.path)]
     with tempfile.TemporaryFile("w+") as said:
-        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said, text=True)
+        child = subprocess.Popen(
+            _fit_command(work), env=environment, stdout=subprocess.PIPE, stderr=said, text=True
+        )
         try:
             assert child.stdout is not None
             for line in child.stdout:
-                layer, rank, done = map(int, line.split())
-                on_progress(f"layer {layer + 1} of {n_layers}, rank {rank}", done, 1000)
+                if match := _PROGRESS.match(line):
+                    layer, rank, done = map(int, match.groups())
+                    on_progress(f"layer {layer + 1} of {n_layers}, rank {rank}", done, 1000)
             code = child.wait()
         finally:
             if child.poll() is None:
                 child.terminate()
                 child.wait()
+        if code < 0:
+            raise EdgeError(
+                f"train-predictor: the process that fits was killed by signal {-code}, as the system does when memory "
+                "is short; run it again to go on with the next layer"
+            )
         if code:
             said.seek(0)
             lines = said.read().strip().splitlines() or [f"ended with status {code}"]

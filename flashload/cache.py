@@ -23,6 +23,7 @@ from flashload.read_gguf import shard_paths
 # Beginning of a weight file that goes into the key: all of a header, or its first tensors.
 _HEAD_BYTES = 1 << 20
 _LOCK_POLL_S = 0.1
+_ELSEWHERE = "; the environment variable EDGE_CACHE names another"
 
 
 def cache_folder() -> Path:
@@ -78,7 +79,9 @@ def _locked(path: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise DiskError(f"{path}: cannot be locked: {error.strerror}") from error
+        raise DiskError(
+            f"{path.parent}: the cache folder cannot be written: {error.strerror}{_ELSEWHERE}"
+        ) from error
     try:
         while True:
             try:
@@ -149,7 +152,7 @@ def _made(name: str, make: Callable[[Path], object], progress: Progress | None) 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DiskError(f"{folder}: the cache folder cannot be made: {error.strerror}") from error
+        raise DiskError(f"{folder}: the cache folder cannot be made: {error.strerror}{_ELSEWHERE}") from error
     packed = folder / name
     if _is_whole(packed):
         return packed

@@ -39,6 +39,9 @@ _MAX_BLOB_BYTES = 64 << 20
 def is_pack(path: Path) -> bool:
     """Whether ``path`` is a file that begins as a pack does."""
     try:
+        # A pipe would block in open().
+        if not path.is_file():
+            return False
         with open(path, "rb") as file:
             return file.read(8) == layout.MAGIC
     except OSError:

@@ -289,7 +289,8 @@ def _vocab(checkpoint: Checkpoint) -> Vocab:
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    # A file's name need not be text: what is none of it becomes "?".
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 def pack(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import Any, NoReturn
 
 import click
 
@@ -24,7 +25,18 @@ _COMMANDS = {
 }
 
 
+class _NobodyReads(Exception):
+    """Whoever read stdout is gone."""
+
+
 class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # click would make status 1 of it, which says that something failed.
+            raise _NobodyReads from None
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
@@ -49,27 +61,46 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: typed errors become one line on stderr and exit status 1; Ctrl-C exits with 130."""
+    """Entry point.
+
+    Exit status: 0, 1 for typed errors (one line on stderr), 2 for usage, 130 after Ctrl-C, 141 when nobody reads stdout
+    any more. With ``--json`` errors are one JSON object on stdout besides.
+    """
+    from edge.cli.streams import discard_output, open_streams
     from flashload.errors import EdgeError
 
+    open_streams()
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
+        _tell_json("UsageError", error.format_message())
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
+    except _NobodyReads:
+        discard_output()
         sys.exit(141)
     except EdgeError as error:
-        kind = type(error).__name__
-        if "--json" in sys.argv:
-            import json
+        _fail(type(error).__name__, str(error))
+    except MemoryError:
+        _fail("BudgetError", "the system refused this process more memory")
+    except OSError as error:
+        discard_output()
+        _fail("DiskError", f"{error.filename or 'output'}: {error.strerror or error}")
 
-            click.echo(json.dumps({"error": kind, "message": str(error)}))
-        click.echo(f"edge: {kind}: {error}", err=True)
-        sys.exit(1)
+
+def _fail(kind: str, message: str) -> NoReturn:
+    _tell_json(kind, message)
+    click.echo(f"edge: {kind}: {message}", err=True)
+    sys.exit(1)
+
+
+def _tell_json(kind: str, message: str) -> None:
+    if "--json" in sys.argv:
+        from edge.cli.common import print_json
+
+        print_json({"error": kind, "message": message})

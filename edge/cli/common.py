@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
 from edge.backends import BACKENDS
-from flashload.errors import ArgumentError
+from flashload.errors import ArgumentError, DiskError
 from flashload.plan_kv import KV, KV_TYPES
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ _LOAD = (
     "exact",
     "backend",
 )
+#: Of a prompt or template: more than the longest context holds.
+_MAX_TEXT_BYTES = 256 << 20
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -184,8 +186,33 @@ def sampling_options(function: _F) -> _F:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False, default=str))
+    """One JSON object on stdout, its characters escaped where stdout cannot have them."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, default=str)
+    click.echo(text)
+
+
+def utf8_text(file: BinaryIO | None, option: str) -> str | None:
+    """What a file given with ``option`` holds; None without one.
+
+    Raises:
+        ArgumentError: it is no UTF-8, or larger than any context.
+        DiskError: it cannot be read.
+    """
+    if file is None:
+        return None
+    try:
+        data = file.read(_MAX_TEXT_BYTES + 1)
+        if len(data) > _MAX_TEXT_BYTES:
+            raise ArgumentError(f"{option}: expected at most {_MAX_TEXT_BYTES} bytes of text, found more")
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{option}: expected UTF-8 text, found byte {error.start} that is not") from None
+    except OSError as error:
+        raise DiskError(f"{option}: cannot be read: {error.strerror}") from error
 
 
 @contextmanager

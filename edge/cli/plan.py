@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from edge.cli.common import (
     print_json,
     sparsity_option,
 )
+from edge.cli.streams import is_unicode
 from flashload.machine import format_bytes
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ def command(
 def _show(found: ModelPlan, figure: Path | None) -> None:
     from rich.console import Console
 
-    from edge.cli.plan_figure import terminal_figure
+    from edge.cli.plan_figure import ASCII, terminal_figure
 
     console = Console()
     if not console.is_terminal:
@@ -119,6 +121,8 @@ def _show(found: ModelPlan, figure: Path | None) -> None:
     if any(option.kv == "flash" for option in found.options):
         click.echo("kv: keys and values of a full context partly in a file on the drive")
     for line in terminal_figure(found):
+        if not is_unicode(sys.stdout):
+            line = line.translate(ASCII)
         console.print(line, markup=False, highlight=False, no_wrap=True)
     console.print()
     if found.plan is not None:
@@ -129,7 +133,12 @@ def _show(found: ModelPlan, figure: Path | None) -> None:
             f"{format_bytes(found.memory_bytes)} is below the floor of {format_bytes(found.floor_bytes)} "
             f"({found.floor_bytes} bytes) for weights {found.weights}"
         )
-    click.echo(f"{format_bytes(found.memory_bytes)}: {found.recommendation}")
+    at = (
+        f"{format_bytes(found.memory_bytes)}: "
+        if found.recommended.memory_bytes <= found.memory_bytes
+        else ""
+    )
+    click.echo(at + found.recommendation)
     machine = found.machine
     click.echo(
         f"measured {machine.date[:10]}, {found.threads} threads: memory {machine.bus_bytes_per_second / 1e9:.1f} GB/s, "
@@ -164,16 +173,11 @@ def _curve_table(found: ModelPlan) -> Table:
 def _cell(option: Option | None, budget: int, floor_bytes: int) -> str:
     if option is None:
         return "below the floor" if budget < floor_bytes else ""
+    from edge.cli.plan_figure import three_digits
+
     kv = ", kv" if option.kv == "flash" else ""
-    return (
-        f"{_figure(option.predicted_tokens_per_second)} tok/s, {_figure(option.time_to_first_token_seconds)} s "
-        f"({option.placement}{kv})"
-    )
-
-
-def _figure(value: float) -> str:
-    """Two or three digits, no exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    speed, wait = option.predicted_tokens_per_second, option.time_to_first_token_seconds
+    return f"{three_digits(speed)} tok/s, {three_digits(wait)} s ({option.placement}{kv})"
 
 
 def _placement(weights: str, plan: Plan) -> str:

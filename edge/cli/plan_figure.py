@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge.cli.figure import png
+from flashload.machine import format_bytes
 
 if TYPE_CHECKING:
     from edge.planning import ModelPlan
     from flashload.curve import Option
 
 _MARKS = "●▲■◆"
+#: What a terminal without these characters shows instead.
+ASCII = str.maketrans(_MARKS + "·│└─", "o^#*.|+-")
 _WIDTH, _HEIGHT = 64, 12
 
 
@@ -60,14 +63,18 @@ def terminal_figure(plan: ModelPlan, width: int = _WIDTH, height: int = _HEIGHT)
             place(option.memory_bytes, option.predicted_tokens_per_second, mark)
     lines = []
     for row, cells in enumerate(grid):
-        tick = f"{top * (height - 1 - row) / (height - 1):8.3g}" if row % 4 == (height - 1) % 4 else " " * 8
-        lines.append(f"{tick} │{''.join(cells)}")
+        tick = three_digits(top * (height - 1 - row) / (height - 1)) if row % 4 == (height - 1) % 4 else ""
+        lines.append(f"{tick:>8} │{''.join(cells)}")
     lines.append(" " * 9 + "└" + "─" * width)
-    ends = f"{low / 1e9:.2f} GB", f"{high / 1e9:.2f} GB"
+    ends = format_bytes(low), format_bytes(high)
     lines.append(" " * 10 + ends[0] + ends[1].rjust(width - len(ends[0])))
     keys = "   ".join(f"{mark} {name}" for mark, name in zip(_MARKS, found, strict=False))
-    lines.append(" " * 10 + f"tokens/s over memory   {keys}")
-    return lines
+    return [*lines, " " * 10 + "tokens/s over memory:", " " * 10 + keys]
+
+
+def three_digits(value: float) -> str:
+    """A figure without exponent: ``2971``, ``45.7``, ``0.61``."""
+    return f"{value:.0f}" if value >= 100 or not value else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def save_png(plan: ModelPlan, path: Path) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from flashload.machine import format_bytes
+
+if TYPE_CHECKING:
+    from edge.completion import TokenLogprob
+    from edge.tokenizer import Tokenizer
 
 
 def about(engine: Any) -> dict[str, Any]:
@@ -36,6 +42,28 @@ def summary(stats: dict[str, Any], reason: str) -> str:
         f"[{stats['generated_tokens']} tokens, {reason} | {stats['decode_tokens_per_second']:.1f} tok/s "
         f"(prompt {stats['prefill_tokens_per_second']:.0f}) | {where} | seed {stats['seed']}]"
     )
+
+
+def logprob_fields(found: Iterable[TokenLogprob | None]) -> dict[str, Any]:
+    """``logprobs`` of a request's JSON; nothing where none were asked for."""
+    rows = [{"token": one.token, "logprob": one.logprob, "top": one.top} for one in found if one]
+    return {"logprobs": rows} if rows else {}
+
+
+def logprob_lines(tokenizer: Tokenizer, found: Iterable[TokenLogprob | None]) -> list[str]:
+    """The same for people, a line a token: its log-probability, its text, and the likeliest instead."""
+
+    def shown(token: int) -> str:
+        return json.dumps(
+            tokenizer.decode([token], skip_special_tokens=False, continues=True), ensure_ascii=False
+        )
+
+    return [
+        f"{one.logprob:9.4f}  {shown(one.token)}"
+        + "".join(f"   {shown(token)} {logprob:.4f}" for token, logprob in one.top)
+        for one in found
+        if one
+    ]
 
 
 def changes(stats: dict[str, Any]) -> list[str]:

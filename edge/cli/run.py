@@ -17,8 +17,9 @@ from edge.cli.common import (
     sampling_options,
     skeleton_option,
     take_load_options,
+    utf8_text,
 )
-from edge.cli.report import about, changes, details, summary
+from edge.cli.report import about, changes, details, logprob_fields, logprob_lines, summary
 
 _DEFAULT_TOKENS = 256
 
@@ -36,7 +37,7 @@ _DEFAULT_TOKENS = 256
     help="Continue the prompt so many times, all at once.",
 )
 @click.option(
-    "--file", "prompt_file", type=click.File("r"), help="Read the prompt from a file (- for stdin)."
+    "--file", "prompt_file", type=click.File("rb"), help="Read the prompt from a file (- for stdin)."
 )
 @load_options
 @click.option(
@@ -60,8 +61,9 @@ def command(
     **options: Any,
 ) -> None:
     """Continue PROMPT with MODEL (a pack, a GGUF file, a Hugging Face folder, or a shipped model's name)."""
-    if prompt_file is not None:
-        prompt = prompt_file.read()
+    if prompt and prompt_file is not None:
+        raise click.UsageError("--file: expected it or PROMPT, found both")
+    prompt = utf8_text(prompt_file, "--file") or prompt
     if samples > 1 and skeleton != "off":
         raise click.UsageError("--samples: expected --skeleton off for several texts")
     load = take_load_options(options) | {"draft": options.pop("draft")}
@@ -88,31 +90,29 @@ def command(
             return
         click.echo(prompt, nl=False)
         click.echo(first.text, nl=False)
-        last = first
-        for last in chunks:
-            click.echo(last.text, nl=False)
+        seen = [first]
+        for chunk in chunks:
+            click.echo(chunk.text, nl=False)
             sys.stdout.flush()
+            seen.append(chunk)
         click.echo()
+        last = seen[-1]
+        for line in logprob_lines(engine.tokenizer, (chunk.logprob for chunk in seen)):
+            click.echo(line)
         click.echo(summary(last.stats, last.finish_reason or ""), err=True)
         for line in [*engine.notes, *changes(last.stats), *(details(last.stats) if stats else [])]:
             click.echo(f"[{line}]", err=True)
 
 
 def _print_result(engine: Any, first: Any, chunks: Any) -> None:
-    text, tokens, logprobs, last = first.text, [first.token], [first.logprob], first
-    for last in chunks:
-        text += last.text
-        tokens.append(last.token)
-        logprobs.append(last.logprob)
-    result = {
-        "text": text,
-        "tokens": [token for token in tokens if token is not None],
-        "finish_reason": last.finish_reason,
-        **last.stats,
-        **about(engine),
-    }
-    if any(logprobs):
-        result["logprobs"] = [
-            {"token": item.token, "logprob": item.logprob, "top": item.top} for item in logprobs if item
-        ]
-    print_json(result)
+    seen = [first, *chunks]
+    print_json(
+        {
+            "text": "".join(chunk.text for chunk in seen),
+            "tokens": [chunk.token for chunk in seen if chunk.token is not None],
+            "finish_reason": seen[-1].finish_reason,
+            **seen[-1].stats,
+            **about(engine),
+            **logprob_fields(chunk.logprob for chunk in seen),
+        }
+    )

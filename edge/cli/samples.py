@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from edge.cli.common import print_json
-from edge.cli.report import about, changes, summary
+from edge.cli.report import about, changes, logprob_fields, logprob_lines, summary
 from flashload.errors import ArgumentError
 
 
@@ -27,12 +27,14 @@ def run_samples(engine: Any, prompt: str, n: int, as_json: bool, **settings: Any
             {"text": one.text, "tokens": one.tokens, "finish_reason": one.finish_reason} for one in found
         ]
         for sample, one in zip(samples, found, strict=True):
-            sample |= one.stats
+            sample |= one.stats | logprob_fields(one.logprobs or ())
         print_json({"samples": samples, **about(engine)})
         return
     for number, one in enumerate(found, 1):
         click.echo(f"--- {number} of {n}, seed {one.stats['seed']}")
         click.echo(prompt + one.text)
+        for line in logprob_lines(engine.tokenizer, one.logprobs or ()):
+            click.echo(line)
     for one in found:
         click.echo(summary(one.stats, one.finish_reason), err=True)
     for line in [*engine.notes, *changes(found[-1].stats)]:

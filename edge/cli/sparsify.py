@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -60,13 +59,10 @@ def command(
     Each neuron's threshold says how small its activation may be before the neuron is left out. It changes the text a
     little: the table says by how much, on the last tenth of the data.
     """
+    from edge.calibration import read_text
     from edge.sparsify import sparsify
-    from flashload.errors import ArgumentError
 
-    try:
-        text = Path(data).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ArgumentError(f"{data}: expected UTF-8 text, found other bytes at {error.start}") from error
+    text = read_text(data)
     with (
         progress_bar("packing", as_json) as on_pack,
         progress_bar("reading", as_json, unit_bytes=False) as on_tokens,
