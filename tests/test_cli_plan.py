@@ -305,6 +305,27 @@ def test_weights_are_planned_as_asked(models: Callable[[str], Path]) -> None:
 
 def test_the_terminal_figure_has_its_size_and_marks(found: ModelPlan) -> None:
     lines = plan_figure.terminal_figure(found, width=50, height=9)
-    assert len(lines) == 9 + 3 and all(len(line) <= 110 for line in lines)
+    assert len(lines) == 9 + 4 and all(len(line) <= 80 for line in lines)
     assert all(mark in "".join(lines[:9]) for mark in "●▲■")
     assert "keep" in lines[-1] and "q4" in lines[-1]
+
+
+def test_few_bits_are_not_advised_for_little(found: ModelPlan) -> None:
+    """A tenth faster at least, or the text of the model as it is."""
+    exact = dataclasses.replace(found.options[0], predicted_tokens_per_second=1.0)
+    for speed, chosen in ((1.05, "keep"), (1.2, "q4")):
+        fewer = dataclasses.replace(exact, weights="q4", predicted_tokens_per_second=speed)
+        assert planning._fastest(exact, [exact, fewer]).weights == chosen
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.614, "0.61"), (45.68, "45.7"), (2971.3, "2971"), (31234.5, "31234")]
+)
+def test_figures_have_no_exponent(value: float, text: str) -> None:
+    assert plan_figure.three_digits(value) == text
+
+
+def test_below_the_floor_the_budget_is_named_once(models: Callable[[str], Path]) -> None:
+    lines = run(models("7b"), "--memory", "1MB", "--context", 512).stdout.splitlines()
+    (advice,) = [line for line in lines if "the least that runs is" in line]
+    assert advice.count("976.56 KiB") == 1
