@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from edge.cli.streams import console
 from tests.tiny import tiny_hf, tiny_llama_gguf
 
 RUN = [sys.executable, "-m", "edge"]
@@ -57,6 +58,8 @@ def test_nobody_reads(pack_file: Path) -> None:
         done = shell('"$@" | true; exit ${PIPESTATUS[0]}', command, pack_file, *more)
         assert done.returncode == 141, (command, done)
         assert "Traceback" not in done.stderr and "Broken" not in done.stderr
+    done = shell('"$@" | head -1; exit ${PIPESTATUS[0]}', "plan", pack_file)  # gone between two tables
+    assert done.returncode in (0, 141) and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
@@ -216,3 +219,13 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(pack_file: Path, tmp_pat
         child.kill()
         child.communicate()
         os.close(ours)
+
+
+def test_a_table_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(text: str) -> int:
+        raise BrokenPipeError
+
+    out = console(80)
+    monkeypatch.setattr(sys.stdout, "write", gone)
+    with pytest.raises(BrokenPipeError):
+        out.print("x")

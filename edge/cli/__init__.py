@@ -19,7 +19,7 @@ _COMMANDS = {
     "sparsify": ("edge.cli.sparsify", "Find neurons that count little and may be left out."),
     "plan": ("edge.cli.plan", "Show where weights would live inside a budget, without loading."),
     "show": ("edge.cli.show", "Show what a model file holds."),
-    "list": ("edge.cli.list", "List shipped and cached models."),
+    "list": ("edge.cli.list_models", "List shipped and cached models."),
     "verify": ("edge.cli.verify", "Check every byte of a pack."),
     "doctor": ("edge.cli.doctor", "Show what this machine offers and what is missing."),
 }

@@ -16,7 +16,7 @@ from edge.cli.common import (
     print_json,
     sparsity_option,
 )
-from edge.cli.streams import is_unicode
+from edge.cli.streams import console, is_unicode
 from flashload.machine import format_bytes
 
 if TYPE_CHECKING:
@@ -107,27 +107,23 @@ def command(
 
 
 def _show(found: ModelPlan, figure: Path | None) -> None:
-    from rich.console import Console
-
     from edge.cli.plan_figure import ASCII, terminal_figure
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    out = console(120)
     first = found.options[0]
     title = f"predicted tokens/s, and seconds to the first token of a prompt of {first.prompt_tokens}"
     click.echo(f"{found.model}: {title}; context {found.context}")
-    console.print(_curve_table(found))
+    out.print(_curve_table(found))
     if any(option.kv == "flash" for option in found.options):
         click.echo("kv: keys and values of a full context partly in a file on the drive")
     for line in terminal_figure(found):
         if not is_unicode(sys.stdout):
             line = line.translate(ASCII)
-        console.print(line, markup=False, highlight=False, no_wrap=True)
-    console.print()
+        out.print(line, markup=False, highlight=False, no_wrap=True)
+    out.print()
     if found.plan is not None:
         click.echo(_placement(found.weights, found.plan))
-        console.print(_parts_table(found, found.plan))
+        out.print(_parts_table(found, found.plan))
     else:
         click.echo(
             f"{format_bytes(found.memory_bytes)} is below the floor of {format_bytes(found.floor_bytes)} "

@@ -5,6 +5,10 @@ from __future__ import annotations
 import io
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def open_streams() -> None:
@@ -34,3 +38,15 @@ def is_unicode(stream: object) -> bool:
     """Whether every character can be written to ``stream``."""
     encoding = str(getattr(stream, "encoding", None) or "utf-8")
     return encoding.lower().replace("-", "").startswith("utf")
+
+
+def console(width: int) -> Console:
+    """Where tables go: as wide as the terminal, or ``width`` columns where stdout is none."""
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    found = Output()
+    return found if found.is_terminal else Output(width=width)

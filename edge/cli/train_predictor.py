@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge.cli.common import json_option, print_json, progress_bar, threads_option, weights_option
+from edge.cli.streams import console
 from flashload.machine import format_bytes
 
 if TYPE_CHECKING:
@@ -143,7 +144,6 @@ def _stages(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _show(report: PredictorReport) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -154,11 +154,8 @@ def _show(report: PredictorReport) -> None:
             table.add_section()
         shares = (f"{share:.1%}" for share in (row.recall, row.precision, row.predicted, row.active))
         table.add_row(name, str(row.rank), *shares, format_bytes(row.bytes))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
     click.echo(f"{report.held_out_tokens:,} held-out tokens, predictors fitted to {report.tokens:,}:")
-    console.print(table)
+    console(100).print(table)
     ratio = report.perplexity_predicted / report.perplexity
     click.echo(
         f"perplexity {report.perplexity:.4g}, with the predictors {report.perplexity_predicted:.4g} (x {ratio:.4f})"
