@@ -30,7 +30,9 @@ def _speed(point: dict[str, Any]) -> str:
 
 
 def _share(point: dict[str, Any]) -> str:
-    """Share of what the drive would allow."""
+    """Share of what the drive would allow; in older documents, of medians."""
+    if share := point.get("drive_share"):
+        return f"{100 * share['median']:.0f} %"
     allowed, speed = point.get("drive_allows_tokens_per_second"), point["tokens_per_second"]
     return f"{100 * speed['median'] / allowed:.0f} %" if allowed and speed else "-"
 
@@ -91,7 +93,8 @@ def _notes(document: dict[str, Any]) -> list[str]:
             f"limits are percent of the model and {document['process_bytes'] / 2**20:g} MiB for the process"
         )
     notes.append(
-        "drive allows: the drive's rate around the run over what a token read, and the share of that reached"
+        "drive allows: the drive's mean rate right before and after a run over what a token of that run read, and the "
+        "share of that reached (medians of the runs)"
     )
     if not any(p.get("joules_per_token") for p in points):
         notes.append("energy: not readable here (no RAPL counter of a processor package)")

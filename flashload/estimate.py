@@ -128,11 +128,10 @@ class _Group:
 
     def seconds(self, machine: Machine, rows: float, share: float = 1.0) -> float:
         """Products of ``rows`` activation rows with ``share`` of the group's weights."""
-        out = 0.0
-        for code, n_bytes in self.bytes.items():
-            compute = self.values[code] * max(rows, 1.0) / machine.macs_per_second(code, max(rows, 1.0))
-            out += share * max(machine.memory_seconds(code, n_bytes), compute)
-        return out
+        return share * sum(
+            machine.product_seconds(code, n_bytes, self.values[code], rows)
+            for code, n_bytes in self.bytes.items()
+        )
 
 
 class CostModel:
@@ -287,7 +286,7 @@ class CostModel:
         neurons = self._neurons.work(plan, 1)
         stream = self._machine.drive.seconds(plan.stream_bytes)
         kv = self._kv_reads(plan, at, 1)
-        read = plan.stream_bytes + expert_bytes + neurons.flash_bytes + kv.flash_bytes
+        read = plan.stream_bytes + neurons.flash_bytes + kv.flash_bytes
         memory = compute + mixture + neurons.seconds + kv.exposed_seconds + self._io_seconds(read)
         # The ring runs on while the head is computed, as far as it has room.
         head = self._head.seconds(self._machine, 1) if plan.stream_bytes else 0.0
@@ -301,7 +300,7 @@ class CostModel:
             prompt_tokens=prompt_tokens,
             memory_seconds=memory,
             flash_seconds=flash + neurons.late_seconds,
-            flash_bytes_per_token=read + row_bytes,
+            flash_bytes_per_token=read + expert_bytes + row_bytes,
             expert_hit_rate=hit,
             bound="drive" if flash + neurons.late_seconds > token / 2 else "memory",
         )
@@ -313,7 +312,7 @@ class CostModel:
     def _mixture_seconds(
         self, hit: float | None, rows: float, at_work: float, idle_seconds: float = 0.0
     ) -> tuple[float, float]:
-        """(seconds, bytes read) of all mixtures when each uses ``at_work`` of its experts, on ``rows`` rows each.
+        """(seconds with those of reading, bytes read) of all mixtures: ``at_work`` experts each, on ``rows`` rows each.
 
         Args:
             idle_seconds: what else the layers of a pass do, when guesses may be read; 0 where nothing is guessed.
@@ -334,10 +333,13 @@ class CostModel:
         guesses = guessing * min(missing, (1 - hit) * max(1.0, idle / read_one))
         read = (missing + (1 - _RIGHT_GUESSES) * guesses) * self._expert_bytes
         ahead = min(idle, guesses * read_one)
-        # All of a layer's reads start together; the last expert read is computed after it has landed.
+        # All of a layer's reads start together. While the drive is waited for, what is at hand is multiplied and what
+        # has landed is checked; the last expert is computed after it has landed. Where none is missing, nothing hides.
         any_miss = 1 - hit**at_work
-        reading = any_miss * machine.drive.first_byte_seconds + machine.drive.seconds(read, self._read_bytes)
-        layer = max(at_work * one, reading - ahead) + any_miss * one / 2
+        reading = machine.drive.first_byte_seconds + machine.drive.seconds(read, self._read_bytes) / any_miss
+        busy = at_work * one + self._io_seconds(read) / any_miss
+        waiting = max(busy, reading - ahead) + one / 2
+        layer = any_miss * waiting + (1 - any_miss) * at_work * one
         return self._n_sparse * layer, self._n_sparse * read
 
     # -- prompt -----------------------------------------------------------------------------------------------------
@@ -345,8 +347,8 @@ class CostModel:
     def _prompt_seconds(self, plan: Plan, n_tokens: int, hit: float | None, row_seconds: float) -> float:
         """A prompt in chunks of ``max_rows``; each chunk is one pass over what streams."""
         total = self._head.seconds(self._machine, 1) + self._token_seconds() + n_tokens * row_seconds
-        # What the first pass writes is memory that nobody has used yet; the experts' is filled by loading.
-        new_bytes = plan.activation_bytes + plan.kv_bytes * n_tokens / plan.context
+        # Keys and values are written to memory that nobody has used yet; all other is made by loading.
+        new_bytes = plan.kv_bytes * n_tokens / plan.context
         total += new_bytes * self._machine.touch_seconds_per_byte
         for first in range(0, n_tokens, plan.max_rows):
             rows = min(plan.max_rows, n_tokens - first)
@@ -372,7 +374,7 @@ class CostModel:
         mixture, expert_bytes = self._mixture_seconds(hit, each, at_work)
         neurons = self._neurons.work(plan, rows)
         kv = self._kv_reads(plan, first + rows / 2, rows)
-        read = plan.stream_bytes + expert_bytes + neurons.flash_bytes + kv.flash_bytes
+        read = plan.stream_bytes + neurons.flash_bytes + kv.flash_bytes
         memory = compute + mixture + neurons.seconds + kv.exposed_seconds + self._io_seconds(read)
         flash = machine.drive.seconds(plan.stream_bytes) + machine.drive.seconds(expert_bytes)
         return neurons.late_seconds + max(memory, flash + neurons.flash_seconds + kv.flash_seconds)

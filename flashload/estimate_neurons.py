@@ -193,6 +193,4 @@ class NeuronCost:
         return self._seconds(n_bytes, *_LIKE[WeightFormat(code)], 1) if rate is None else n_bytes / rate.axpy
 
     def _seconds(self, n_bytes: float, kind: WeightFormat, value_bytes: float, rows: float) -> float:
-        rows = max(rows, 1.0)
-        compute = n_bytes / value_bytes * rows / self._machine.macs_per_second(int(kind), rows)
-        return max(self._machine.memory_seconds(int(kind), n_bytes), compute)
+        return self._machine.product_seconds(int(kind), n_bytes, n_bytes / value_bytes, rows)

@@ -90,19 +90,26 @@ def neuron_use(metadata: Mapping[str, Any], activation: str) -> NeuronUse:
     """What a pack's metadata says, measured when its predictor was trained; the usual where it says nothing."""
     said = metadata.get("predictor")
     said = said if isinstance(said, Mapping) else {}
-
-    def figure(key: str, most: float) -> float | None:
-        value = said.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
-            return None
-        return float(value)
-
     if activation != "relu":
         return NeuronUse(1.0)  # others leave no neuron at zero
-    active, falloff = figure("active", 1.0), figure("falloff", _MOST_FALLOFF)
-    # Made packs with the statistics of a known model (bench.synth_sparse) hold the most used first.
-    in_order = "calibrated_to" in metadata
-    return NeuronUse(active or ACTIVE_SHARE, figure("predicted", 1.0), falloff or _FALLOFF, in_order)
+    active, falloff = _figure(said, "active", 1.0), _figure(said, "falloff", _MOST_FALLOFF)
+    predicted = _figure(said, "predicted", 1.0)
+    # Made packs with the statistics of a known model (bench.synth_sparse): they hold the most used first.
+    made = metadata.get("calibrated_to")
+    if isinstance(made, Mapping):
+        active = active or _figure(made, "active", 1.0)
+        missed, alarms = _figure(made, "missed", 1.0), _figure(made, "false_alarms", 1.0)
+        if active and missed and alarms:
+            predicted = predicted or active * (1 - missed) + (1 - active) * alarms
+    return NeuronUse(active or ACTIVE_SHARE, predicted, falloff or _FALLOFF, made is not None)
+
+
+def _figure(said: Mapping[str, Any], key: str, most: float) -> float | None:
+    """A number above 0, at most ``most``; None for anything else."""
+    value = said.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+        return None
+    return float(value)
 
 
 def measure_falloff(layers: Sequence[NDArray[np.bool_]]) -> float:

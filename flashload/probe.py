@@ -132,6 +132,16 @@ class Machine:
         """Products of one row with ``n_bytes`` of weights that lie in memory, as far as memory holds them back."""
         return n_bytes / (self.bus_bytes_per_second * self.memory_shares.get(weight_format, 1.0))
 
+    def product_seconds(self, weight_format: int, n_bytes: float, n_values: float, rows: float) -> float:
+        """Products of ``rows`` rows with ``n_values`` weights that lie in memory.
+
+        While weights arrive one row is multiplied with them; what more rows take is added to that, not hidden behind
+        it: 32 rows of Q4_0 did 540 G a second with weights in cache and 455 from memory, 8 rows 510 and 300.
+        """
+        one = n_values / self.macs_per_second(weight_format, 1.0)
+        more = n_values * rows / self.macs_per_second(weight_format, rows) - one if rows > 1 else 0.0
+        return max(self.memory_seconds(weight_format, n_bytes), one) + max(0.0, more)
+
     def missing(self, formats: Collection[int]) -> list[int]:
         """Of these formats those that were not measured in memory."""
         known = {*self.memory_shares, *self.neurons}

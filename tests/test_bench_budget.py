@@ -14,10 +14,10 @@ import pytest
 
 pytest.importorskip("psutil")
 
-from bench import budget, budget_cells, budget_suite, budget_tables, peers, report
+from bench import budget, budget_cells, budget_suite, budget_tables, machine, peers, report
 from bench.budget_cells import Cells
 from bench.budget_figure import plot_speed_over_memory
-from bench.cgroup import cgroup_refusal
+from bench.cgroup import Finished, cgroup_refusal
 from bench.children import protocol
 from tests.neuron_packs import by_neuron, tiny_relu
 from tests.tiny import tiny_llama_gguf
@@ -148,6 +148,32 @@ def test_another_file_is_another_cell(tmp_path: Path) -> None:
         budget_cells.asked_of("edge", request, 2),
     ]
     assert asked not in changed
+
+
+def test_a_run_is_compared_with_the_mean_rate_around_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """2 and 6 around the first run, which is 3 on average (all bytes over all time), 4 and 4 around the other."""
+    rates = iter((2e9, 6e9, 4e9, 4e9))
+    results = iter(((2.0, 1e9), (3.0, 1e9)))
+
+    def run(system: str, _: peers.Request) -> peers.Run:
+        speed, read = next(results)
+        finished = Finished(0, False, "", "", 1.0, 1.0, 0, 0)
+        found = {"decode_tokens_per_second": speed, "read_bytes_per_token": read}
+        return peers.Run(system, finished, None, found, None, 0.0)
+
+    monkeypatch.setattr(machine, "drive_rate", lambda _: {"bytes_per_second": next(rates)})
+    monkeypatch.setattr(machine, "read_bandwidth", lambda _: {"median": 4e10})
+    monkeypatch.setattr(machine, "drop_cache", lambda _: "not at all")
+    monkeypatch.setattr(machine, "cached_share", lambda _: 0.0)
+    monkeypatch.setattr(peers, "run", run)
+    weights = budget.read_weights(tiny_llama_gguf(tmp_path / "m.gguf"))
+    point = budget_cells.measure_cell("edge", peers.Request(tmp_path / "m.gguf", 2, 100), weights, 50, 2)
+    assert point["drive_bytes_per_second"]["low"] == pytest.approx(3e9)
+    assert point["drive_allows_tokens_per_second"] == pytest.approx(3.5)
+    assert point["drive_share"]["low"] == pytest.approx(2 / 3)
+    assert point["drive_share"]["high"] == pytest.approx(3 / 4)
 
 
 @pytest.fixture

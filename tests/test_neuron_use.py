@@ -63,6 +63,11 @@ def test_nothing_open_tells_nothing() -> None:
         ({"predictor": {"active": True, "predicted": -1, "falloff": 1e9}}, NeuronUse()),
         ({"predictor": []}, NeuronUse()),
         ({"calibrated_to": {}}, NeuronUse(in_order=True)),
+        (
+            {"calibrated_to": {"active": 0.25, "missed": 0.5, "false_alarms": 0.5}},
+            NeuronUse(0.25, 0.5, in_order=True),
+        ),
+        ({"calibrated_to": {"active": 0.2}, "predictor": {"active": 0.1}}, NeuronUse(0.1, in_order=True)),
     ],
 )
 def test_what_metadata_says_of_neurons(said: dict[str, Any], expected: NeuronUse) -> None:

@@ -38,6 +38,12 @@ void Block::release() {
   bytes_ = 0;
 }
 
+void Block::populate() {
+#ifdef MADV_POPULATE_WRITE
+  if (data_ != nullptr) (void)madvise(data_, bytes_, MADV_POPULATE_WRITE);
+#endif
+}
+
 Result<Block> Budget::reserve(uint64_t bytes, const char* tag) {
   const uint64_t rounded = whole_pages(std::min(bytes, kMostBytes + 1));
   std::lock_guard lock(mutex_);

@@ -32,6 +32,9 @@ class Block {
   template <typename T>
   T* as() const { return reinterpret_cast<T*>(data_); }
   void release();
+  // Has the system make all pages now, where it can: otherwise it makes and clears them as they are written to, within
+  // whatever is being timed then.
+  void populate();
 
  private:
   friend class Budget;

@@ -65,6 +65,7 @@ Result<Scratch> Scratch::create(const DecoderConfig& config, int64_t max_rows, i
                                 Budget& budget) {
   Scratch scratch;
   EDGE_ASSIGN(scratch.memory, budget.reserve(bytes(config, max_rows, context, n_threads), "activations"));
+  scratch.memory.populate();  // the first prompt writes all of it
   carve(scratch, scratch.memory.data(), config, max_rows, context, n_threads);
   return scratch;
 }
