@@ -16,6 +16,7 @@ from flashload.errors import (
     ArgumentError,
     BudgetError,
     CancelledError,
+    CorruptError,
     DiskError,
     ModelFileError,
 )
@@ -244,6 +245,31 @@ def test_a_warm_file_is_read_through_the_cache(path: str) -> None:
             pytest.skip("the file system is memory")
         check_all(open_store(path, RESIDENT))
         assert not any(_edge.page_cached(path, at, PAGE) for at in range(PAGE, size, PAGE))
+
+
+def test_a_large_warm_file_is_copied_by_several_threads(tmp_path: Path) -> None:
+    """Every byte lands where it belongs, damage is found wherever it is, and one failing loader ends the others."""
+    numbers = np.random.default_rng(5)
+    data = [numbers.bytes(3 << 20) for _ in range(8)]
+    pack = Pack(
+        [
+            Entry(f"w{i}", F32_VECTOR, 1, len(one) // 4, data=one, chunk_bytes=1 << 16)
+            for i, one in enumerate(data)
+        ]
+    )
+    path = pack.write(tmp_path / "a.edge")
+    progress = _edge.LoadProgress()
+    store = _edge.WeightStoreTest(str(path), [RESIDENT] * len(data), progress=progress)
+    assert [store.acquire(i) for i in range(len(data))] == data
+    assert progress.done_bytes == progress.total_bytes == store.stats()["load_bytes"]
+    whole = path.read_bytes()
+    for at in (whole.index(data[0]), whole.index(data[-1]) + len(data[-1]) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CorruptError):
+            _edge.WeightStoreTest(str(path), [RESIDENT] * len(data))
+        path.write_bytes(whole)
+    with pytest.raises(DiskError):
+        _edge.WeightStoreTest(str(path), [RESIDENT] * len(data), fault="eio@3")
 
 
 def test_a_file_that_is_gone_or_cut(tmp_path: Path) -> None:

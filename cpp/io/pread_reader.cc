@@ -13,7 +13,8 @@
 namespace edge {
 namespace {
 
-// Eight 1 MiB reads keep a flash drive busy. Cached pages are copied by the cores: more threads than cores only queue.
+// Eight 1 MiB reads keep a flash drive busy. Cached pages are copied by the cores: more threads than cores only queue, and
+// one read at a time is copied by who asks for it.
 constexpr int kMaxThreads = 8;
 
 class PreadReader final : public BlockReader {
@@ -22,7 +23,7 @@ class PreadReader final : public BlockReader {
       : file_(std::move(file)), faults_(std::move(faults)), queue_(&file_), depth_(depth) {
     int n_threads = std::min(depth, kMaxThreads);
     const int n_cores = static_cast<int>(std::thread::hardware_concurrency());
-    if (file_.keep_cache()) n_threads = std::clamp(n_cores, 1, n_threads);
+    if (file_.keep_cache()) n_threads = depth == 1 ? 0 : std::clamp(n_cores, 1, n_threads);
     for (int i = 0; i < n_threads; ++i) threads_.emplace_back([this] { work(); });
   }
 
@@ -41,6 +42,10 @@ class PreadReader final : public BlockReader {
       std::unique_lock lock(mutex_);
       done_.wait(lock, [&] { return queue_.n_open() < static_cast<size_t>(depth_); });
       queue_.add(request);
+      if (threads_.empty()) {
+        while (read_next(lock)) {}
+        return {};
+      }
     }
     if (request.bytes > kPieceBytes) work_.notify_all();
     else work_.notify_one();
@@ -71,19 +76,22 @@ class PreadReader final : public BlockReader {
   void work() {
     std::unique_lock lock(mutex_);
     while (!stop_) {
-      Piece piece;
-      if (!queue_.next(&piece)) {
-        work_.wait(lock);
-        continue;
-      }
-      lock.unlock();
-      const ssize_t got = pread(file_.fd(), piece.into, piece.bytes, static_cast<off_t>(piece.offset));
-      const int64_t result = faults_.apply(piece.read_index, got < 0 ? -errno : got, piece.into);
-      file_.drop(piece.offset, piece.bytes);
-      lock.lock();
-      queue_.landed(piece, result);
-      if (queue_.has_finished()) done_.notify_one();
+      if (!read_next(lock)) work_.wait(lock);
     }
+  }
+
+  // False when no piece waits.
+  bool read_next(std::unique_lock<std::mutex>& lock) {
+    Piece piece;
+    if (!queue_.next(&piece)) return false;
+    lock.unlock();
+    const ssize_t got = pread(file_.fd(), piece.into, piece.bytes, static_cast<off_t>(piece.offset));
+    const int64_t result = faults_.apply(piece.read_index, got < 0 ? -errno : got, piece.into);
+    file_.drop(piece.offset, piece.bytes);
+    lock.lock();
+    queue_.landed(piece, result);
+    if (queue_.has_finished()) done_.notify_one();
+    return true;
   }
 
   ReadFile file_;

@@ -1,16 +1,24 @@
 #include "store/resident.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <thread>
 
-#include "store/read_run.h"
+#include "store/fill.h"
+#include "store/fresh_pages.h"
 
 namespace edge {
 namespace {
+
+// From how much on further threads help to load, and how many.
+constexpr uint64_t kWorthwhileBytes = 16 << 20;
+constexpr int kMostHelpers = 7;
+// What one thread copies at a time: long enough that two of them rarely meet in a page of the cache.
+constexpr uint64_t kStretchBytes = 8 << 20;
+
+size_t helping_cores() {
+  return static_cast<size_t>(std::clamp(static_cast<int>(std::thread::hardware_concurrency()) - 1, 0, kMostHelpers));
+}
 
 // Warm = every byte is in the page cache already: copying beats the drive, and nothing new is cached.
 bool warm(const std::string& path, const PackDirectory& directory, const std::vector<WeightId>& weights) {
@@ -24,42 +32,6 @@ bool warm(const std::string& path, const PackDirectory& directory, const std::ve
   }
   return !weights.empty();
 }
-
-// Makes the pages of a block from its end on, while what is read fills it from its beginning. The system clears every fresh
-// page, which takes longer than reading it from a fast drive, and a direct read has that done by the thread that submits.
-class Pages {
- public:
-  Pages(std::byte* data, uint64_t bytes) : data_(data), left_(static_cast<int64_t>(bytes)) {
-    if (bytes < kWorthwhileBytes) return;
-    const int cores = static_cast<int>(std::thread::hardware_concurrency());
-    for (int i = 0; i < std::min(cores - 1, kMostThreads); ++i) threads_.emplace_back([this] { make(); });
-  }
-  ~Pages() {
-    left_ = 0;
-    for (std::thread& thread : threads_) thread.join();
-  }
-  Pages(const Pages&) = delete;
-  Pages& operator=(const Pages&) = delete;
-
- private:
-  static constexpr uint64_t kWorthwhileBytes = 64 << 20;
-  static constexpr int64_t kPieceBytes = 8 << 20;
-  static constexpr int kMostThreads = 3;
-
-  void make() {
-#ifdef MADV_POPULATE_WRITE
-    for (;;) {
-      const int64_t end = left_.fetch_sub(kPieceBytes), begin = std::max<int64_t>(end - kPieceBytes, 0);
-      // Where the system does not know this, pages come as they are touched.
-      if (end <= 0 || madvise(data_ + begin, static_cast<size_t>(end - begin), MADV_POPULATE_WRITE) != 0) return;
-    }
-#endif
-  }
-
-  std::byte* data_;
-  std::atomic<int64_t> left_;
-  std::vector<std::thread> threads_;
-};
 
 }  // namespace
 
@@ -114,10 +86,7 @@ Status Resident::load(const std::string& path, std::vector<WeightId> weights, co
     if (to != from) std::memmove(to, from, bytes);
     data = to;
   }
-  const Status status = [&] {
-    const Pages pages(memory_.data(), memory_.bytes());
-    return read(path, missing, options);
-  }();
+  const Status status = read(path, missing, options);
   if (!status.ok()) {
     for (const WeightId weight : missing) data_[static_cast<size_t>(weight)] = nullptr;
     keep(weights);
@@ -128,47 +97,32 @@ Status Resident::load(const std::string& path, std::vector<WeightId> weights, co
 }
 
 Status Resident::read(const std::string& path, const std::vector<WeightId>& weights, const StoreOptions& options) {
+  Fill fill(path, directory_, weights, data_, options.progress);
   ReaderOptions how = reader_options(options);
-  if (how.direct && warm(path, directory_, weights)) {
+  const size_t n_helpers = memory_.bytes() < kWorthwhileBytes ? 0 : helping_cores();
+  FreshPages pages(memory_.data(), memory_.bytes(), n_helpers, options.progress);
+  const bool copies = how.direct && warm(path, directory_, weights);
+  if (copies) {
     how.direct = false;
     how.keep_cache = true;
-    // Copies out of the cache run in the thread that asks for them: the pool spreads them over the cores.
+    // Out of the page cache each thread copies for itself: a queue would only hand the same work on.
+    how.depth = 1;
     if (how.engine == "auto") how.engine = "pread";
   }
-  EDGE_ASSIGN(const std::unique_ptr<BlockReader> reader, open_reader(path, how));
-  io_engine_ = reader->engine();
-  io_direct_ = reader->direct();
-
-  std::vector<ReadRun> flying(static_cast<size_t>(reader->depth()));
-  std::vector<size_t> free_slots;
-  for (size_t slot = 0; slot < flying.size(); ++slot) free_slots.push_back(slot);
-  size_t next = 0;     // into weights
-  uint64_t begin = 0;  // of that weight
-  Status first;
-  while (true) {
-    if (first.ok() && options.progress != nullptr && options.progress->cancel) {
-      first = error(Code::kCancelled, "%s: loading was cancelled", path.c_str());
-    }
-    while (first.ok() && next < weights.size() && !free_slots.empty()) {
-      const size_t slot = free_slots.back();
-      free_slots.pop_back();
-      ReadRun& run = flying[slot] = ReadRun{};
-      while (next < weights.size() &&
-             extend_run(&run, directory_, weights[next], data_[static_cast<size_t>(weights[next])], &begin)) {
-        ++next;
-        begin = 0;
-      }
-      first = reader->submit(run.request(slot));
-      if (!first.ok()) free_slots.push_back(slot);
-    }
-    if (free_slots.size() == flying.size()) return first;
-    EDGE_ASSIGN(const ReadCompletion completion, reader->wait());
-    const ReadRun& run = flying[completion.tag];
-    if (first.ok()) first = completion.status.ok() ? check_run(run, directory_) : completion.status;
-    load_bytes_ += run.bytes;
-    if (options.progress != nullptr) options.progress->done_bytes += run.bytes;
-    free_slots.push_back(completion.tag);
+  std::vector<std::unique_ptr<BlockReader>> readers;
+  while (readers.size() < 1 + (copies ? n_helpers : 0)) {
+    EDGE_ASSIGN(std::unique_ptr<BlockReader> reader, open_reader(path, how));
+    readers.push_back(std::move(reader));
   }
+  io_engine_ = readers[0]->engine();
+  io_direct_ = readers[0]->direct();
+  if (copies && n_helpers > 0) pages.make();
+  std::vector<std::thread> helpers;
+  for (size_t i = 1; i < readers.size(); ++i) helpers.emplace_back([&, i] { fill.load(*readers[i], kStretchBytes); });
+  fill.load(*readers[0], copies ? kStretchBytes : kRunBytes);
+  for (std::thread& helper : helpers) helper.join();
+  load_bytes_ += fill.bytes();
+  return fill.status();
 }
 
 Result<Lease> Resident::acquire(WeightId weight, RowSet rows) {
