@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Texts of one pass when the caller names no number: beyond, a pass takes as much longer as it brings.
 MAX_PARALLEL = 16
+#: How long the core goes on by itself: a small model's pass is as short as what happens here between two.
+_BURST_MS = 4.0
 
 
 @dataclass
@@ -207,7 +209,7 @@ def _texts(
                 with engine._passes.next():
                     _start(engine, job, config, trunk.fork(n_shared) if forks else trunk)
                 running.append(job)
-            yield from _pass(engine, running)
+            yield from _passes(engine, running)
             for job in [job for job in running if job.writer.ended]:
                 running.remove(job)
                 yield job.finish()
@@ -242,20 +244,30 @@ def _start(engine: Engine, job: _Job, config: GenerationConfig, text: _edge.Sequ
     job.sampler = _edge.Sampler(config.sampling(job.seed), engine.vocab_size)
 
 
-def _pass(engine: Engine, running: list[_Job]) -> Generator[Chunk, None, None]:
-    """One pass of all that run; a chunk for each token drawn."""
+def _passes(engine: Engine, running: list[_Job]) -> Generator[Chunk, None, None]:
+    """One pass of all that run, or as many as a moment holds; a chunk for each token drawn."""
     active = [job for job in running if not job.writer.ended]
     if not active:
         return
     engine._relieve()
-    lanes = [(job.text, job.sampler) for job in active if job.text is not None and job.sampler is not None]
+    lanes = [
+        (job.text, job.sampler, job.writer.n_left)
+        for job in active
+        if job.text is not None and job.sampler is not None
+    ]
+    ends = list(active[0].writer.eos)
     with engine._passes.next():
         # Another budget may have left fewer rows for a pass than there are texts.
         n, core = engine.plan.max_rows, engine._open_core()
-        step = [drawn for i in range(0, len(lanes), n) for drawn in _edge.step(core, lanes[i : i + n])]
-    for job, drawn in zip(active, step, strict=True):
-        if drawn is None:
-            continue
-        if job.writer.n_generated == 0 and job.meter is not None:
-            job.meter.prefilled(len(job.tokens))
-        yield job.writer.push(*drawn)
+        ms = _BURST_MS if len(lanes) <= n else 0.0
+        drawn = [of for i in range(0, len(lanes), n) for of in _edge.step(core, lanes[i : i + n], ms, ends)]
+    for number in range(max(map(len, drawn))):
+        for job, tokens in zip(active, drawn, strict=True):
+            # Behind a stop string nothing more is wanted.
+            if number >= len(tokens) or job.writer.ended:
+                continue
+            if engine._cancelled:
+                raise CancelledError("the texts were cancelled")
+            if job.writer.n_generated == 0 and job.meter is not None:
+                job.meter.prefilled(len(job.tokens))
+            yield job.writer.push(*tokens[number])

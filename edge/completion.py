@@ -71,6 +71,8 @@ class StopScanner:
 
     def push(self, text: str) -> str:
         """Text that is safe to show now; after a stop string :attr:`stopped` is set and nothing more comes."""
+        if not self._stops:
+            return text
         if self.stopped:
             return ""
         self._held += text

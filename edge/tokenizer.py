@@ -22,6 +22,8 @@ from flashload.machine import trim_memory
 from flashload.vocab_build import SPACE, Vocab
 
 _T = TypeVar("_T")
+#: Tokens whose bytes are remembered, in some 200 KB.
+_MOST_BYTES_KNOWN = 2048
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
 
@@ -120,6 +122,7 @@ class Tokenizer:
         self._prefix = self._affix("prefix_ids", "add_bos", self.bos_id)
         self._suffix = self._affix("suffix_ids", "add_eos", self.eos_ids[0] if self.eos_ids else None)
         self._decoding = _Decoding(inner)
+        self._bytes: dict[int, bytes] = {}
         self._inner = inner
         self._add_stand_ins()
 
@@ -219,6 +222,14 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes ``token_id`` adds to a text; empty for an id without a token (a model's padding rows)."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            if len(self._bytes) >= _MOST_BYTES_KNOWN:
+                self._bytes.clear()
+            known = self._bytes[token_id] = self._bytes_of(token_id)
+        return known
+
+    def _bytes_of(self, token_id: int) -> bytes:
         if token_id in self._added:
             content, special = self._added[token_id]
             if not special and self._decoding.spaces:

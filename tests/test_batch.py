@@ -230,11 +230,11 @@ def test_a_fork_and_its_trunk_go_separate_ways(engine: edge.Engine) -> None:
     fork.set_tokens([*SHARED, 30])
     found = [trunk.tokens[len(SHARED) + 1 :], []]
     for _ in range(8):
-        found[1].append(_edge.step(core, [(fork, sampler)])[0][0])  # type: ignore[index]
+        found[1].append(_edge.step(core, [(fork, sampler, 1)])[0][0][0])
         found[0].append(trunk.next(sampler)[0])
     del trunk
     other.set_tokens([*SHARED, 9])
-    again = [_edge.step(core, [(other, sampler)])[0][0] for _ in range(8)]  # type: ignore[index]
+    again = [_edge.step(core, [(other, sampler, 1)])[0][0][0] for _ in range(8)]
     assert found[0][:8] == expected[0] == again and found[1] == expected[1]
 
 
@@ -243,11 +243,35 @@ def test_what_a_pass_refuses(engine: edge.Engine) -> None:
     sampler = _edge.Sampler(edge.GenerationConfig(temperature=0).sampling(1), engine.vocab_size)
     text = _edge.Sequence(core)
     with pytest.raises(ArgumentError, match="none pending"):
-        _edge.step(core, [(text, sampler)])
+        _edge.step(core, [(text, sampler, 1)])
     text.set_tokens([1, 2])
     with pytest.raises(ArgumentError, match="it twice"):
-        _edge.step(core, [(text, sampler), (text, sampler)])
+        _edge.step(core, [(text, sampler, 1), (text, sampler, 1)])
     with pytest.raises(ArgumentError, match="found 0"):
         _edge.step(core, [])
     with pytest.raises(ArgumentError, match=r"fork: expected 0\.\.2 tokens"):
         text.fork(3)
+
+
+def test_passes_of_a_moment_are_those_of_single_steps(engine: edge.Engine) -> None:
+    core = engine._open_core()
+    config = edge.GenerationConfig(temperature=0.8)
+    prompts, limits = ([1, 2, 3], [4, 5], [6] * 9), (7, 3, 5)
+
+    def lane(number: int) -> tuple[_edge.Sequence, _edge.Sampler, int]:
+        text = _edge.Sequence(core)
+        text.set_tokens(prompts[number])
+        return text, _edge.Sampler(config.sampling(number), engine.vocab_size), limits[number]
+
+    def single(number: int) -> list[int]:
+        one = [lane(number)]
+        return [_edge.step(core, one)[0][0][0] for _ in range(limits[number])]
+
+    def moment(numbers: range, ends: tuple[int, ...] = ()) -> list[list[int]]:
+        drawn = _edge.step(core, [lane(number) for number in numbers], 60_000, ends)
+        return [[one[0] for one in of_one] for of_one in drawn]
+
+    expected = [single(number) for number in range(3)]
+    assert moment(range(3)) == expected
+    end = expected[0][2]
+    assert moment(range(1), (end,)) == [expected[0][: expected[0].index(end) + 1]]

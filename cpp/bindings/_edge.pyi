@@ -70,8 +70,11 @@ class Sequence:
     def hidden(self) -> NDArray[np.float32]: ...
 
 def step(
-    engine: Engine, lanes: _Sequence[tuple[Sequence, Sampler]]
-) -> list[tuple[int, float, list[tuple[int, float]]] | None]: ...
+    engine: Engine,
+    lanes: _Sequence[tuple[Sequence, Sampler, int]],
+    ms: float = 0.0,
+    ends: _Sequence[int] = (),
+) -> list[list[tuple[int, float, list[tuple[int, float]]]]]: ...
 
 class Speculator:
     def __init__(self, engine: Engine) -> None: ...

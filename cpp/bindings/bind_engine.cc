@@ -198,20 +198,22 @@ void bind(py::module_& module) {
 
   module.def(
       "step",
-      [](Engine& engine, const std::vector<std::pair<Sequence*, Sampler*>>& pairs) {
+      [](Engine& engine, const std::vector<std::tuple<Sequence*, Sampler*, int64_t>>& given, double ms,
+         const std::vector<int32_t>& ends) {
         std::vector<Sequence::Lane> lanes;
-        for (const auto& [text, sampler] : pairs) lanes.push_back({text, sampler});
-        const auto drawn = value(run([&] { return Sequence::step(engine, lanes); }));
+        for (const auto& [text, sampler, max_tokens] : given) lanes.push_back({text, sampler, max_tokens});
+        const auto drawn = value(run([&] { return Sequence::run(engine, lanes, ms, ends); }));
         py::list out;
-        for (const auto& token : drawn) {
-          if (token) out.append(py::make_tuple(token->token, token->logprob, token->top));
-          else out.append(py::none());
+        for (const auto& tokens : drawn) {
+          py::list of_one;
+          for (const SampledToken& token : tokens) of_one.append(py::make_tuple(token.token, token.logprob, token.top));
+          out.append(std::move(of_one));
         }
         return out;
       },
-      py::arg("engine"), py::arg("lanes"),
-      "One pass over pending tokens of several (Sequence, Sampler); a drawn (token, logprob, top) each, None while more is "
-      "pending.");
+      py::arg("engine"), py::arg("lanes"), py::arg("ms") = 0.0, py::arg("ends") = std::vector<int32_t>(),
+      "Passes over pending tokens of several (Sequence, Sampler, tokens it may get), until ms have passed: the drawn (token, "
+      "logprob, top) of each. A text gets nothing while more of it is pending, and no more behind one of `ends`.");
   module.def(
       "fixed_bytes",
       [](const py::dict& decoder, int64_t context, int64_t max_rows, int n_threads) {

@@ -43,15 +43,20 @@ class Sequence {
   // budget is asked for its logits only when it is advanced by itself.
   Result<std::unique_ptr<Sequence>> fork(int64_t n_tokens);
   Engine& engine() const { return engine_; }
-  // A text and what draws its tokens.
+  // A text, what draws its tokens, and how many it may get at once.
   struct Lane {
     Sequence* text = nullptr;
     Sampler* sampler = nullptr;
+    int64_t max_tokens = 1;
   };
   // One forward pass over pending tokens of several texts of one engine, at most max_rows together and at least one of
   // each. Texts that nothing is pending of afterwards are drawn a token, which is appended: as next() would, to the bit.
   // On error all texts are as before.
   static Result<std::vector<std::optional<SampledToken>>> step(Engine& engine, std::span<const Lane> lanes);
+  // step() again and again, until `ms` have passed or no text may get more: what each was drawn. A text ends with one of
+  // `ends`, or with its max_tokens. At least one step. After an error texts hold what they were drawn until then.
+  static Result<std::vector<std::vector<SampledToken>>> run(Engine& engine, std::span<const Lane> lanes, double ms,
+                                                            std::span<const int32_t> ends);
   // For tests and benchmarks, which put keys and values there that no text gave.
   KvCache& kv() { return kv_; }
   // Changes when the text does other than at its end; no two sequences ever have the same.

@@ -1,5 +1,6 @@
 // Several texts in one pass: the weights are read once for all of them, which is what a pass of one text waits for.
 #include <algorithm>
+#include <chrono>
 #include <vector>
 
 #include "engine/sequence.h"
@@ -88,6 +89,36 @@ Result<std::vector<std::optional<SampledToken>>> Sequence::step(Engine& engine, 
     lanes[i].text->tokens_.push_back(out[i]->token);
     lanes[i].text->has_logits_ = false;
   }
+  return out;
+}
+
+Result<std::vector<std::vector<SampledToken>>> Sequence::run(Engine& engine, std::span<const Lane> lanes, double ms,
+                                                             std::span<const int32_t> ends) {
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point until = Clock::now() + std::chrono::microseconds(static_cast<int64_t>(1000 * ms));
+  std::vector<std::vector<SampledToken>> out(lanes.size());
+  std::vector<Lane> active(lanes.begin(), lanes.end());
+  std::vector<size_t> at(lanes.size());
+  for (size_t i = 0; i < at.size(); ++i) at[i] = i;
+  do {
+    EDGE_ASSIGN(auto drawn, step(engine, active));
+    size_t n_left = 0;
+    for (size_t i = 0; i < active.size(); ++i) {
+      const Lane lane = active[i];
+      const size_t from = at[i];
+      bool ended = false;
+      if (std::optional<SampledToken>& token = drawn[i]) {
+        ended = std::find(ends.begin(), ends.end(), token->token) != ends.end();
+        out[from].push_back(std::move(*token));
+        ended = ended || static_cast<int64_t>(out[from].size()) >= lane.max_tokens;
+      }
+      if (ended) continue;
+      active[n_left] = lane;
+      at[n_left++] = from;
+    }
+    active.resize(n_left);
+    at.resize(n_left);
+  } while (!active.empty() && Clock::now() < until);
   return out;
 }
 
