@@ -268,13 +268,16 @@ def _file_to_read(place: Path, candidates: Sequence[Path]) -> Iterator[Path]:
             if file.stat().st_size >= _LEAST_FILE_BYTES and file.stat().st_dev == place.stat().st_dev:
                 yield file
                 return
-    with tempfile.NamedTemporaryFile(dir=place, prefix=".probe-", suffix=".tmp") as made:
+    # Without a name where the system can do that: whatever ends this process, no file stays.
+    by_number = Path("/proc/self/fd")
+    make = tempfile.TemporaryFile if by_number.is_dir() else tempfile.NamedTemporaryFile
+    with make(dir=place, prefix=".probe-", suffix=".tmp") as made:
         # Random, because some drives and file systems store zeros and repeats as nothing.
         for _ in range(_TEMPORARY_BYTES >> 22):
             made.write(os.urandom(4 << 20))
         made.flush()
         os.fsync(made.fileno())
-        yield Path(made.name)
+        yield by_number / str(made.fileno()) if by_number.is_dir() else Path(made.name)
 
 
 def _existing(folder: Path) -> Path:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import _edge
 import pytest
 
 from flashload import calibrate, probe, probe_kernels
@@ -135,7 +136,7 @@ class Counted:
 
     def drive(self, path: Path) -> DriveRate:
         self.calls += 1
-        self.read = path
+        self.read = Path(os.readlink(path)) if path.is_symlink() else path  # a file without a name
         self.read_bytes = path.stat().st_size
         return drive()
 
@@ -236,7 +237,8 @@ def refuse(*_: Any, **__: Any) -> None:
 def test_a_full_drive_is_assumed_and_said(
     tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe.tempfile, "NamedTemporaryFile", refuse)
+    for name in ("TemporaryFile", "NamedTemporaryFile"):
+        monkeypatch.setattr(probe.tempfile, name, refuse)
     found = probe.probe(tmp_path, 2)
     assert not found.drive.measured and "No space left" in found.drive.note
     assert any("could not be kept" in note for note in found.notes)
@@ -256,3 +258,12 @@ def test_the_file_system_is_named(tmp_path: Path) -> None:
 def test_json_round_trip() -> None:
     one = machine()
     assert probe.machine_from(json.loads(json.dumps(one.to_dict()))) == one
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="files without a name need /proc")
+def test_a_file_to_read_has_no_name(tmp_path: Path) -> None:
+    """Nothing of it stays, whatever ends the process."""
+    with probe._file_to_read(tmp_path, []) as path:
+        assert path.stat().st_size >= 64 << 20 and path.stat().st_dev == tmp_path.stat().st_dev
+        assert list(tmp_path.iterdir()) == []
+        assert _edge.bench_read(str(path), bytes_per_request=1 << 20, depth=4, seconds=0.01)["bytes"] > 0

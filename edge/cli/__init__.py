@@ -5,6 +5,7 @@ Each command lives in the module named here and is imported when it is called, s
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
 from typing import Any, NoReturn
@@ -63,13 +64,15 @@ def cli() -> None:
 def main() -> None:
     """Entry point.
 
-    Exit status: 0, 1 for typed errors (one line on stderr), 2 for usage, 130 after Ctrl-C, 141 when nobody reads stdout
-    any more. With ``--json`` errors are one JSON object on stdout besides.
+    Exit status: 0, 1 for typed errors (one line on stderr), 2 for usage, 130 after Ctrl-C, 143 after SIGTERM, 141 when
+    nobody reads stdout any more. With ``--json`` errors are one JSON object on stdout besides.
     """
     from edge.cli.streams import discard_output, open_streams
     from flashload.errors import EdgeError
 
     open_streams()
+    # By default it would end the process where it stands, and leave half-written files behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -126,11 +126,14 @@ def test_killed_at_any_moment(n_written: int, source: Path, expected: list[int],
     check_kill(source, tmp_path, expected, n_written)
 
 
-def test_ctrl_c_while_packing(source: Path, expected: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "stopped"), (signal.SIGTERM, "")])
+def test_stopped_while_packing(
+    number: int, said: str, source: Path, expected: list[int], tmp_path: Path
+) -> None:
     process = start_and_stop(source, tmp_path, 5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=100)
-    assert process.returncode == 130 and err.strip() == "stopped"
+    assert process.returncode == 128 + number and err.strip() == said
     assert names(tmp_path, ".tmp") == []
     check_recovery(source, tmp_path, expected)
 
