@@ -122,6 +122,20 @@ def test_rows_of_a_prompt_have_the_bits_of_ref(isa: str, weight_format: WeightFo
 
 
 @tiles_of
+@pytest.mark.parametrize("weight_format", [WeightFormat.Q8_0, WeightFormat.Q4_K])
+def test_long_rows_take_fewer_groups_at_once(isa: str, weight_format: WeightFormat) -> None:
+    """Rows of 9 KiB and more: 8 groups of 16 would be more than the MiB of activations that L2 is to keep."""
+    rng = np.random.default_rng(int(weight_format))
+    rows, k, n_rows = 16, 8192, 120
+    tiles = random_tiles(weight_format, rows, k, rng)
+    x = activations(n_rows, k, rng)
+    assert_same_bits(
+        _edge.gemv(isa, weight_format, tiles, rows, k, x),
+        _edge.gemv("ref", weight_format, tiles, rows, k, x),
+    )
+
+
+@tiles_of
 @quantised
 @pytest.mark.parametrize("scale", [0.0, -0.0, 2.0**-24, -65504.0, np.inf, -np.inf, np.nan])
 def test_scales_of_every_kind_have_the_bits_of_ref(
