@@ -292,11 +292,6 @@ void SparseFfn::collect(Turn& turn) {
   if (turn.priced) n = pass_over(turn, n);
   for (size_t i = 0; i < n; ++i) used[i] = used[scratch_.neurons[i]];
   turn.n_wanted = n;
-  if (!turn.exact) return;
-  for (int64_t row = 0; row < turn.n_rows; ++row) {
-    float* gate = scratch_.gate + row * turn.gate_stride;
-    for (size_t i = 0; i < n; ++i) gate[i] = gate[scratch_.neurons[i]];
-  }
 }
 
 float SparseFfn::price_of(const LayerWeights& layer, std::span<const int32_t> predicted, const float* highest) const {
@@ -342,7 +337,7 @@ size_t SparseFfn::pass_over(const Turn& turn, size_t n_used) {
 void SparseFfn::learn(const Turn& turn) {
   for (size_t i = 0; i < turn.n_wanted; ++i) {
     const float* values = scratch_.gate + scratch_.score_row[i] * turn.gate_stride;
-    price_.saw(turn.layer->index, scratch_.score_bin[i], values[i]);
+    price_.saw(turn.layer->index, scratch_.score_bin[i], values[scratch_.neurons[i]]);
   }
 }
 
@@ -361,16 +356,16 @@ void SparseFfn::multiply(const Turn& turn, std::span<const int32_t> wanted, int6
   for (int64_t r = 0; r < n_rows; ++r) {
     float* value = scratch_.gate + (row + r) * turn.gate_stride;
     for (int64_t i = 0; i < n; ++i) {
-      const int32_t index = wanted[static_cast<size_t>(i)], neuron = scratch_.neurons[index];
+      const int32_t neuron = scratch_.neurons[wanted[static_cast<size_t>(i)]];
       const auto at = static_cast<size_t>(r * kDotNeurons + i);
-      float g = value[index], u = 1.0f;  // of an exact gate, its activation
+      float g = value[neuron], u = 1.0f;  // of an exact gate, its activation
       if (!turn.exact) {
         g = turn.gate_bias == nullptr ? gate[at] : gate[at] + turn.gate_bias[neuron];
         // A predictor knows relu alone, and may hold likely what is not active.
         if (!(g > (turn.threshold == nullptr ? 0.0f : turn.threshold[neuron]))) g = 0.0f;
       }
       if (config_.gated) u = turn.up_bias == nullptr ? up[at] : up[at] + turn.up_bias[neuron];
-      value[index] = g == 0.0f ? 0.0f : g * u;
+      value[neuron] = g == 0.0f ? 0.0f : g * u;
     }
   }
 }
@@ -450,9 +445,10 @@ void SparseFfn::add_columns(const Turn& turn, size_t begin, size_t end) {
       active->n = 0;
       for (const uint8_t used : users.of(row)) {
         const size_t i = at + used;
-        if (value[i] == 0.0f) continue;
+        const float of_neuron = value[scratch_.neurons[i]];
+        if (of_neuron == 0.0f) continue;
         active->column[static_cast<size_t>(active->n)] = scratch_.records[i] + turn.down_offset;
-        active->value[static_cast<size_t>(active->n++)] = value[i];
+        active->value[static_cast<size_t>(active->n++)] = of_neuron;
       }
     };
     const auto add = [&](int64_t row, const Active& active, int64_t first, int64_t last) {

@@ -109,7 +109,7 @@ class SparseFfn {
   void learn(const Turn& turn);
   // While the other threads multiply what is in memory, this one hands the drive what is missing.
   Status start(const Turn& turn);
-  // scratch.gate[row][i] = act(gate) * up of the wanted neurons [begin, end) whose records are here and not yet used;
+  // scratch.gate[row][neuron] = act(gate) * up of the wanted neurons [begin, end) whose records are here and not yet used;
   // of rows that do not use a neuron nothing is said. `meanwhile` is done by the thread that calls.
   template <typename Meanwhile>
   void values(const Turn& turn, size_t begin, size_t end, const Meanwhile& meanwhile);

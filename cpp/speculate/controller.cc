@@ -59,21 +59,21 @@ void Acceptance::fade(uint8_t source) {
   }
 }
 
-double Acceptance::rate(uint8_t source, int64_t depth) const {
-  if (source >= kMaxSources || depth < 1) return 0;
-  const Count& count = counts_[source][static_cast<size_t>(std::min(depth, kMaxDepth) - 1)];
-  return (count.accepted + kPriorWeight * prior_[source]) / (count.tried + kPriorWeight);
-}
+double Acceptance::rate(uint8_t source, int64_t depth) const { return rate(source, 1, depth); }
 
 double Acceptance::rate(uint8_t source, int n_sources, int64_t depth) const {
-  double tried = 0, accepted = 0;
-  for (int i = source; i < std::min(source + n_sources, kMaxSources); ++i) {
-    const Count& count = counts_[static_cast<size_t>(i)][static_cast<size_t>(std::min(depth, kMaxDepth) - 1)];
-    tried += count.tried;
-    accepted += count.accepted;
+  if (source >= kMaxSources || depth < 1) return 0;
+  // Before any guess was met the middle source stands for all, and what is known of a depth for the next one.
+  double rate = prior_[static_cast<size_t>(std::min(source + n_sources / 2, kMaxSources - 1))];
+  for (size_t at = 0; at < static_cast<size_t>(std::min(depth, kMaxDepth)); ++at) {
+    double tried = kPriorWeight, accepted = kPriorWeight * rate;
+    for (int i = source; i < std::min(source + n_sources, kMaxSources); ++i) {
+      tried += counts_[static_cast<size_t>(i)][at].tried;
+      accepted += counts_[static_cast<size_t>(i)][at].accepted;
+    }
+    rate = accepted / tried;
   }
-  // Guesses met so far say how often each source is; before there are any, the middle one stands for all.
-  return (accepted + kPriorWeight * prior_[static_cast<size_t>(source + n_sources / 2)]) / (tried + kPriorWeight);
+  return rate;
 }
 
 bool Controller::may_spend(double ms) const {
