@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 from edge.host import Host, prepare
@@ -240,12 +241,7 @@ def plan(
     except BudgetError:
         context = context or _shortest_context(found.config.max_positions)
         n_threads = threads or cpu_count()
-    place = path if path.is_dir() else path.parent
-    if found.kind != "pack":
-        place = cache_folder()
-    files = [] if found.largest_file is None else [found.largest_file]
-    formats = {int(entry.format) for pack in found.packs.values() for entry in pack.entries.values()}
-    machine = probe(place, n_threads, files, force=probe_again, formats=formats, on_measure=on_probe)
+    machine = _measured(path, found, n_threads, probe_again, on_probe)
     placed = placed and with_free_reads(placed, packed.directory, machine)
     wanted = replace(wanted, context=context, threads=n_threads)
     curves = [_curve(option, found, host, machine, wanted) for option in WEIGHTS]
@@ -270,6 +266,16 @@ def plan(
         + machine.notes
         + ([machine.drive.note] if machine.drive.note else []),
     )
+
+
+def _measured(
+    path: Path, model: Outline, threads: int, again: bool, on_probe: Callable[[], None] | None
+) -> Machine:
+    """The machine, with the drive that the model's pack lies on or will lie on."""
+    place = cache_folder() if model.kind != "pack" else path if path.is_dir() else path.parent
+    files = [] if model.largest_file is None else [model.largest_file]
+    formats = {int(entry.format) for pack in model.packs.values() for entry in pack.entries.values()}
+    return probe(place, threads, files, force=again, formats=formats, on_measure=on_probe)
 
 
 def _has_neurons(model: Outline) -> bool:

@@ -277,21 +277,7 @@ def train_predictor(
             _capture(work, engine, rows, config, on_progress)
         trim_memory()
     _fit(work, n_layers, on_progress)
-    done = [found for layer in range(n_layers) if (found := work.layer(layer)) is not None]
-    reports = [LayerReport(rank=stored.down.rows, bytes=stored.bytes, **found) for stored, found in done]
-    facts = {
-        key: round(sum(getattr(r, key) for r in reports) / n_layers, 4)
-        for key in ("recall", "predicted", "active")
-    }
-    if falloff := measure_falloff([work.open_rows("held-out", i, neurons) for i in range(n_layers)]):
-        facts["falloff"] = falloff
-    file_bytes = add_predictors(
-        work.base,
-        path,
-        {i: stored for i, (stored, _) in enumerate(done)},
-        facts,
-        _stage(on_progress, "writing"),
-    )
+    reports, file_bytes = _write(work, path, n_layers, neurons, on_progress)
     with run(memory_bytes, "on") as engine:
         predicted = perplexity(engine, rows["held-out"], _stage(on_progress, "held-out text, predicted"))
     captured = work.captured
@@ -308,6 +294,28 @@ def train_predictor(
         predictor_bytes=sum(layer.bytes for layer in reports),
         seconds=time.perf_counter() - start,
     )
+
+
+def _write(
+    work: WorkFolder, path: Path, n_layers: int, neurons: int, on_progress: Stages
+) -> tuple[list[LayerReport], int]:
+    """The pack with every layer's predictor; what each is worth, and the size of the file."""
+    done = [found for layer in range(n_layers) if (found := work.layer(layer)) is not None]
+    reports = [LayerReport(rank=stored.down.rows, bytes=stored.bytes, **found) for stored, found in done]
+    facts = {
+        key: round(sum(getattr(r, key) for r in reports) / n_layers, 4)
+        for key in ("recall", "predicted", "active")
+    }
+    if falloff := measure_falloff([work.open_rows("held-out", i, neurons) for i in range(n_layers)]):
+        facts["falloff"] = falloff
+    file_bytes = add_predictors(
+        work.base,
+        path,
+        {i: stored for i, (stored, _) in enumerate(done)},
+        facts,
+        _stage(on_progress, "writing"),
+    )
+    return reports, file_bytes
 
 
 def _stage(on_progress: Stages, stage: str) -> Callable[[int, int], None]:

@@ -238,10 +238,6 @@ class Tokenizer:
         token = self.id_to_token(token_id)
         return b"" if token is None else self._decoding.bytes_of(token)
 
-    def has_special_spelling(self, text: str) -> bool:
-        """Whether ``text`` spells a special token."""
-        return self._spellings.search(text) is not None
-
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of ``text``.
 

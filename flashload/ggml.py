@@ -63,5 +63,3 @@ BLOCK_TYPES: dict[int, BlockType] = {
 
 F32, F16, BF16 = 0, 1, 30
 Q4_0, Q8_0, Q4_K, Q6_K = 2, 8, 12, 14
-#: Types whose codebooks only gguf-py carries.
-GRID_TYPES = frozenset({16, 17, 18, 19, 21, 22, 29})
