@@ -247,6 +247,27 @@ def test_a_warm_file_is_read_through_the_cache(path: str) -> None:
         assert not any(_edge.page_cached(path, at, PAGE) for at in range(PAGE, size, PAGE))
 
 
+def test_a_file_that_lost_a_page_of_the_cache_is_warm_still(tmp_path: Path) -> None:
+    """The system takes single pages on the side; one page in twenty is no reason to read all from the drive."""
+    path, kept = str(PACK.write(tmp_path / "a.edge")), 0.95
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # page by page
+        for at in range(0, size, PAGE):
+            os.pread(file.fileno(), PAGE, at)
+        if not _edge.page_cached(path, 0, size):
+            pytest.skip("the kernel cannot tell what is cached (cachestat, Linux 6.5)")
+        begin = PAGE + int(kept * TOTAL) // PAGE * PAGE
+        os.posix_fadvise(file.fileno(), begin, PAGE, os.POSIX_FADV_DONTNEED)
+        if _edge.page_cached(path, begin, PAGE):
+            pytest.skip("the file system is memory, or caches in larger pieces")
+        store = open_store(path, RESIDENT, demand_bytes=0)
+        assert not store.stats()["io_direct"]
+        check_all(store)
+
+
 def test_a_large_warm_file_is_copied_by_several_threads(tmp_path: Path) -> None:
     """Every byte lands where it belongs, damage is found wherever it is, and one failing loader ends the others."""
     numbers = np.random.default_rng(5)

@@ -85,8 +85,11 @@ struct IoEngine {
 // Every engine in the order "auto" tries them, for `edge doctor`.
 std::vector<IoEngine> io_engines();
 
-// Whether every page of [offset, offset + bytes) is in the page cache; false where the kernel cannot tell
-// (cachestat(2), Linux 6.5).
+// How many pages of [offset, offset + bytes) are in the page cache; 0 where the kernel cannot tell (cachestat(2), Linux 6.5).
+uint64_t cached_pages(const std::string& path, uint64_t offset, uint64_t bytes);
+// Pages that [offset, offset + bytes) touches.
+uint64_t pages_of(uint64_t offset, uint64_t bytes);
+// Whether the page cache has all of them; false where the kernel cannot tell.
 bool page_cached(const std::string& path, uint64_t offset, uint64_t bytes);
 
 }  // namespace edge

@@ -98,7 +98,7 @@ void ReadFile::drop(uint64_t offset, uint64_t bytes) const {
   posix_fadvise(fd_, static_cast<off_t>(offset), static_cast<off_t>(bytes), POSIX_FADV_DONTNEED);
 }
 
-bool page_cached(const std::string& path, uint64_t offset, uint64_t bytes) {
+uint64_t cached_pages(const std::string& path, uint64_t offset, uint64_t bytes) {
 #ifdef __linux__
   constexpr long kCachestat = 451;  // the same number on every architecture; older headers lack it
   struct {
@@ -108,14 +108,21 @@ bool page_cached(const std::string& path, uint64_t offset, uint64_t bytes) {
     uint64_t cached, dirty, writeback, evicted, recently_evicted;  // pages
   } found{};
   Result<ReadFile> file = ReadFile::open(path, /*direct=*/false, /*keep_cache=*/true);
-  if (!file.ok() || bytes == 0) return false;
-  if (syscall(kCachestat, file->fd(), &range, &found, 0) != 0) return false;
-  const auto page_bytes = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-  return found.cached >= (round_up(offset + bytes, page_bytes) - offset / page_bytes * page_bytes) / page_bytes;
+  if (!file.ok() || bytes == 0) return 0;
+  return syscall(kCachestat, file->fd(), &range, &found, 0) == 0 ? found.cached : 0;
 #else
   (void)path, (void)offset, (void)bytes;
-  return false;
+  return 0;
 #endif
+}
+
+uint64_t pages_of(uint64_t offset, uint64_t bytes) {
+  const auto page_bytes = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  return (round_up(offset + bytes, page_bytes) - offset / page_bytes * page_bytes) / page_bytes;
+}
+
+bool page_cached(const std::string& path, uint64_t offset, uint64_t bytes) {
+  return bytes > 0 && cached_pages(path, offset, bytes) >= pages_of(offset, bytes);
 }
 
 }  // namespace edge
