@@ -262,6 +262,8 @@ def _passes(engine: Engine, running: list[_Job]) -> Generator[Chunk, None, None]
         ms = _BURST_MS if len(lanes) <= n else 0.0
         drawn = [of for i in range(0, len(lanes), n) for of in _edge.step(core, lanes[i : i + n], ms, ends)]
     for number in range(max(map(len, drawn))):
+        if number > 0:
+            engine._relieve()  # who reads may take its time
         for job, tokens in zip(active, drawn, strict=True):
             # Behind a stop string nothing more is wanted.
             if number >= len(tokens) or job.writer.ended:

@@ -15,8 +15,8 @@ constexpr double kDecay = 0.95;
 constexpr double kPriorWeight = 3;
 // A tree must promise this much more than it costs: estimates err.
 constexpr double kWorthwhile = 1.05;
-constexpr double kLossShare = 0.015;
-constexpr double kLossPasses = 1.5;
+constexpr double kLossShare = 0.006;
+constexpr double kLossPasses = 1;
 constexpr double kWinPasses = 30;
 constexpr int64_t kLongestRetry = 1024;
 
