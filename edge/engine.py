@@ -287,8 +287,17 @@ class Engine:
         """Before a pass: gives way where others need memory, and earlier texts where its rows need pages."""
         if len(self._prefixes):
             with self._passes.next():
-                self._prefixes.make_room(self._open_core(), n_rows)
-        if self._memory is not None:
+                self._make_room(n_rows)
+        self._give_way()
+
+    def _make_room(self, n_rows: int) -> None:
+        """Within a pass's turn: earlier texts leave where its rows need pages."""
+        if len(self._prefixes):
+            self._prefixes.make_room(self._open_core(), n_rows)
+
+    def _give_way(self) -> None:
+        """Before a pass: gives memory that others need, or takes it back."""
+        if self._memory is not None and self._memory.due:
             with self._passes.between():
                 self._memory.relieve(self)
 
@@ -345,17 +354,19 @@ class Engine:
                     on_progress(len(tokens) - sequence.n_pending, len(tokens))
             meter.prefilled(len(tokens))
             self._prefixes.computed(n_new, time.perf_counter() - start)
+            ends = list(writer.eos)
             while not writer.ended:
-                self._relieve()
+                self._give_way()
                 with self._passes.next():
+                    self._make_room(speculation.MOST_ROWS)
                     if sequence.n_tokens >= self.plan.context:
                         sequence.shift(1, self.plan.context // 2)
-                    n_kept = sequence.n_tokens
+                    n_kept = n_before = sequence.n_tokens
                     if settings is None or speculators is None:
                         drawn = [sequence.next(sampler)]
                     else:
                         speculator = speculators.configured(settings, begins=False)
-                        drawn = speculator.step(sequence, sampler, writer.n_left, list(writer.eos))
+                        drawn = speculator.step(sequence, sampler, writer.n_left, ends)
                         del speculator  # a change of the budget gives its memory back
                 try:
                     for one in drawn:
@@ -365,7 +376,8 @@ class Engine:
                             break
                 finally:
                     # What came after a stop string, or was never read, did not happen.
-                    self._passes.when_free(partial(sequence.truncate, n_kept))
+                    if n_kept < n_before + len(drawn):
+                        self._passes.when_free(partial(sequence.truncate, n_kept))
         except CancelledError:
             writer.cancel()
         yield writer.finish(meter.stats(writer.n_generated))

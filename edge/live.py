@@ -40,6 +40,11 @@ class LiveMemory:
         if self._pressure is not None:
             self._pressure.restart(self._sized.plan.memory_bytes)
 
+    @property
+    def due(self) -> bool:
+        """Whether :meth:`relieve` would look at anything now."""
+        return self._pressure is not None and self._pressure.due
+
     def relieve(self, engine: Engine) -> None:
         """Looks at what others need, where that is due, and gives memory or takes it back.
 

@@ -66,6 +66,11 @@ class Pressure:
         self._left_at_first: int | None = None
         self._room_since: float | None = None
 
+    @property
+    def due(self) -> bool:
+        """Whether it is time to look again: a reading of the clock, which needs no lock."""
+        return self._clock() >= self._next_check
+
     def check(self, plan: Plan) -> Change | None:
         """The budget to change to, if any; most calls return at once.
 

@@ -99,8 +99,13 @@ class Passes:
         # Whoever waits between passes holds the gate: the next pass cannot overtake it.
         with self._gate:
             pass
-        with self._one():
-            yield
+        # Not self._one(): a context within a context is a good part of what Python takes for a token of a small model.
+        with self._pass:
+            try:
+                self._begin()
+                yield
+            finally:
+                self._thread = None
 
     @contextmanager
     def between(self) -> Iterator[None]:
@@ -127,14 +132,17 @@ class Passes:
     @contextmanager
     def _one(self) -> Iterator[None]:
         with self._pass:
-            self._thread = threading.get_ident()
             try:
-                while self._due:
-                    self._due[0]()
-                    self._due.popleft()
+                self._begin()
                 yield
             finally:
                 self._thread = None
+
+    def _begin(self) -> None:
+        self._thread = threading.get_ident()
+        while self._due:
+            self._due[0]()
+            self._due.popleft()
 
 
 class Stream(Iterator[Chunk]):

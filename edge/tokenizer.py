@@ -328,24 +328,35 @@ class StreamDecoder:
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._strip = tokenizer._decoding.strip and not continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_between = True  # two characters: no half one is held back
 
     def push(self, token_id: int) -> str:
         """Text that is certain after ``token_id``: never half a character, so often empty."""
-        return self.push_all((token_id,))
+        if token_id in self._skip:
+            return ""
+        data = self._tokenizer.token_bytes(token_id)
+        if self._is_between and not self._strip and data.isascii():
+            return data.decode("ascii")  # what nearly every token is
+        return self._decode(data)
 
     def push_all(self, ids: Iterable[int]) -> str:
         """As :meth:`push`, for several ids."""
         skip, token_bytes = self._skip, self._tokenizer.token_bytes
-        data = b"".join([token_bytes(i) for i in ids if i not in skip])
+        return self._decode(b"".join([token_bytes(i) for i in ids if i not in skip]))
+
+    def _decode(self, data: bytes) -> str:
         if self._strip and data:
             self._strip = False
             data = data.removeprefix(b" ")
-        return self._utf8.decode(data)
+        text = self._utf8.decode(data)
+        self._is_between = not self._utf8.getstate()[0]
+        return text
 
     def finish(self) -> str:
         """What was held back: U+FFFD for an unfinished character, else nothing. The decoder is then fresh."""
         rest = self._utf8.decode(b"", True)
         self._utf8.reset()
+        self._is_between = True
         return rest
 
 
