@@ -10,6 +10,7 @@
 #include "engine/sequence.h"
 #include "kernels/gemv_table.h"
 #include "kernels/registry.h"
+#include "model/row_attention.h"
 #include "model/tile_attention.h"
 
 namespace py = pybind11;
@@ -204,9 +205,7 @@ class AttentionBench {
     if (config_.kv_type != KvType::kF16) {
       tiles_ = value(TileAttention::create(config_, {1, context, 0}, kernels_, pool_, budget_));
     } else {
-      keys_.resize(static_cast<size_t>(n_threads * n_tokens));
-      values_ = keys_;
-      scores_.resize(static_cast<size_t>(n_threads * n_tokens * n_heads / n_kv_heads));
+      by_row_ = value(RowAttention::create(config_, context, kernels_, pool_, budget_));
     }
   }
 
@@ -252,30 +251,13 @@ class AttentionBench {
     const BatchRows rows{1, &home_, &position_, &sees_itself, 1};
     for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
       if (tiles_ == nullptr) {
-        attend_f16(layer);
+        by_row_->attend(rows, layer, q_.data(), out_.data(), config_.q_dim());
         continue;
       }
       std::vector<float> q = q_, row = row_;
       tiles_->put(rows, layer, 0, q.data(), row.data(), row.data() + config_.kv_dim());
       tiles_->attend(rows, layer, q.data(), out_.data(), config_.q_dim());
     }
-  }
-
-  void attend_f16(int64_t layer) {
-    const int64_t group = config_.n_heads / config_.n_kv_heads, n = position_ + 1;
-    pool_.parallel(config_.n_kv_heads, 1, [&](int64_t begin, int64_t end, int thread) {
-      const uint16_t **keys = keys_.data() + thread * n, **values = values_.data() + thread * n;
-      for (int64_t head = begin; head < end; ++head) {
-        for (int64_t slot = 0; slot < n; ++slot) {
-          keys[slot] = kv_->key(layer, slot) + head * config_.head_dim;
-          values[slot] = kv_->value(layer, slot) + head * config_.head_dim;
-        }
-        const int64_t at = head * group * config_.head_dim;
-        AttentionArgs args{q_.data() + at, group, config_.head_dim, keys, values, n, config_.attention_scale,
-                           scores_.data() + thread * n * group, out_.data() + at};
-        kernels_.attention(args);
-      }
-    });
   }
 
   const Kernels& kernels_;
@@ -288,9 +270,9 @@ class AttentionBench {
   std::unique_ptr<KvCache> kv_;
   RowHome home_;
   int64_t position_ = 0;
-  std::vector<float> q_, out_, row_, scores_;
-  std::vector<const uint16_t*> keys_, values_;
+  std::vector<float> q_, out_, row_;
   std::unique_ptr<TileAttention> tiles_;
+  std::unique_ptr<RowAttention> by_row_;
 };
 
 void bind(py::module_& module) {

@@ -76,12 +76,9 @@ py::object attention(const Kernels& kernels, const Arguments& args, bool steps) 
   std::vector<float> scores(static_cast<size_t>(q.shape(0) * k.shape(0)));
   Floats out({q.shape(0), q.shape(1)});
   AttentionArgs a{q.data(), q.shape(0), head_dim, k_rows.data(), v_rows.data(), k.shape(0), args.number(3),
-                  scores.data(), out.mutable_data()};
-  if (!steps) {
-    kernels.attention(a);
-    return out;
-  }
-  std::vector<int64_t> ranges = args.integers(4, 0, a.n_visible);
+                  scores.data(), out.mutable_data(), k.shape(0)};
+  std::vector<int64_t> ranges;
+  if (steps) ranges = args.integers(4, 0, a.n_visible);
   ranges.push_back(a.n_visible);
   const auto over_ranges = [&](void (*step)(const AttentionArgs&)) {
     a.first = 0;

@@ -47,20 +47,24 @@ inline int64_t act_row_bytes(ActKind kind, int64_t k) {
 using GemvFn = void (*)(const std::byte* tiles, int64_t k, const std::byte* acts, int64_t act_stride, int64_t n_rows,
                         float* y, int64_t y_stride, int64_t tile_begin, int64_t tile_end);
 
-// One query row's attention over one KV head for `group` query heads that share it. Definition: ops_attention.h.
+// Attention over one KV head for `group` query heads that share it, of one query row or of several that see the same keys.
+// Definition: ops_attention.h.
 struct AttentionArgs {
   const float* q;              // [group, head_dim]
   int64_t group;
   int64_t head_dim;
-  const uint16_t* const* k;    // visible keys in order: k[i] -> f16 [head_dim]
+  const uint16_t* const* k;    // visible keys in order: k[i] + k_at -> f16 [head_dim]
   const uint16_t* const* v;    // visible values in order
   int64_t n_visible;
   float scale;
-  float* scores;               // scratch [group, n_visible]
+  float* scores;               // scratch [group, n_visible], rows `stride` floats apart
   float* out;                  // [group, head_dim]
+  int64_t stride;
   // attention_scores and attention_values: k or v holds keys [first, first + n) of the visible ones.
   int64_t first = 0;
   int64_t n = 0;
+  int64_t k_at = 0;
+  int64_t v_at = 0;
 };
 
 struct Kernels {
@@ -81,9 +85,8 @@ struct Kernels {
   void (*add)(const float* x, int64_t n, float* into);                               // into += x
   void (*scale_add)(const float* x, float scale, int64_t n, float* into);            // into += scale * x
   void (*softmax)(float* x, int64_t n);
-  void (*attention)(const AttentionArgs& args);
-  // The same bits in steps: begin, scores of every range, weigh, values of every range in order. `scores` and `out` hold
-  // the state between them.
+  // Attention in steps: begin, scores of every range, weigh, values of every range in order. `scores` and `out` hold the
+  // state between them; a head's bits depend neither on the ranges nor on the heads beside it.
   void (*attention_begin)(const AttentionArgs& args);
   void (*attention_scores)(const AttentionArgs& args);
   void (*attention_weigh)(const AttentionArgs& args);

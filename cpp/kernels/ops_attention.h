@@ -1,4 +1,5 @@
-// One query position's attention over one KV head, for the group of query heads that share it.
+// Attention over one KV head, for the group of query heads that share it: of one query position, or of several over the
+// keys that all of them see.
 //
 // scores[h, i] = scale * dot(f16(q[h]), k[i]): 16 lane sums over the dims in order, folded as sum_lanes does.
 // p = f16(softmax(scores)) over the visible keys; out[h, d] = sum of p[h, i] * v[i][d] in the order of i.
@@ -34,7 +35,7 @@ struct Attention {
     const int64_t tail = a.head_dim - whole;
     Vec partial[kHeads][kLanes] = {};
     for (int64_t j = 0; j < n; ++j) {
-      const uint16_t* row = a.k[key + j];
+      const uint16_t* row = a.k[key + j] + a.k_at;
       V sums[kHeads];
       for (auto& sum : sums) sum = splat16<Isa>(0);
       for (int64_t d = 0; d < whole; d += 16) {
@@ -49,7 +50,7 @@ struct Attention {
     }
     for (int h = 0; h < kHeads; ++h) {
       const Vec scores = sum_each<Isa>(partial[h]) * a.scale;
-      float* out = a.scores + (head + h) * a.n_visible + a.first + key;
+      float* out = a.scores + (head + h) * a.stride + a.first + key;
       if (n == kLanes) {
         __builtin_memcpy(out, &scores, sizeof scores);
       } else {
@@ -70,16 +71,16 @@ struct Attention {
   static void accumulate(const AttentionArgs& a, int64_t head, int64_t dim, int64_t key, int64_t end) {
     V sums[kHeads][kChunks];
     float* out = a.out + head * a.head_dim + dim;
-    const float* p = a.scores + head * a.n_visible + a.first;
+    const float* p = a.scores + head * a.stride + a.first;
     for (int h = 0; h < kHeads; ++h) {
       for (int c = 0; c < kChunks; ++c) sums[h][c] = load<Isa>(out + h * a.head_dim + c * 16);
     }
     for (int64_t i = key; i < end; ++i) {
-      const uint16_t* row = a.v[i] + dim;
+      const uint16_t* row = a.v[i] + a.v_at + dim;
       V v[kChunks];
       for (int c = 0; c < kChunks; ++c) v[c] = load_f16<Isa>(row + c * 16);
       for (int h = 0; h < kHeads; ++h) {
-        const V weight = splat16<Isa>(p[h * a.n_visible + i]);
+        const V weight = splat16<Isa>(p[h * a.stride + i]);
         for (int c = 0; c < kChunks; ++c) sums[h][c] = sums[h][c] + weight * v[c];
       }
     }
@@ -91,11 +92,11 @@ struct Attention {
   // The last head_dim % 16 dims of one head.
   static void accumulate_tail(const AttentionArgs& a, int64_t head, int64_t dim, int64_t key, int64_t end) {
     float* out = a.out + head * a.head_dim + dim;
-    const float* p = a.scores + head * a.n_visible + a.first;
+    const float* p = a.scores + head * a.stride + a.first;
     const int64_t n = a.head_dim - dim;
     V sum = load_tail<Isa>(out, n);
     for (int64_t i = key; i < end; ++i) {
-      sum = sum + splat16<Isa>(p[i]) * load_f16_tail<Isa>(a.v[i] + dim, n);
+      sum = sum + splat16<Isa>(p[i]) * load_f16_tail<Isa>(a.v[i] + a.v_at + dim, n);
     }
     store_tail(out, n, sum);
   }
@@ -123,34 +124,27 @@ struct Attention {
     for (int64_t key = 0; key < a.n; key += kLanes) {
       const int64_t n = a.n - key < kLanes ? a.n - key : kLanes;
       for (int64_t i = key + kPrefetchRows; i < key + kPrefetchRows + n && i < a.n; ++i) {
-        prefetch_row(a.k[i], a.head_dim);
+        prefetch_row(a.k[i] + a.k_at, a.head_dim);
       }
       score_heads<Isa::kScoreHeads>(a, 0, key, n);
     }
   }
 
   static void weigh(const AttentionArgs& a) {
-    for (int64_t h = 0; h < a.group; ++h) Ops<Isa>::softmax(a.scores + h * a.n_visible, a.n_visible);
-    Ops<Isa>::round_f16(a.scores, a.group * a.n_visible, a.scores);
+    for (int64_t h = 0; h < a.group; ++h) {
+      float* const scores = a.scores + h * a.stride;
+      Ops<Isa>::softmax(scores, a.n_visible);
+      Ops<Isa>::round_f16(scores, a.n_visible, scores);
+    }
     for (int64_t i = 0; i < a.group * a.head_dim; ++i) a.out[i] = 0;
   }
 
   static void values(const AttentionArgs& a) {
     for (int64_t key = 0; key < a.n; key += kValueBlock) {
       const int64_t end = key + kValueBlock < a.n ? key + kValueBlock : a.n;
-      for (int64_t i = end; i < end + kValueBlock && i < a.n; ++i) prefetch_row(a.v[i], a.head_dim);
+      for (int64_t i = end; i < end + kValueBlock && i < a.n; ++i) prefetch_row(a.v[i] + a.v_at, a.head_dim);
       accumulate_heads<Isa::kValueHeads>(a, 0, key, end);
     }
-  }
-
-  static void run(const AttentionArgs& args) {
-    AttentionArgs a = args;
-    a.first = 0;
-    a.n = a.n_visible;
-    begin(a);
-    scores(a);
-    weigh(a);
-    values(a);
   }
 };
 

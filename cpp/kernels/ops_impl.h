@@ -159,7 +159,7 @@ constexpr OpsTable make_table() {
   using O = Ops<Isa>;
   using A = Attention<Isa>;
   return {O::rms_norm, O::layer_norm,    O::rope, O::silu_mul,  O::relu_mul, O::gelu_mul,
-          O::gelu_tanh_mul, O::add, O::scale_add, O::softmax, A::run, A::begin, A::scores, A::weigh, A::values,
+          O::gelu_tanh_mul, O::add, O::scale_add, O::softmax, A::begin, A::scores, A::weigh, A::values,
           O::to_f16};
 }
 

@@ -18,7 +18,6 @@ struct OpsTable {
   void (*add)(const float* x, int64_t n, float* into);
   void (*scale_add)(const float* x, float scale, int64_t n, float* into);
   void (*softmax)(float* x, int64_t n);
-  void (*attention)(const AttentionArgs& args);
   void (*attention_begin)(const AttentionArgs& args);
   void (*attention_scores)(const AttentionArgs& args);
   void (*attention_weigh)(const AttentionArgs& args);

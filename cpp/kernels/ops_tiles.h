@@ -43,7 +43,7 @@ void add_rows(const AttentionArgs& args, AttentionState* states, float* out, int
   A::begin(a);
   A::scores(a);
   for (int64_t h = 0; h < a.group; ++h) {
-    float* const scores = a.scores + h * a.n_visible;
+    float* const scores = a.scores + h * a.stride;
     SegmentSum segment;
     segment.max = *scores;
     for (int64_t i = 1; i < a.n; ++i) segment.max = segment.max < scores[i] ? scores[i] : segment.max;

@@ -56,7 +56,6 @@ Kernels join(const char* isa, const GemvTable& gemv, const NeuronKernels& neuron
   kernels.add = ops.add;
   kernels.scale_add = ops.scale_add;
   kernels.softmax = ops.softmax;
-  kernels.attention = ops.attention;
   kernels.attention_begin = ops.attention_begin;
   kernels.attention_scores = ops.attention_scores;
   kernels.attention_weigh = ops.attention_weigh;

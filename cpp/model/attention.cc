@@ -1,12 +1,8 @@
 #include <algorithm>
-#include <bit>
 
 #include "model/decoder.h"
 
 namespace edge {
-namespace {
-constexpr int64_t kPieceBytes = 64 << 10;
-}  // namespace
 
 Status Decoder::attention(int64_t index) {
   const LayerWeights& layer = weights_.layers[static_cast<size_t>(index)];
@@ -28,14 +24,14 @@ Status Decoder::attention(int64_t index) {
 
 Status Decoder::attend_any(int64_t index) {
   const bool streamed = options_.score_rows > 0;
+  const int64_t stride = pad16(config_.q_dim());
   if (tiles_ != nullptr) {
-    const int64_t stride = pad16(config_.q_dim());
     if (streamed) return tiles_->attend_streamed(batch_rows(), index, scratch_.q, scratch_.attended, stride);
     tiles_->attend(batch_rows(), index, scratch_.q, scratch_.attended, stride);
     return {};
   }
   if (streamed) return attend_streamed(index, *homes_.front().kv);
-  attend(index);
+  row_attention_->attend(batch_rows(), index, scratch_.q, scratch_.attended, stride);
   return {};
 }
 
@@ -74,49 +70,6 @@ Status Decoder::rotate_and_store(int64_t index) {
     }
   });
   return {};
-}
-
-void Decoder::attend(int64_t index) {
-  const int64_t head_dim = config_.head_dim, n_kv_heads = config_.n_kv_heads;
-  const int64_t group = config_.n_heads / n_kv_heads, max_visible = options_.context;
-  // Short texts are not worth a second core's attention: about 64 KiB of keys and values per piece.
-  const int64_t head_bytes = (*std::max_element(positions_.begin(), positions_.end()) + n_rows_) * head_dim * 4;
-  const int64_t grain = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(1, head_bytes));
-  pool_.parallel(n_rows_ * n_kv_heads, grain, [&](int64_t begin, int64_t end, int thread) {
-    std::byte* scratch = scratch_.attention + scratch_.attention_stride * static_cast<uint64_t>(thread);
-    const uint16_t** keys = reinterpret_cast<const uint16_t**>(scratch);
-    const uint16_t** values = keys + max_visible;
-    float* scores = reinterpret_cast<float*>(values + max_visible);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item / n_kv_heads, kv_head = item % n_kv_heads, offset = kv_head * head_dim;
-      const int64_t first = config_.first_visible(index, positions_[row]);
-      const RowHome& home = homes_[static_cast<size_t>(row)];
-      int64_t n_visible = 0;
-      const auto see = [&](int64_t slot) {
-        keys[n_visible] = home.kv->key(index, slot) + offset;
-        values[n_visible++] = home.kv->value(index, slot) + offset;
-      };
-      for (int64_t slot = first; slot < home.kv->n_committed(); ++slot) see(slot);
-      const uint64_t* mask = visible_.data() + row * mask_words_;
-      for (int64_t word = 0; word < mask_words_; ++word) {
-        for (uint64_t bits = mask[word]; bits != 0; bits &= bits - 1) {
-          const int64_t other = word * 64 + std::countr_zero(bits);
-          if (positions_[other] >= first) see(home.slot(other));
-        }
-      }
-      AttentionArgs args;
-      args.q = scratch_.q + row * pad16(config_.q_dim()) + kv_head * group * head_dim;
-      args.group = group;
-      args.head_dim = head_dim;
-      args.k = keys;
-      args.v = values;
-      args.n_visible = n_visible;
-      args.scale = config_.attention_scale;
-      args.scores = scores;
-      args.out = scratch_.attended + row * pad16(config_.q_dim()) + kv_head * group * head_dim;
-      kernels_.attention(args);
-    }
-  });
 }
 
 }  // namespace edge

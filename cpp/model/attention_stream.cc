@@ -56,6 +56,7 @@ Status Decoder::attend_block(int64_t index, KvCache& kv, int64_t row_begin, int6
         args.n_visible = n_past + n_staged_visible(index, row);
         args.scale = config_.attention_scale;
         args.scores = scores + item * group * options_.context;
+        args.stride = args.n_visible;
         args.out = scratch_.attended + at;
         fn(args, row, pointers + thread * n_pointers(options_), kv_head * head_dim);
       }

@@ -14,11 +14,6 @@ TileAttentionOptions tile_options(const DecoderOptions& options) {
   return {options.max_rows, options.context, options.score_rows};
 }
 
-// Tokens whose scores each thread has room for in the scratch of f16 keys and values.
-int64_t scratch_context(const DecoderConfig& config, const DecoderOptions& options) {
-  return options.score_rows > 0 || config.kv_type != KvType::kF16 ? 0 : options.context;
-}
-
 }  // namespace
 
 Decoder::Decoder(const DecoderConfig& config, const DecoderOptions& options, const PackDirectory& directory,
@@ -27,10 +22,10 @@ Decoder::Decoder(const DecoderConfig& config, const DecoderOptions& options, con
       linear_(store, directory, kernels, pool) {}
 
 uint64_t Decoder::scratch_bytes(const DecoderConfig& config, const DecoderOptions& options, int n_threads) {
-  const uint64_t tiles =
-      config.kv_type != KvType::kF16 ? TileAttention::bytes(config, tile_options(options), n_threads) : 0;
-  return Scratch::bytes(config, options.max_rows, scratch_context(config, options), n_threads) +
-         stream_bytes(config, options, n_threads) + tiles;
+  uint64_t attention = stream_bytes(config, options, n_threads);
+  if (config.kv_type != KvType::kF16) attention += TileAttention::bytes(config, tile_options(options), n_threads);
+  else if (options.score_rows == 0) attention += RowAttention::bytes(config, options.context, n_threads);
+  return Scratch::bytes(config, options.max_rows) + attention;
 }
 
 Result<std::unique_ptr<Decoder>> Decoder::create(const DecoderConfig& config, const DecoderOptions& options,
@@ -53,6 +48,7 @@ void Decoder::release() {
   sparse_.reset();
   acts_.reset();
   tiles_.reset();
+  row_attention_.reset();
   scratch_ = Scratch();
   score_memory_.release();
 }
@@ -69,11 +65,13 @@ Status Decoder::reserve(const DecoderOptions& options, Budget& budget) {
   release();
   options_ = options;
   price_.set_keep(options.neuron_keep, options.neuron_free_reads, config_.n_layers);
-  EDGE_ASSIGN(scratch_, Scratch::create(config_, options.max_rows, scratch_context(config_, options), pool_.size(), budget));
+  EDGE_ASSIGN(scratch_, Scratch::create(config_, options.max_rows, budget));
   if (config_.kv_type != KvType::kF16) {
     EDGE_ASSIGN(tiles_, TileAttention::create(config_, tile_options(options), kernels_, pool_, budget));
   } else if (options.score_rows > 0) {
     EDGE_ASSIGN(score_memory_, budget.reserve(stream_bytes(config_, options, pool_.size()), "attention scores"));
+  } else {
+    EDGE_ASSIGN(row_attention_, RowAttention::create(config_, options.context, kernels_, pool_, budget));
   }
   acts_ = std::make_unique<ActRows>(kernels_, pool_, scratch_.acts);
   for (const LayerWeights& layer : weights_.layers) {

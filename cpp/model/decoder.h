@@ -15,6 +15,7 @@
 #include "model/decoder_config.h"
 #include "model/ffn_rows.h"
 #include "model/linear.h"
+#include "model/row_attention.h"
 #include "model/scratch.h"
 #include "model/sparse_ffn.h"
 #include "model/tile_attention.h"
@@ -111,7 +112,6 @@ class Decoder {
     return {n_rows_, homes_.data(), positions_.data(), visible_.data(), mask_words_};
   }
   Status attend_any(int64_t layer);
-  void attend(int64_t layer);
   static uint64_t stream_bytes(const DecoderConfig& config, const DecoderOptions& options, int n_threads);
   void start_stream(KvCache& kv);  // the reads of keys and values of this pass
   Status attend_streamed(int64_t layer, KvCache& kv);
@@ -143,6 +143,7 @@ class Decoder {
   Scratch scratch_;
   Block score_memory_;  // [score_rows][n_heads][context] floats, then pointers per thread; streamed attention only
   std::unique_ptr<TileAttention> tiles_;  // null where keys and values are f16
+  std::unique_ptr<RowAttention> row_attention_;  // null where they are not, or lie on a drive
   std::unique_ptr<ActRows> acts_;
   Block thresholds_;                   // sparse_'s, while there is none
   NeuronPrice price_;                  // sparse_'s as well

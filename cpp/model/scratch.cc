@@ -8,8 +8,7 @@
 namespace edge {
 namespace {
 
-uint64_t carve(Scratch& scratch, std::byte* base, const DecoderConfig& config, int64_t max_rows, int64_t context,
-               int n_threads) {
+uint64_t carve(Scratch& scratch, std::byte* base, const DecoderConfig& config, int64_t max_rows) {
   Carver carver(base);
   const int64_t hidden = pad16(config.hidden_size), ffn = pad16(config.ffn_dim());
   const int64_t half = static_cast<int64_t>(config.rope_inv_freq.size());
@@ -48,25 +47,21 @@ uint64_t carve(Scratch& scratch, std::byte* base, const DecoderConfig& config, i
     scratch.score_bin = reinterpret_cast<uint8_t*>(each(sizeof(uint8_t)));
     scratch.score_row = reinterpret_cast<uint8_t*>(each(sizeof(uint8_t)));
   }
-  const int64_t visible = context, group = config.n_heads / config.n_kv_heads;
-  scratch.attention_stride = static_cast<uint64_t>((group * visible * 4 + 2 * visible * 8 + 63) / 64 * 64);
-  scratch.attention = carver.take(scratch.attention_stride * static_cast<uint64_t>(n_threads));
   return carver.used();
 }
 
 }  // namespace
 
-uint64_t Scratch::bytes(const DecoderConfig& config, int64_t max_rows, int64_t context, int n_threads) {
+uint64_t Scratch::bytes(const DecoderConfig& config, int64_t max_rows) {
   Scratch scratch;
-  return carve(scratch, nullptr, config, max_rows, context, n_threads);
+  return carve(scratch, nullptr, config, max_rows);
 }
 
-Result<Scratch> Scratch::create(const DecoderConfig& config, int64_t max_rows, int64_t context, int n_threads,
-                                Budget& budget) {
+Result<Scratch> Scratch::create(const DecoderConfig& config, int64_t max_rows, Budget& budget) {
   Scratch scratch;
-  EDGE_ASSIGN(scratch.memory, budget.reserve(bytes(config, max_rows, context, n_threads), "activations"));
+  EDGE_ASSIGN(scratch.memory, budget.reserve(bytes(config, max_rows), "activations"));
   scratch.memory.populate();  // the first prompt writes all of it
-  carve(scratch, scratch.memory.data(), config, max_rows, context, n_threads);
+  carve(scratch, scratch.memory.data(), config, max_rows);
   return scratch;
 }
 

@@ -40,17 +40,13 @@ struct Scratch {
   float* sin = nullptr;
   float* logits = nullptr;       // [kLogitRows][vocab_size]
   std::span<std::byte> acts;     // quantised rows
-  // Per thread: key and value pointers [context] each, then scores [group][context].
-  std::byte* attention = nullptr;
-  uint64_t attention_stride = 0;
   Block memory;
 
   static constexpr int64_t kLogitRows = 8;
   static constexpr int64_t kNeuronRows = 64;  // a bit for each
 
-  static uint64_t bytes(const DecoderConfig& config, int64_t max_rows, int64_t context, int n_threads);
-  static Result<Scratch> create(const DecoderConfig& config, int64_t max_rows, int64_t context, int n_threads,
-                                Budget& budget);
+  static uint64_t bytes(const DecoderConfig& config, int64_t max_rows);
+  static Result<Scratch> create(const DecoderConfig& config, int64_t max_rows, Budget& budget);
 };
 
 }  // namespace edge

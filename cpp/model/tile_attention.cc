@@ -198,6 +198,7 @@ void TileAttention::attend_tail(const BatchRows& rows, const View& view, const R
   a.n_visible = n;
   a.scale = config_.attention_scale;
   a.scores = work.scores;
+  a.stride = n;
   a.out = reinterpret_cast<float*>(work.sums);
   kernels_.tiles.add_rows(a, work.state, work.out, layout_.padded());
 }

@@ -26,8 +26,12 @@ std::vector<float> attend_rows(const Kernels& kernels, Random random, RandomHalf
   }
   const std::vector<float> q = random_floats(random, group * head_dim);
   std::vector<float> scores(static_cast<size_t>(group * n)), out(static_cast<size_t>(group * head_dim));
-  AttentionArgs args = {q.data(), group, head_dim, k.data(), v.data(), n, 0.1f, scores.data(), out.data()};
-  kernels.attention(args);
+  AttentionArgs args = {q.data(), group, head_dim, k.data(), v.data(), n, 0.1f, scores.data(), out.data(), n};
+  args.n = n;
+  kernels.attention_begin(args);
+  kernels.attention_scores(args);
+  kernels.attention_weigh(args);
+  kernels.attention_values(args);
   return out;
 }
 
