@@ -331,6 +331,27 @@ def test_log_prob_at_the_edges() -> None:
         assert math.isnan(_edge.log_prob(np.array(logits, np.float32), token))
 
 
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 511, 512, 513, 1500])
+def test_the_first_of_the_largest_is_found_wherever_it_lies(n: int) -> None:
+    for first in {0, n // 3, n // 2, n - 1}:
+        logits = np.full(n, -3, np.float32)
+        logits[[first, n - 1, (first + n - 1) // 2]] = 2
+        logits[:first] = -np.inf
+        assert sample(logits, temperature=0)[0] == first
+
+
+@pytest.mark.parametrize("n", [1, 3, 16, 37, 4096])
+@pytest.mark.parametrize("spread", [1, 5, 30])
+def test_a_rough_share_is_within_4_percent(n: int, spread: int) -> None:
+    logits = (np.random.default_rng(n).standard_normal(n) * spread).astype(np.float32)
+    logits[n // 2 :: 7] = -np.inf
+    logits[n - 1] = 0.5
+    exact = np.exp(logits.astype(np.float64) - logits.max())
+    exact /= exact.sum()
+    for token in (int(np.argmax(logits)), n - 1):
+        assert _edge.rough_share(logits, token) == pytest.approx(exact[token], rel=0.04, abs=1e-30)
+
+
 def test_log_probabilities_nobody_asked_for_are_not_computed() -> None:
     logits = np.random.default_rng(3).normal(size=50).astype(np.float32)
     for temperature in (0.0, 0.8):

@@ -106,6 +106,13 @@ const Binding kBinding("sample", [](py::module_& module) {
         return log_prob({logits.data(), static_cast<size_t>(logits.size())}, id);
       },
       py::arg("logits"), py::arg("id"), "Natural log of softmax(logits)[id]; nan where it is not defined.");
+  module.def(
+      "rough_share",
+      [](const Floats& logits, size_t id) {
+        if (id >= static_cast<size_t>(logits.size())) throw py::index_error("rough_share: the id lies outside the logits");
+        return rough_share({logits.data(), static_cast<size_t>(logits.size())}, static_cast<int32_t>(id));
+      },
+      py::arg("logits"), py::arg("id"), "softmax(logits)[id] within 4 %: what drafts are judged by.");
 });
 
 }  // namespace

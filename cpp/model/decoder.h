@@ -77,7 +77,8 @@ class Decoder {
   void commit_all(KvCache& kv);
   // Keeps all rows of the last batch, each in its part's cache.
   void commit_all(std::span<const BatchPart> parts);
-  // Logits of rows of the last batch, in `rows` order: visit(i, logits[vocab_size]) may change them.
+  // Logits of rows of the last batch, in `rows` order: visit(i, logits[vocab_size]) may change them. Those
+  // of the last rows, Scratch::kLogitRows or fewer, stay where they are until the next pass.
   using Visit = std::function<Status(size_t i, std::span<float> logits)>;
   Status logits(std::span<const int32_t> rows, const Visit& visit);
   // The final-normed hidden state [hidden_size] of a row of the last batch.

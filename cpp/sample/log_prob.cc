@@ -1,33 +1,66 @@
 #include "sample/log_prob.h"
 
-#include <bit>
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "sample/portable_math.h"
 
 namespace edge {
 
-float max_logit(std::span<const float> logits) {
+namespace {
+
+// Four chains of four lanes: what x86-64 and aarch64 always have.
+typedef float Float4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+constexpr size_t kChains = 4, kStep = 4 * kChains;
+
+Float4 load4(const float* from) {
+  Float4 four;
+  std::memcpy(&four, from, sizeof four);
+  return four;
+}
+
+}  // namespace
+
+Peak peak_logit(std::span<const float> logits) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
-  constexpr size_t kLanes = 16;
-  float lanes[kLanes];
-  uint32_t bad[kLanes] = {};
-  for (float& lane : lanes) lane = -kInf;
-  const auto take = [&](size_t lane, float logit) {
-    lanes[lane] = lanes[lane] < logit ? logit : lanes[lane];
-    bad[lane] |= logit < kInf ? 0u : 1u;
-  };
-  const size_t whole = logits.size() / kLanes * kLanes;
-  for (size_t i = 0; i < whole; i += kLanes) {
-    for (size_t j = 0; j < kLanes; ++j) take(j, logits[i + j]);
+  // Only the block that raised the maximum last is looked through for the token.
+  constexpr size_t kBlock = 32 * kStep;
+  Peak peak{-kInf, -1};
+  size_t raised_in = 0;
+  Int4 good = ~Int4{};
+  for (size_t begin = 0; begin < logits.size(); begin += kBlock) {
+    const size_t end = std::min(begin + kBlock, logits.size());
+    const size_t whole = begin + (end - begin) / kStep * kStep;
+    Float4 chains[kChains];
+    for (Float4& chain : chains) chain = Float4{} - kInf;
+    for (size_t i = begin; i < whole; i += kStep) {
+      for (size_t j = 0; j < kChains; ++j) {
+        const Float4 four = load4(logits.data() + i + 4 * j);
+        good &= four < kInf;
+        chains[j] = four > chains[j] ? four : chains[j];
+      }
+    }
+    chains[0] = chains[0] > chains[1] ? chains[0] : chains[1];
+    chains[2] = chains[2] > chains[3] ? chains[2] : chains[3];
+    chains[0] = chains[0] > chains[2] ? chains[0] : chains[2];
+    float highest = std::max(std::max(chains[0][0], chains[0][1]), std::max(chains[0][2], chains[0][3]));
+    for (size_t i = whole; i < end; ++i) {
+      if (!(logits[i] < kInf)) good = Int4{};
+      highest = std::max(highest, logits[i]);
+    }
+    if (highest > peak.logit) {
+      peak.logit = highest;
+      raised_in = begin;
+    }
   }
-  for (size_t i = whole; i < logits.size(); ++i) take(i - whole, logits[i]);
-  for (size_t j = 0; j < kLanes; ++j) {
-    if (bad[j] != 0) return std::numeric_limits<float>::quiet_NaN();
-    lanes[0] = lanes[0] < lanes[j] ? lanes[j] : lanes[0];
-  }
-  return lanes[0];
+  if ((good[0] & good[1] & good[2] & good[3]) == 0) return {std::numeric_limits<float>::quiet_NaN(), -1};
+  if (peak.logit == -kInf) return peak;
+  const auto first = std::find(logits.begin() + static_cast<ptrdiff_t>(raised_in), logits.end(), peak.logit);
+  peak.token = static_cast<int32_t>(first - logits.begin());
+  return peak;
 }
 
 double exp_sum(std::span<const float> logits, float max, double temperature) {
@@ -53,26 +86,30 @@ double exp_sum(std::span<const float> logits, float max, double temperature) {
   return sum;
 }
 
-double rough_exp_sum(std::span<const float> logits, float max) {
+double rough_share(std::span<const float> logits, int32_t token) {
   // Schraudolph 1999: the bits of a float, read as an integer, are nearly a line in its logarithm.
-  constexpr float kSlope = 12102203.16f, kIntercept = 1064866805.0f, kLeast = -80.0f;
-  constexpr size_t kLanes = 16;
-  float lanes[kLanes] = {};
-  const auto rough_exp = [](float x) {
-    return std::bit_cast<float>(static_cast<int32_t>((x > kLeast ? x : kLeast) * kSlope + kIntercept));
+  constexpr float kSlope = 12102203.16f, kIntercept = 1064866805.0f;
+  const Float4 least = Float4{}, most = Float4{} + 2130706432.0f;  // 0 and 2^127, as bits
+  const Float4 own = Float4{} + logits[static_cast<size_t>(token)];
+  const auto rough_exp = [&](Float4 x) {
+    Float4 bits = (x - own) * kSlope + kIntercept;
+    bits = bits > least ? bits : least;
+    bits = bits < most ? bits : most;
+    return reinterpret_cast<Float4>(__builtin_convertvector(bits, Int4));
   };
-  const size_t whole = logits.size() / kLanes * kLanes;
-  for (size_t i = 0; i < whole; i += kLanes) {
-    for (size_t j = 0; j < kLanes; ++j) lanes[j] += rough_exp(logits[i + j] - max);
+  Float4 chains[kChains] = {};
+  const size_t whole = logits.size() / kStep * kStep;
+  for (size_t i = 0; i < whole; i += kStep) {
+    for (size_t j = 0; j < kChains; ++j) chains[j] += rough_exp(load4(logits.data() + i + 4 * j));
   }
-  for (size_t i = whole; i < logits.size(); ++i) lanes[i - whole] += rough_exp(logits[i] - max);
-  double sum = 1.0 - static_cast<double>(rough_exp(0));  // the largest is known
-  for (const float lane : lanes) sum += static_cast<double>(lane);
-  return sum;
+  for (size_t i = whole; i < logits.size(); ++i) chains[0][0] += rough_exp(Float4{} + logits[i])[0];
+  double sum = 1.0 - static_cast<double>(rough_exp(own)[0]);  // its own weight is known
+  for (size_t lane = 0; lane < kStep; ++lane) sum += static_cast<double>(chains[lane / 4][lane % 4]);
+  return 1.0 / sum;
 }
 
 double log_sum_exp(std::span<const float> logits) {
-  const float max = max_logit(logits);
+  const float max = peak_logit(logits).logit;
   if (!std::isfinite(max)) return std::numeric_limits<double>::quiet_NaN();
   return static_cast<double>(max) + portable_log(exp_sum(logits, max, 1.0));
 }

@@ -41,10 +41,6 @@ Status check_max(float max, uint64_t position) {
                static_cast<unsigned long long>(position), std::isnan(max) ? "NaN or +inf" : "-inf for every token");
 }
 
-int32_t first_of(std::span<const float> logits, float value) {
-  return static_cast<int32_t>(std::find(logits.begin(), logits.end(), value) - logits.begin());
-}
-
 }  // namespace
 
 double gumbel(uint64_t seed, uint64_t position, int32_t id) {
@@ -187,7 +183,7 @@ Result<double> Sampler::describe(std::span<const float> logits, float max, uint6
 Result<SampledToken> Sampler::report(std::span<const float> logits, int32_t token, uint64_t position) {
   EDGE_ASSIGN([[maybe_unused]] const auto unseen, window(logits, {}));
   SampledToken result;
-  EDGE_ASSIGN(const double log_total, describe(logits, max_logit(logits), position, result));
+  EDGE_ASSIGN(const double log_total, describe(logits, peak_logit(logits).logit, position, result));
   result.token = token;
   result.logprob = static_cast<double>(logits[static_cast<size_t>(token)]) - log_total;
   return result;
@@ -196,14 +192,12 @@ Result<SampledToken> Sampler::report(std::span<const float> logits, int32_t toke
 Result<SampledToken> Sampler::sample(std::span<float> logits, std::span<const int32_t> history, uint64_t position) {
   EDGE_ASSIGN(const auto seen, window(logits, history));
   SampledToken result;
-  const float max = max_logit(logits);
-  EDGE_ASSIGN(const double log_total, describe(logits, max, position, result));
+  Peak peak = peak_logit(logits);
+  EDGE_ASSIGN(const double log_total, describe(logits, peak.logit, position, result));
   adjust(logits, seen);
-  const float adjusted_max = seen.empty() && config_.logit_bias.empty() ? max : max_logit(logits);
-  const Status usable = check_max(adjusted_max, position);
-  if (usable.ok()) {
-    result.token = config_.temperature > 0 ? draw(logits, adjusted_max, position) : first_of(logits, adjusted_max);
-  }
+  if (!seen.empty() || !config_.logit_bias.empty()) peak = peak_logit(logits);
+  const Status usable = check_max(peak.logit, position);
+  if (usable.ok()) result.token = config_.temperature > 0 ? draw(logits, peak.logit, position) : peak.token;
   restore(logits, seen);
   EDGE_TRY(usable);
   result.logprob = static_cast<double>(logits[static_cast<size_t>(result.token)]) - log_total;
@@ -220,12 +214,12 @@ Result<std::span<TokenProbability>> Sampler::distribution(std::span<float> logit
   TokenProbability* out = probabilities_.as<TokenProbability>();
   size_t n = 0;
   adjust(logits, seen);
-  const float max = max_logit(logits);
-  const Status usable = check_max(max, position);
+  const Peak peak = peak_logit(logits);
+  const Status usable = check_max(peak.logit, position);
   if (usable.ok() && config_.temperature == 0) {
-    out[n++] = {first_of(logits, max), 1};
+    out[n++] = {peak.token, 1};
   } else if (usable.ok()) {
-    const Weighting weight(max, config_.temperature);
+    const Weighting weight(peak.logit, config_.temperature);
     if (filters()) {
       for (const Candidate& kept : filter(logits, weight)) out[n++] = {kept.id, weight(kept.logit)};
       std::sort(out, out + n, [](const auto& a, const auto& b) { return a.token < b.token; });

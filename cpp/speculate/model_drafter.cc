@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 #include "speculate/rejection.h"
 
@@ -22,7 +23,11 @@ constexpr size_t kDrawnChildren = 2;
 Result<std::unique_ptr<ModelDrafter>> ModelDrafter::create(Decoder& decoder, KvPool& pool, int64_t context,
                                                            int32_t vocab_size, bool is_copy, Budget& budget) {
   std::unique_ptr<ModelDrafter> drafter(new ModelDrafter(decoder, pool, context, vocab_size, is_copy));
-  EDGE_ASSIGN(drafter->logits_, budget.reserve(static_cast<uint64_t>(vocab_size) * sizeof(float), "speculation"));
+  if (decoder.config().vocab_size < vocab_size) {
+    EDGE_ASSIGN(drafter->padded_, budget.reserve(static_cast<uint64_t>(vocab_size) * sizeof(float), "speculation"));
+  }
+  drafter->parents_.resize(static_cast<size_t>(decoder.max_rows()));
+  std::iota(drafter->parents_.begin(), drafter->parents_.end(), -1);
   return drafter;
 }
 
@@ -47,23 +52,27 @@ int64_t ModelDrafter::lag(std::span<const int32_t> text) const {
   return static_cast<int64_t>(text.end() - differ.first);
 }
 
+// Logits of all that the sampler may draw.
+void ModelDrafter::hold(std::span<float> logits) {
+  const size_t wanted = static_cast<size_t>(vocab_size_), n = std::min(logits.size(), wanted);
+  logits_ = logits.first(n);
+  if (n == wanted) return;
+  float* all = padded_.as<float>();
+  std::copy_n(logits.data(), n, all);
+  std::fill(all + n, all + wanted, kMasked);
+  logits_ = {all, wanted};
+}
+
 Status ModelDrafter::pass(std::span<const int32_t> tokens, bool wants_logits) {
-  std::vector<int32_t> parents(tokens.size());
-  std::iota(parents.begin(), parents.end(), -1);
   // A token that the draft model has no row for is read as another: its guesses are the worse for it, nothing else.
-  std::vector<int32_t> known(tokens.begin(), tokens.end());
-  for (int32_t& token : known) {
+  known_.assign(tokens.begin(), tokens.end());
+  for (int32_t& token : known_) {
     if (token >= decoder_.config().vocab_size) token = 0;
   }
-  EDGE_TRY(decoder_.forward({known, parents}, kv_));
+  EDGE_TRY(decoder_.forward({known_, std::span(parents_).first(known_.size())}, kv_));
   const int32_t last = static_cast<int32_t>(tokens.size()) - 1;
   const Status status = decoder_.logits({&last, wants_logits ? size_t{1} : size_t{0}},
-                                        [&](size_t, std::span<float> logits) -> Status {
-                                          const size_t n = std::min(logits.size(), static_cast<size_t>(vocab_size_));
-                                          std::copy_n(logits.data(), n, logits_.as<float>());
-                                          std::fill(logits_.as<float>() + n, logits_.as<float>() + vocab_size_, kMasked);
-                                          return {};
-                                        });
+                                        [this](size_t, std::span<float> logits) { return hold(logits), Status(); });
   if (!status.ok()) {
     kv_.rollback();
     return status;
@@ -95,29 +104,35 @@ Status ModelDrafter::read(const DraftContext& context) {
   return catch_up(context.text.first(context.text.size() - 1), false);
 }
 
-Status ModelDrafter::add_sampled(const DraftContext& context, int32_t node, std::span<const int32_t> text,
-                                 DraftTree& tree, int32_t* next) {
-  const std::span<float> logits(logits_.as<float>(), static_cast<size_t>(vocab_size_));
-  EDGE_ASSIGN(const SampledToken first, sampler_->sample(logits, text, text.size()));
-  const float max = max_logit(logits);
-  const double total = rough_exp_sum(logits, max);
-  const auto weight = [&](int32_t token) {
-    return std::exp(static_cast<double>(logits[static_cast<size_t>(token)] - max));
-  };
-  const double share = weight(first.token) / total;
-  *next = tree.add(node, first.token, source_of(share, false));
-  if (*next < 0 || context.acceptance == nullptr || share > kSure) return {};
-  logits[static_cast<size_t>(first.token)] = kMasked;
-  const auto second = sampler_->sample(logits, text, text.size());
-  // A bias or a filter may leave the first alone. Its share is of what is left.
-  if (second.ok()) tree.add(node, second->token, source_of(weight(second->token) / (total * (1 - share)), true));
+// Whether a second guess beside one that is reached so often and is so doubtful could be worth its row.
+bool ModelDrafter::second_pays(const DraftContext& context, int64_t depth, double reach) const {
+  if (context.acceptance == nullptr) return false;
+  double rate = 0;
+  for (int level = kLevels; level < 2 * kLevels; ++level) {
+    rate = std::max(rate, context.acceptance->rate(static_cast<uint8_t>(first_source() + level), depth));
+  }
+  return reach * rate >= context.least_reach;
+}
+
+Status ModelDrafter::add_sampled(const DraftContext& context, const Place& at, DraftTree& tree, int32_t* next) {
+  EDGE_ASSIGN(const SampledToken first, sampler_->sample(logits_, tokens_, tokens_.size()));
+  const double share = rough_share(logits_, first.token);
+  *next = tree.add(at.node, first.token, source_of(share, false));
+  if (*next < 0 || share > kSure || !second_pays(context, at.depth, at.reach)) return {};
+  float& logit = logits_[static_cast<size_t>(first.token)];
+  const float first_logit = std::exchange(logit, kMasked);
+  const auto second = sampler_->sample(logits_, tokens_, tokens_.size());
+  // A bias or a filter may leave the first alone.
+  if (!second.ok()) return {};
+  const float below = logits_[static_cast<size_t>(second->token)] - first_logit;
+  // Of what is left.
+  const double second_share = share * std::exp(static_cast<double>(below)) / (1 - share);
+  tree.add(at.node, second->token, source_of(second_share, true));
   return {};
 }
 
-Status ModelDrafter::add_drawn(const DraftContext& context, int32_t node, std::span<const int32_t> text,
-                               DraftTree& tree, int32_t* next) {
-  const std::span<float> logits(logits_.as<float>(), static_cast<size_t>(vocab_size_));
-  EDGE_ASSIGN(std::span<TokenProbability> all, sampler_->distribution(logits, text, text.size()));
+Status ModelDrafter::add_drawn(const DraftContext& context, const Place& at, DraftTree& tree, int32_t* next) {
+  EDGE_ASSIGN(std::span<TokenProbability> all, sampler_->distribution(logits_, tokens_, tokens_.size()));
   const size_t n = std::min(all.size(), kDrawnFrom);
   std::partial_sort(all.begin(), all.begin() + static_cast<ptrdiff_t>(n), all.end(), [](const auto& a, const auto& b) {
     return a.probability != b.probability ? a.probability > b.probability : a.token < b.token;
@@ -128,13 +143,13 @@ Status ModelDrafter::add_drawn(const DraftContext& context, int32_t node, std::s
   for (const TokenProbability& one : q) total += one.probability;
   for (TokenProbability& one : q) one.probability /= total;
   const size_t n_children = context.acceptance == nullptr ? 1 : kDrawnChildren;
-  const std::vector<int32_t> tokens = draw_without_replacement(q, n_children, sampler_->config().seed, text.size());
-  tree.set_distribution(node, std::move(q));
+  const std::vector<int32_t> tokens = draw_without_replacement(q, n_children, sampler_->config().seed, tokens_.size());
+  tree.set_distribution(at.node, std::move(q));
   // One source for all of a kind: what is verified must not depend on what was drawn.
   *next = -1;
   for (size_t i = 0; i < tokens.size(); ++i) {
     const int source = first_source() + kLevels / 2 + (i > 0 ? kLevels : 0);
-    const int32_t child = tree.add_drawn(node, tokens[i], static_cast<uint8_t>(source));
+    const int32_t child = tree.add_drawn(at.node, tokens[i], static_cast<uint8_t>(source));
     if (child < 0) break;
     if (i == 0) *next = child;
   }
@@ -145,28 +160,24 @@ Status ModelDrafter::propose(const DraftContext& context, DraftTree& tree) {
   const int64_t n = static_cast<int64_t>(context.text.size());
   const int64_t depth = std::min({context.depth, tree.limits().max_depth, context_ - n});
   if (depth < 1) return {};
-  SamplingConfig config = context.sampler->config();
-  config.n_logprobs = -1;
-  if (sampler_ == nullptr || !(config == config_)) {
-    config_ = config;
-    sampler_ = std::make_unique<Sampler>(std::move(config), vocab_size_);
+  if (sampler_ == nullptr || !(context.sampler->config() == config_)) {
+    config_ = context.sampler->config();
+    SamplingConfig quiet = config_;
+    quiet.n_logprobs = -1;
+    sampler_ = std::make_unique<Sampler>(std::move(quiet), vocab_size_);
   }
   EDGE_TRY(catch_up(context.text, true));
-  std::vector<int32_t> text(context.text.begin(), context.text.end());
-  int32_t node = 0;
-  double reach = 1;
-  for (int64_t i = 1;; ++i) {
+  for (Place at{0, 1, 1};; ++at.depth) {
     int32_t next = -1;
-    EDGE_TRY(context.wants_distributions ? add_drawn(context, node, text, tree, &next)
-                                         : add_sampled(context, node, text, tree, &next));
-    if (next < 0 || i == depth) return {};
+    EDGE_TRY(context.wants_distributions ? add_drawn(context, at, tree, &next) : add_sampled(context, at, tree, &next));
+    if (next < 0 || at.depth == depth) return {};
     if (context.acceptance != nullptr && !context.wants_distributions) {
-      reach *= context.acceptance->rate(tree.source(next), i);
-      if (reach < context.least_reach) return {};
+      at.reach *= context.acceptance->rate(tree.source(next), at.depth);
+      if (at.reach < context.least_reach) return {};
     }
-    node = next;
-    text.push_back(tree.tokens()[static_cast<size_t>(node)]);
-    EDGE_TRY(pass({&text.back(), 1}, true));
+    at.node = next;
+    const int32_t token = tree.tokens()[static_cast<size_t>(next)];
+    EDGE_TRY(pass({&token, 1}, true));
   }
 }
 

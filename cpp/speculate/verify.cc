@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "sample/log_prob.h"
+
 namespace edge {
 
 Result<Verified> verify(Decoder& decoder, KvCache& kv, const DraftTree& tree, Acceptor& acceptor,
@@ -15,9 +17,7 @@ Result<Verified> verify(Decoder& decoder, KvCache& kv, const DraftTree& tree, Ac
   // Nodes come in topological order, so the path is met in order and no logits need to be kept.
   int32_t current = 0;
   const auto visit = [&](size_t row, std::span<float> logits) -> Status {
-    if (wants_best) {
-      verified.best[row] = static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
-    }
+    if (wants_best) verified.best[row] = std::max(0, peak_logit(logits).token);
     if (static_cast<int32_t>(row) != current) return {};
     EDGE_ASSIGN(SampledToken token, acceptor.draw(tree, current, logits, text));
     const int32_t id = token.token;
