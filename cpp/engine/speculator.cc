@@ -23,7 +23,8 @@ constexpr double kDearestRiders = 0.6;
 // What a further row costs until it was measured, as a share of a plain pass, where weights stream.
 constexpr double kStreamedRow = 0.02;
 constexpr double kReadPrior = 0.03;  // of reading a token of the text
-constexpr double kFresh = 0.2;
+// Guesses over which the cost of a further row is taken.
+constexpr int64_t kRowsAhead = 4;
 // A drafter this far behind reads and guesses in one.
 constexpr int64_t kNoLag = 20;
 // Tokens over which catching up must pay.
@@ -130,7 +131,7 @@ Controller::Chain Speculator::promise(const Turn& turn) const {
   const Drafter& drafter = *turn.drafter;
   if (!controller_.may_spend(0)) return {};
   const double riders_ms = controller_.cost(1 + drafter.rider_rows()) - controller_.cost(1);
-  const double ms = riders_ms + (turn.ms_per_guess > 0 ? turn.ms_per_guess : kDraftPrior * controller_.cost(1));
+  const double ms = riders_ms + (turn.guess.known() ? turn.guess.ms() : kDraftPrior * controller_.cost(1));
   std::array<double, kDeepest> rates;
   for (int64_t depth = 1; depth <= kDeepest; ++depth) {
     const Drafter::Sources sources = drafter.chain_sources(depth);
@@ -145,7 +146,7 @@ Controller::Chain Speculator::promise(const Turn& turn) const {
 // What it takes a drafter to catch up with the text.
 double Speculator::reading_ms(const Turn& turn, int64_t lag) const {
   if (lag <= kNoLag) return 0;
-  const double ms = turn.ms_per_token_read > 0 ? turn.ms_per_token_read : kReadPrior * controller_.cost(1);
+  const double ms = turn.read.known() ? turn.read.ms() : kReadPrior * controller_.cost(1);
   return static_cast<double>(lag) * ms;
 }
 
@@ -176,23 +177,26 @@ int32_t Speculator::deepest(const Turn& turn) const {
   return deepest;
 }
 
-Status Speculator::ask(Turn& turn, DraftContext context, int64_t depth, bool reads_for_free) {
-  const double ms_per_depth = turn.drafter->costs_by_depth() ? turn.ms_per_guess : 0;
+Status Speculator::ask(Turn& turn, DraftContext context, int64_t depth, double rate, bool reads_for_free) {
+  const bool by_depth = turn.drafter->costs_by_depth();
+  const double usual_ms = turn.guess.ms();
   context.depth = depth;
-  context.least_reach = controller_.cost.known() ? controller_.least_reach(ms_per_depth) : 0;
+  if (controller_.cost.known()) {
+    context.least_reach = controller_.least_reach(std::min(depth, kRowsAhead), by_depth ? usual_ms : 0, rate);
+  }
   const double start = now_ms();
   double begin = start;
   if (const int64_t lag = turn.drafter->lag(context.text); lag > kNoLag) {
     EDGE_TRY(turn.drafter->read(context));
     begin = now_ms();
-    const double ms = (begin - start) / static_cast<double>(lag);
-    turn.ms_per_token_read += (turn.ms_per_token_read > 0 ? kFresh : 1.0) * (ms - turn.ms_per_token_read);
+    turn.read.record((begin - start) / static_cast<double>(lag));
   }
   EDGE_TRY(turn.drafter->propose(context, tree_));
   const double end = now_ms();
-  const double ms = (end - begin) / (turn.drafter->costs_by_depth() ? std::max(1, deepest(turn)) : 1);
-  turn.ms_per_guess += (turn.ms_per_guess > 0 ? kFresh : 1.0) * (ms - turn.ms_per_guess);
+  const double n_guesses = by_depth ? std::max(1, deepest(turn)) : 1;
+  turn.guess.record((end - begin) / n_guesses);
   turn.stats.ms += end - start;
+  unlikely_ms_ += end - begin - likely_ms(end - begin, n_guesses * usual_ms);
   // A drafter that promises to win its reading back is not held to account for it.
   if (reads_for_free) {
     controller_.invest(begin - start);
@@ -209,13 +213,14 @@ Status Speculator::propose(Sequence& sequence, Sampler& sampler, int64_t room) {
   context.wants_distributions = options_.acceptance == AcceptRule::kRejection;
   if (options_.depth > 0) {
     for (Turn& turn : turns_) {
-      if (turn.enabled) EDGE_TRY(ask(turn, context, options_.depth, true));
+      if (turn.enabled) EDGE_TRY(ask(turn, context, options_.depth, 0, true));
     }
     return {};
   }
   context.acceptance = &controller_.acceptance;
+  const double plain_rate = controller_.cost.known() ? 1 / controller_.cost(1) : 0;
   for (Turn& turn : turns_) {
-    if (turn.enabled && asked_first(turn)) EDGE_TRY(ask(turn, context, kDeepest, true));
+    if (turn.enabled && asked_first(turn)) EDGE_TRY(ask(turn, context, kDeepest, plain_rate, true));
   }
   // Of those whose guesses take time the one that promises most, if it is more than is there for nothing.
   Controller::Chain best{0, controller_.rate(tree_)};
@@ -235,9 +240,9 @@ Status Speculator::propose(Sequence& sequence, Sampler& sampler, int64_t room) {
     if (&turn == chosen) {
       turn.probe_after_tokens = kFirstProbe;
       turn.idle_tokens = 0;
-      EDGE_TRY(ask(turn, context, best.depth, true));
+      EDGE_TRY(ask(turn, context, context.wants_distributions ? best.depth : kDeepest, best.rate, true));
     } else if (probes(turn, reading_ms(turn, turn.drafter->lag(context.text)))) {
-      EDGE_TRY(ask(turn, context, kProbeDepth, false));
+      EDGE_TRY(ask(turn, context, kProbeDepth, plain_rate, false));
     }
   }
   return {};
@@ -295,10 +300,12 @@ Status Speculator::measure() {
   };
   // One row whatever it takes: without it the controller knows nothing.
   for (int64_t n = 1; n <= most && (n == 1 || now_ms() - start < kMeasureMs); n *= 2) {
+    double least = 0;
     for (int i = 0; i < 3; ++i) {
       EDGE_ASSIGN(const double ms, pass(static_cast<size_t>(n)));
-      controller_.cost.record(n, ms);
+      least = i == 0 ? ms : std::min(least, ms);
     }
+    controller_.cost.record(n, least);
   }
 
   SamplingConfig config;
@@ -313,12 +320,13 @@ Status Speculator::measure() {
     if (turn.drafter->is_free() || most < 8) continue;
     for (int i = 0; i < 2 && now_ms() - start < 2 * kMeasureMs; ++i) {
       turn.drafter->restart();
-      turn.ms_per_guess = turn.ms_per_token_read = 0;  // the first time is a cold one
+      turn.guess.forget();  // the first time is a cold one
+      turn.read.forget();
       tree_.reset(tokens.back(), {most, 4, static_cast<int32_t>(decoder.config().vocab_size)});
       const double begin = now_ms();
       EDGE_TRY(turn.drafter->read(context));
-      turn.ms_per_token_read = (now_ms() - begin) / static_cast<double>(tokens.size());
-      EDGE_TRY(ask(turn, context, 4, true));
+      turn.read.record((now_ms() - begin) / static_cast<double>(tokens.size()));
+      EDGE_TRY(ask(turn, context, 4, 0, true));
     }
     turn.drafter->restart();
     turn.stats.ms = 0;
@@ -341,7 +349,7 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
   if (options_.depth == 0 && !always && !controller_.may_spend(0)) return plain(sequence, sampler, decodes);
 
   const double asked = now_ms();
-  invested_ms_ = 0;
+  invested_ms_ = unlikely_ms_ = 0;
   DraftTree::Limits tree_limits;
   tree_limits.max_nodes = std::min({options_.max_rows, engine_.decoder().max_rows(), PassCost::kMaxRows,
                                     engine_.options().context - n_tokens + 1});
@@ -357,7 +365,7 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
   const double draft_ms = start - asked - invested_ms_;
   if (tree_.size() == 1) {
     EDGE_ASSIGN(tokens, plain(sequence, sampler, true));
-    controller_.account(0, draft_ms);
+    controller_.account(0, draft_ms, draft_ms - unlikely_ms_);
   } else {
     bool wants_best = false;
     for (const Turn& turn : turns_) wants_best = wants_best || (turn.enabled && turn.drafter->wants_best());
@@ -367,7 +375,10 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
     EDGE_ASSIGN(Verified verified, sequence.verify(tree_, *acceptor, within, wants_best));
     const double ms = now_ms() - start;
     controller_.cost.record(tree_.size(), ms);
-    if (controller_.cost.known()) controller_.account(static_cast<int64_t>(verified.tokens.size()), ms + draft_ms);
+    if (controller_.cost.known()) {
+      const double likely = likely_ms(ms, controller_.cost(tree_.size())) + draft_ms - unlikely_ms_;
+      controller_.account(static_cast<int64_t>(verified.tokens.size()), ms + draft_ms, likely);
+    }
     count(tree_, verified);
     for (Turn& turn : turns_) {
       if (turn.enabled) turn.drafter->observe({tree_, verified.path, verified.best});
@@ -378,7 +389,8 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
   std::vector<int32_t> ids;
   for (const SampledToken& token : tokens) ids.push_back(token.token);
   controller_.learn(proposed_, ids);
-  controller_.account(0, now_ms() - end);
+  const double learning_ms = now_ms() - end;
+  controller_.account(0, learning_ms, learning_ms);
   return tokens;
 }
 

@@ -73,8 +73,7 @@ class Speculator {
     DrafterStats stats;
     bool enabled = true;
     bool always = false;
-    double ms_per_token_read = 0;
-    double ms_per_guess = 0;  // of a depth, or of all where depth costs nothing; 0: not measured
+    Steady read, guess;  // a token of the text; a guess of a depth, or all where depth costs nothing
     int64_t idle_tokens = 0;
     int64_t probe_after_tokens = 64;
     int64_t probe_steps_left = 0;
@@ -84,7 +83,8 @@ class Speculator {
   Result<std::vector<int32_t>> own_text(KvCache& kv, double until_ms);
   Status propose(Sequence& sequence, Sampler& sampler, int64_t room);
   void enable(Turn& turn) const;
-  Status ask(Turn& turn, DraftContext context, int64_t depth, bool reads_for_free);
+  // rate: the tokens that a millisecond is worth.
+  Status ask(Turn& turn, DraftContext context, int64_t depth, double rate, bool reads_for_free);
   double reading_ms(const Turn& turn, int64_t lag) const;
   bool asked_first(const Turn& turn) const { return turn.drafter->is_free() || turn.always; }
   Controller::Chain promise(const Turn& turn) const;
@@ -102,6 +102,7 @@ class Speculator {
   DraftTree tree_, proposed_;
   uint64_t revision_ = 0;
   double invested_ms_ = 0;  // in this step
+  double unlikely_ms_ = 0;  // of what drafting took in this step, the machine's doing
   SpeculationStats stats_;
 };
 

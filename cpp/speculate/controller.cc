@@ -6,11 +6,6 @@
 namespace edge {
 namespace {
 
-// Weight of a new measurement, and how far off one may be: another process may take the core in the middle of a pass.
-// It can only take too long, never too short: lower figures are believed sooner.
-constexpr double kFresh = 0.12;
-constexpr double kFreshLower = 0.35;
-constexpr double kOutlier = 2.5;
 constexpr double kDecay = 0.95;
 constexpr double kPriorWeight = 3;
 // A tree must promise this much more than it costs: estimates err.
@@ -24,20 +19,19 @@ constexpr int64_t kLongestRetry = 1024;
 
 void PassCost::record(int64_t rows, double ms) {
   if (rows < 1 || rows > kMaxRows || !(ms > 0)) return;
-  double& known = ms_[static_cast<size_t>(rows)];
-  const double weight = ms < known ? kFreshLower : kFresh;
-  known = known > 0 ? known + weight * (std::min(ms, kOutlier * known) - known) : ms;
+  ms_[static_cast<size_t>(rows)].record(ms);
   if (!this->known()) return;
   // More rows never take less time: what looks so was measured in a bad moment.
+  const double one = ms_[1].ms();
   double least = 0;
   int64_t above = 0;  // the nearest measured rows above, at `least` ms
   for (int64_t m = kMaxRows; m >= 1; --m) {
-    const double here = ms_[static_cast<size_t>(m)];
+    const double here = ms_[static_cast<size_t>(m)].ms();
     if (!(here > 0)) continue;
     least = above > 0 ? std::min(least, here) : here;
     const double slope = above > 0 ? (curve_[static_cast<size_t>(above)] - least) / static_cast<double>(above - m) : 0;
     for (int64_t k = m; k < (above > 0 ? above : kMaxRows + 1); ++k) {
-      const double beyond = std::max(row_prior_ * ms_[1], m > 1 ? (least - ms_[1]) / static_cast<double>(m - 1) : 0.0);
+      const double beyond = std::max(row_prior_ * one, m > 1 ? (least - one) / static_cast<double>(m - 1) : 0.0);
       curve_[static_cast<size_t>(k)] = least + (above > 0 ? slope : beyond) * static_cast<double>(k - m);
     }
     above = m;
@@ -142,11 +136,11 @@ void Controller::prune(DraftTree& tree) {
   tree.keep(std::move(kept));
 }
 
-void Controller::account(int64_t n_tokens, double ms) {
-  const double won_ms = static_cast<double>(n_tokens) * cost(1) - ms;
-  saved_ms_ += won_ms;
+void Controller::account(int64_t n_tokens, double ms, double likely_ms) {
+  const double plain_ms = static_cast<double>(n_tokens) * cost(1);
+  saved_ms_ += plain_ms - ms;
   total_ms_ += ms;
-  balance_ms_ = std::min(balance_ms_ + won_ms, kWinPasses * cost(1));
+  balance_ms_ = std::min(balance_ms_ + plain_ms - likely_ms, kWinPasses * cost(1));
 }
 
 void Controller::begin_text() {

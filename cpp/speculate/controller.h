@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "speculate/draft_tree.h"
+#include "speculate/steady.h"
 
 namespace edge {
 
@@ -22,13 +23,13 @@ class PassCost {
   // number of rows.
   void set_row_prior(double share) { row_prior_ = share; }
   void record(int64_t rows, double ms);
-  bool known() const { return ms_[1] > 0; }
+  bool known() const { return ms_[1].known(); }
   double operator()(int64_t rows) const { return curve_[static_cast<size_t>(std::clamp<int64_t>(rows, 1, kMaxRows))]; }
 
  private:
   double row_prior_ = 0.15;
   std::array<double, kMaxRows + 1> curve_{};  // of all rows: never falling
-  std::array<double, kMaxRows + 1> ms_{};  // 0: not measured
+  std::array<Steady, kMaxRows + 1> ms_{};
 };
 
 // How often guesses are accepted, by source and depth; the past fades.
@@ -74,13 +75,16 @@ class Controller {
   Chain chain(std::span<const double> rates, double ms_fixed, double ms_per_depth) const;
   // Tokens a millisecond that the best part of a tree promises.
   double rate(const DraftTree& tree) const { return weigh(tree).rate; }
-  // Below which probability of being reached a guess is not worth a row of the pass and draft_ms.
-  double least_reach(double draft_ms) const { return (cost(2) - cost(1) + draft_ms) / cost(1); }
+  // Below which probability of being reached a guess is not worth a row of a pass over so many guesses and draft_ms,
+  // where a millisecond is worth `rate` tokens.
+  double least_reach(int64_t n_guesses, double draft_ms, double rate) const {
+    return rate * ((cost(1 + n_guesses) - cost(1)) / static_cast<double>(n_guesses) + draft_ms);
+  }
   // Cuts the tree to the nodes that pay: the root alone when none do. Now and then it lets guesses pass that do not
   // seem to: what a pass costs may have been measured in a bad moment.
   void prune(DraftTree& tree);
-  // What a pass that verified drafts gave, draft time included.
-  void account(int64_t n_tokens, double ms);
+  // What a pass that verified drafts gave, draft time included; likely_ms of it are its own doing.
+  void account(int64_t n_tokens, double ms, double likely_ms);
   // Time spent on a promise of more than itself: it counts, but does not end a streak.
   void invest(double ms) {
     saved_ms_ -= ms;
