@@ -14,7 +14,7 @@ namespace {
 
 // Four rows and an activation row, over some groups: [row 0 | row 1] and [row 2 | row 3], eight lanes each.
 struct Quad {
-  __m512 front = _mm512_setzero_ps(), back = _mm512_setzero_ps();
+  __m512 front, back;
 };
 
 // What an activation group gives to every row.
@@ -48,23 +48,25 @@ struct ZmmDot {
     const __m512i mask = _mm512_set1_epi8(15);
 #pragma GCC unroll 4
     for (int s = 0; s < (kNibbles ? 2 : 4); ++s) {
-      const __m512i some = _mm512_loadu_si512(p + 64 * s);
+      __m512i some = _mm512_loadu_si512(p + 64 * s);
+      // Used twice, and read once: most of these registers cross two lines.
+      asm("" : "+v"(some));
       q[s] = kNibbles ? _mm512_and_si512(some, mask) : some;
       if (kNibbles) q[2 + s] = _mm512_and_si512(_mm512_srli_epi16(some, 4), mask);
     }
   }
 
-  static inline __m512 scales(const uint8_t* front, const uint8_t* back) {
+  static inline __m512 scales(const std::byte* front, const std::byte* back) {
     const __m256i both = _mm256_inserti128_si256(
         _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(front))),
         _mm_loadu_si128(reinterpret_cast<const __m128i*>(back)), 1);
     return _mm512_cvtph_ps(both);
   }
 
-  static inline Group load(const uint8_t* const* rows, int64_t at) {
+  static inline Group load(const std::byte* const* rows, int64_t at) {
     Group group;
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) quants(rows[r] + at + 16, group.q[r]);
+    for (int r = 0; r < kRows; ++r) quants(row_at(rows[r]) + at + 16, group.q[r]);
     group.front_d = scales(rows[0] + at, rows[1] + at);
     group.back_d = scales(rows[2] + at, rows[3] + at);
     return group;
@@ -108,92 +110,51 @@ struct ZmmDot {
     return _mm512_permutexvar_ps(by_quad, by_row);
   }
 
-  static inline void prefetch(const uint8_t* const* next, int64_t at) {
+  static inline void prefetch(const std::byte* const* next, int64_t at) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) prefetch_lines<kGroupBytes>(next[r] + at);
+    for (int r = 0; r < kRows; ++r) prefetch_lines<kGroupBytes>(row_at(next[r]) + at);
   }
 
-  // kN quads of rows, one activation row.
-  template <int kN>
-  static inline __m512 row_quads(const uint8_t* const* rows, const uint8_t* const* next, int64_t n_groups,
-                                 const NeuronActGroup* acts) {
-    Quad quads[kQuads];
-    for (int64_t g = 0; g < n_groups; ++g) {
-      const ZmmAct act = ZmmAct::of<kOffsetBits>(acts[g]);
-#pragma GCC unroll 4
-      for (int q = 0; q < kN; ++q) {
+  // Sixteen rows and some activation rows: quads lie in memory between their groups, so a decoded group serves all.
+  static inline void add_quads(const std::byte* const* rows, const std::byte* const* next, int n_quads, int64_t n_groups,
+                               const std::byte* acts, int64_t act_stride, int64_t n_x, Quad (*quads)[kQuads]) {
+    for (int q = 0; q < n_quads; ++q) {
+      for (int64_t g = 0; g < n_groups; ++g) {
         prefetch(next + kRows * q, g * kGroupBytes);
-        add(load(rows + kRows * q, g * kGroupBytes), act, quads[q]);
-      }
-    }
-    return sums(quads);
-  }
-
-  // A quad of rows, kN activation rows.
-  template <int kN>
-  static inline __m512 act_quads(const uint8_t* const* rows, const uint8_t* const* next, int64_t n_groups,
-                                 const std::byte* acts, int64_t act_stride) {
-    Quad quads[kQuads];
-    for (int64_t g = 0; g < n_groups; ++g) {
-      prefetch(next, g * kGroupBytes);
-      const Group group = load(rows, g * kGroupBytes);
-#pragma GCC unroll 4
-      for (int m = 0; m < kN; ++m) {
-        const auto& act = reinterpret_cast<const NeuronActGroup*>(acts + m * act_stride)[g];
-        add(group, ZmmAct::of<kOffsetBits>(act), quads[m]);
-      }
-    }
-    return sums(quads);
-  }
-
-  static void one(const std::byte* const* rows, int64_t n, int64_t n_groups, const std::byte* act, float* out) {
-    constexpr int64_t kStep = kRows * kQuads;
-    const auto* acts = reinterpret_cast<const NeuronActGroup*>(act);
-    for (int64_t i = 0; i < n; i += kStep) {
-      const uint8_t *now[kStep], *next[kStep];
-      for (int64_t r = 0; r < kStep; ++r) {
-        now[r] = row_at(rows[std::min(i + r, n - 1)]);
-        next[r] = row_at(rows[std::min(i + kStep + r, n - 1)]);
-      }
-      const int64_t left = std::min(n - i, kStep);
-      __m512 sums;
-      if (left > 3 * kRows) sums = row_quads<4>(now, next, n_groups, acts);
-      else if (left > 2 * kRows) sums = row_quads<3>(now, next, n_groups, acts);
-      else if (left > kRows) sums = row_quads<2>(now, next, n_groups, acts);
-      else sums = row_quads<1>(now, next, n_groups, acts);
-      _mm512_mask_storeu_ps(out + i, static_cast<__mmask16>((1u << left) - 1), sums);
-    }
-  }
-
-  static void several(const std::byte* const* rows, int64_t n, int64_t n_groups, const std::byte* acts,
-                      int64_t act_stride, int64_t n_x, float* out, int64_t out_stride) {
-    for (int64_t i = 0; i < n; i += kRows) {
-      const uint8_t *now[kRows], *next[kRows];
-      for (int64_t r = 0; r < kRows; ++r) {
-        now[r] = row_at(rows[std::min(i + r, n - 1)]);
-        next[r] = row_at(rows[std::min(i + kRows + r, n - 1)]);
-      }
-      const size_t bytes = static_cast<size_t>(std::min<int64_t>(n - i, kRows)) * sizeof(float);
-      for (int64_t m = 0; m < n_x; m += kQuads) {
-        const std::byte* some = acts + m * act_stride;
-        const int64_t n_here = std::min<int64_t>(n_x - m, kQuads);
-        // Only the first activations wait for memory.
-        const uint8_t* const* ahead = m == 0 ? next : now;
-        float sums[kRows * kQuads];
-        if (n_here == 4) _mm512_storeu_ps(sums, act_quads<4>(now, ahead, n_groups, some, act_stride));
-        else if (n_here == 3) _mm512_storeu_ps(sums, act_quads<3>(now, ahead, n_groups, some, act_stride));
-        else if (n_here == 2) _mm512_storeu_ps(sums, act_quads<2>(now, ahead, n_groups, some, act_stride));
-        else _mm512_storeu_ps(sums, act_quads<1>(now, ahead, n_groups, some, act_stride));
-        for (int64_t x = 0; x < n_here; ++x) std::memcpy(out + (m + x) * out_stride + i, sums + kRows * x, bytes);
+        const Group group = load(rows + kRows * q, g * kGroupBytes);
+        for (int64_t m = 0; m < n_x; ++m) {
+          Quad sum = g == 0 ? Quad{_mm512_setzero_ps(), _mm512_setzero_ps()} : quads[m][q];
+          add(group, ZmmAct::of<kOffsetBits>(reinterpret_cast<const NeuronActGroup*>(acts + m * act_stride)[g]), sum);
+          quads[m][q] = sum;
+        }
       }
     }
   }
 
   static void run(const std::byte* const* rows, int64_t n, int64_t hidden, const std::byte* acts, int64_t act_stride,
                   int64_t n_x, float* out, int64_t out_stride) {
+    constexpr int64_t kStep = kRows * kQuads, kActs = 16;
     const int64_t n_groups = neuron_groups(hidden);
-    if (n_x == 1) one(rows, n, n_groups, acts, out);
-    else several(rows, n, n_groups, acts, act_stride, n_x, out, out_stride);
+    Quad quads[kActs][kQuads];
+    const std::byte* last[kStep];
+    for (int64_t i = 0; i < n; i += kStep) {
+      const int64_t left = std::min(n - i, kStep);
+      const std::byte* const* now = rows + i;
+      if (left < kStep) {
+        std::fill(std::copy_n(now, left, last), last + kStep, now[0]);
+        now = last;
+      }
+      const std::byte* const* next = i + 2 * kStep <= n ? now + kStep : now;
+      for (int64_t m = 0; m < n_x; m += kActs) {
+        const int64_t n_here = std::min(n_x - m, kActs);
+        // Only the first activations wait for memory.
+        add_quads(now, m == 0 ? next : now, static_cast<int>((left + kRows - 1) / kRows), n_groups,
+                  acts + m * act_stride, act_stride, n_here, quads);
+        for (int64_t x = 0; x < n_here; ++x) {
+          _mm512_mask_storeu_ps(out + (m + x) * out_stride + i, static_cast<__mmask16>((1u << left) - 1), sums(quads[x]));
+        }
+      }
+    }
   }
 };
 
