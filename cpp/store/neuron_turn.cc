@@ -228,8 +228,7 @@ std::optional<uint64_t> NeuronWindow::room(const Ring& ring, uint64_t bytes) {
 
 template <typename Record>
 bool NeuronWindow::start(const Layer& layer, Record* records, size_t n, size_t* next, bool expected) {
-  Ring& ring = rings_[ring_];
-  const uint64_t longest = std::min(kLongestRunBytes, ring.bytes / 2);
+  const uint64_t longest = std::min(kLongestRunBytes, rings_[ring_].bytes / 2);
   while (*next < n && batch_.size() < kBatch) {
     if (records[*next].run != kNoRun) {
       ++*next;
@@ -238,11 +237,18 @@ bool NeuronWindow::start(const Layer& layer, Record* records, size_t n, size_t* 
     if (n_flying_ >= static_cast<size_t>(reader_->depth())) return false;
     size_t n_records = 0;
     Run run = next_run(layer, records + *next, n - *next, longest, reader_->align(), &n_records);
-    const std::optional<uint64_t> at = room(ring, run.bytes);
+    size_t into = ring_;
+    std::optional<uint64_t> at = room(rings_[into], run.bytes);
+    if (!at && !expected) {
+      // What was expected of this turn is here or known to be wrong: its ring is as good, and more reads are in flight.
+      into = 1 - ring_;
+      at = room(rings_[into], run.bytes);
+    }
     if (!at) return false;
+    Ring& ring = rings_[into];
     run.at = *at;
     run.expected = expected;
-    const auto tag = static_cast<int64_t>(2 * (ring.first + ring.runs.size()) + ring_);
+    const auto tag = static_cast<int64_t>(2 * (ring.first + ring.runs.size()) + into);
     for (Record* record = records + *next; record < records + *next + n_records; ++record) {
       if (record->run != kNoRun) continue;
       record->run = tag;

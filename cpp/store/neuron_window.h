@@ -105,7 +105,7 @@ class NeuronWindow {
   };
   // Half of the staging: runs follow each other, oldest first, each in one piece. A turn reads what it wants and then
   // what it expects into one ring, while it uses what was expected of it from the other: so neither waits for the
-  // other's places.
+  // other's places. What is wanted and finds no place in the first takes one in the second.
   struct Ring {
     std::byte* data = nullptr;
     uint64_t bytes = 0;
