@@ -234,11 +234,16 @@ class CostModel:
         d = self._decoder
         return expected_hit_rate(plan.expert_slots / self._n_sparse, d["n_experts"], d["experts_per_token"])
 
-    def _io_seconds(self, n_bytes: float) -> float:
-        """What reading ``n_bytes`` takes from computing: the bus they arrive over, and cores when none is spare."""
+    def _io_seconds(self, n_bytes: float, checked_bytes: float = 0.0) -> float:
+        """What reading ``n_bytes`` takes from computing: the bus they arrive over, and cores when none is spare.
+
+        Args:
+            checked_bytes: those of them whose time on a core is counted where they are used.
+        """
         machine = self._machine
         spare = machine.cores > machine.threads
-        cpu = 0.0 if spare else machine.drive.cpu_seconds_per_byte * n_bytes / machine.cores
+        others = n_bytes - checked_bytes
+        cpu = 0.0 if spare else machine.drive.cpu_seconds_per_byte * others / machine.cores
         return cpu + n_bytes / machine.bus_bytes_per_second
 
     def _kv_reads(self, plan: Plan, position: float, rows: int) -> _KvReads:
@@ -287,7 +292,8 @@ class CostModel:
         stream = self._machine.drive.seconds(plan.stream_bytes)
         kv = self._kv_reads(plan, at, 1)
         read = plan.stream_bytes + neurons.flash_bytes + kv.flash_bytes
-        memory = compute + mixture + neurons.seconds + kv.exposed_seconds + self._io_seconds(read)
+        memory = compute + mixture + neurons.seconds + kv.exposed_seconds
+        memory += self._io_seconds(read, neurons.flash_bytes)
         # The ring runs on while the head is computed, as far as it has room.
         head = self._head.seconds(self._machine, 1) if plan.stream_bytes else 0.0
         exposed = max(0.0, head - plan.ring_bytes / self._machine.drive.sequential_bytes_per_second)
@@ -375,6 +381,7 @@ class CostModel:
         neurons = self._neurons.work(plan, rows)
         kv = self._kv_reads(plan, first + rows / 2, rows)
         read = plan.stream_bytes + neurons.flash_bytes + kv.flash_bytes
-        memory = compute + mixture + neurons.seconds + kv.exposed_seconds + self._io_seconds(read)
+        memory = compute + mixture + neurons.seconds + kv.exposed_seconds
+        memory += self._io_seconds(read, neurons.flash_bytes)
         flash = machine.drive.seconds(plan.stream_bytes) + machine.drive.seconds(expert_bytes)
         return neurons.late_seconds + max(memory, flash + neurons.flash_seconds + kv.flash_seconds)

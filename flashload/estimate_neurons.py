@@ -28,6 +28,9 @@ _AHEAD_ROWS = 4
 #: Of what a layer lacks, the part that is there or on its way when the layer is reached: 0.75 to 0.93 was asked for a
 #: layer ahead, and not all of that had come.
 _FORETOLD = 0.75
+#: What it takes to note that a row used a record (its worth, a logarithm and a power; who leaves for it), in values
+#: that small steps pass over (flashload.calibrate.row_values).
+_USE_VALUES = 32
 #: Formats of records, the tile format with the same bits, and bytes per value with scales (quant.formats.neuron).
 _LIKE = {
     WeightFormat.NEURON_F16: (WeightFormat.F16, 2.0),
@@ -41,7 +44,7 @@ class NeuronWork:
     """One pass over all layers, or one of them.
 
     Attributes:
-        seconds: of computing, and of asking for records ahead of their layer.
+        seconds: of computing, and of asking for records and checking them.
         late_seconds: of waiting for those that were not foretold, behind which nothing hides.
         flash_bytes: that came from the drive.
         flash_seconds: that the drive took, late ones aside.
@@ -154,18 +157,22 @@ class NeuronCost:
         read, requests, missing = self._reads(plan, records, rows, min(1.0, slots / records.rows))
         if missing <= 0:
             return NeuronWork(decide + compute, 0.0, 0.0, 0.0)
-        reading = drive.seconds(read, read / requests)
-        # Who computes also asks for what is missing.
-        asking = requests * drive.cpu_seconds_per_request
+        # Half of the staging is in flight: decoding reads ahead into the other half; of a prompt, the other half is in
+        # use or waits for its turn, for records are used in order.
+        reading = drive.seconds(read, read / requests, plan.neuron_staging_bytes / 2)
+        # One thread asks for what is missing and checks what has come.
+        asking = requests * drive.cpu_seconds_per_request + read * drive.cpu_seconds_per_byte
+        decide += rows * token_share * records.rows * _USE_VALUES * self._machine.layer.value_seconds
         if mode in GUESSED and rows <= _AHEAD_ROWS:
             # As much as there is staging for is read a layer ahead, behind everything else that a pass does.
             late = 1 - min(_FORETOLD, plan.neuron_staging_bytes / 2 / read)
             waiting = drive.first_byte_seconds + late * (reading + asking)
             return NeuronWork(decide + compute + (1 - late) * asking, waiting, read, (1 - late) * reading)
-        # What is in memory is multiplied while the rest arrives.
+        # What is in memory is multiplied while the first records arrive, then one part while another arrives: half of
+        # that hides, as the drive waits for places and who computes for records.
         here = compute * (1 - missing / union)
-        waiting = max(0.0, drive.first_byte_seconds + reading - here - asking)
-        return NeuronWork(decide + (compute + here) / 2 + asking, waiting, read, 0.0)
+        waiting = max(0.0, drive.first_byte_seconds + reading - here - (compute - here + asking) / 2)
+        return NeuronWork(decide + compute + asking, waiting, read, 0.0)
 
     def _reads(self, plan: Plan, records: Weight, rows: int, held: float) -> tuple[float, float, float]:
         """(bytes, requests, share of the records) that ``rows`` rows want and a layer lacks."""

@@ -16,6 +16,9 @@ from flashload.plan_directory import (
 )
 from flashload.plan_neurons import Guess, NeuronPlacement, is_neurons
 
+#: Near the floor records get this part of the staging they would have, before they get no more than the least.
+_LITTLE_AHEAD = 8
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -82,7 +85,8 @@ def _window(model: Directory, room_bytes: int, predictor: Guess) -> Fit | None:
     if chosen is not None:
         held_bytes += neurons.resident_bytes(chosen)
         return Fit("neurons", held_bytes, [], 0, model.demand_bytes, chosen)
-    for mode, ahead_bytes in itertools.product(modes, (neurons.ahead_bytes(room_bytes), 0)):
+    ahead = neurons.ahead_bytes(room_bytes)
+    for mode, ahead_bytes in itertools.product(modes, (ahead, ahead // _LITTLE_AHEAD, 0)):
         least_bytes = neurons.least_bytes(mode, gates=[]) + ahead_bytes
         deciding = model.deciding_by(mode)
         streaming = _stream(deciding, room_bytes - least_bytes)
@@ -91,7 +95,8 @@ def _window(model: Directory, room_bytes: int, predictor: Guess) -> Fit | None:
         # Gate rows that do not stream lie with the records, not with the weights held.
         streamed = {w.id for w in streaming.streamed}
         gates = [w for w in deciding.layers if is_neurons(w.name) and w.id not in streamed]
-        least = neurons.window(mode, least_bytes + total_bytes(gates), keep, gates=gates)
+        room = least_bytes + total_bytes(gates)
+        least = neurons.window(mode, room, keep, gates=gates, ahead_bytes=ahead_bytes)
         if least is not None:
             resident_bytes = streaming.resident_bytes - total_bytes(gates) + neurons.resident_bytes(least)
             return replace(streaming, name="neurons", resident_bytes=resident_bytes, neurons=least)

@@ -12,8 +12,10 @@ from typing import Protocol, TypeAlias
 from flashload.neuron_use import GUESSED, NeuronUse
 
 _PAGE_BYTES = 4096
-#: Records on their way in: as many reads as keep a drive busy, less in a small budget.
-_STAGING_MOST_BYTES, _STAGING_SHARE = 4 << 20, 32
+#: Records on their way in: as many reads as keep a drive busy, less in a small budget. Half of that is in flight when a
+#: prompt wants nearly all records (flashload.estimate_neurons), and a drive was seen that gives 40 % of its rate with
+#: less than 2 MiB in flight.
+_STAGING_MOST_BYTES, _STAGING_SHARE = 6 << 20, 32
 #: The core's tables: per neuron who holds it, its worth, which rows use it, who was touched; per slot its neuron; and,
 #: once for all layers, the misses of one turn and the guesses of the next.
 _TABLE_PER_NEURON, _TABLE_PER_SLOT = 8 + 3 * 4, 4
@@ -140,6 +142,7 @@ class NeuronModel:
         keep: float = 1.0,
         use: Sequence[float] | None = None,
         gates: Sequence[Weight] | None = None,
+        ahead_bytes: int | None = None,
     ) -> NeuronPlacement | None:
         """Slots for what fits into ``room_bytes``; None when not even the least does.
 
@@ -147,12 +150,14 @@ class NeuronModel:
             keep: of a layer's energy, in mode "lean".
             use: how much each layer's neurons are used, in the order of the layers; None takes them as equal.
             gates: those of the gate rows that are held, in mode "exact", while the others stream; None: all.
+            ahead_bytes: staging, where it has been decided; None: as :meth:`ahead_bytes` of the room.
         """
         held_gates = self._gates_held(mode, gates)
         spare = room_bytes - self.least_bytes(mode, gates)
         if spare < 0:
             return None
-        staging = max(self.ahead_bytes(room_bytes), self._staging_least_bytes)
+        ahead = self.ahead_bytes(room_bytes) if ahead_bytes is None else ahead_bytes
+        staging = max(ahead, self._staging_least_bytes)
         staging = min(staging, (self._staging_least_bytes + spare) // _PAGE_BYTES * _PAGE_BYTES)
         spare -= staging - self._staging_least_bytes + _PAGE_BYTES * (len(self.records) + 1)
         share = use if use is not None else [1.0] * len(self.records)

@@ -35,12 +35,14 @@ from flashload.probe_kernels import (
 from quant.formats import TILE_FORMATS
 from quant.formats.neuron import NEURON_FORMATS
 
-_VERSION = 4
+_VERSION = 5
 #: Bytes of one read of a stream (cpp/store/read_run.h), and reads the core keeps in flight (cpp/store).
 READ_BYTES = 1 << 20
 _DEPTH = 32
 _REQUEST_BYTES = (4 << 10, 32 << 10, 256 << 10, 1 << 20)
 _DEPTHS = (1, _DEPTH)
+#: A window of records has less in flight than that: requests as long as its longest, so many at a time.
+_WINDOW_REQUEST_BYTES, _WINDOW_DEPTHS = 256 << 10, (2, 4, 8, 16)
 _POINT_SECONDS = 0.035
 _SEQUENTIAL_SECONDS = 0.25
 #: A smaller file is read from one place of the drive only, or from its cache.
@@ -77,13 +79,29 @@ class DriveRate:
     note: str = ""
     cpu_seconds_per_request: float = 0.0
 
-    def seconds(self, n_bytes: float, request_bytes: float = READ_BYTES) -> float:
-        """Time to read ``n_bytes`` in requests of ``request_bytes``, many in flight."""
+    def seconds(
+        self, n_bytes: float, request_bytes: float = READ_BYTES, in_flight_bytes: float = math.inf
+    ) -> float:
+        """Time to read ``n_bytes`` in requests of ``request_bytes``, with many of them or so many bytes in flight."""
         if n_bytes <= 0:
             return 0.0
         requests = n_bytes / min(request_bytes, n_bytes)
         each = requests * self.request_seconds + n_bytes / self.bytes_per_second
-        return max(each, n_bytes / self.sequential_bytes_per_second)
+        return max(each, n_bytes / min(self.sequential_bytes_per_second, self.rate_with(in_flight_bytes)))
+
+    def rate_with(self, in_flight_bytes: float) -> float:
+        """The most bytes per second with so many in flight; between the points measured, and below in proportion.
+
+        Few bytes in flight are few requests, or short ones: of either, the better rate.
+        """
+        of_requests = ((p["depth"] * p["bytes_per_request"], p["bytes_per_second"]) for p in self.points)
+        known = [(0.0, 0.0)]
+        for n_bytes, rate in sorted(of_requests):
+            known.append((n_bytes, max(rate, known[-1][1])))
+        for (low, low_rate), (high, high_rate) in itertools.pairwise(known):
+            if low <= in_flight_bytes < high:
+                return low_rate + (in_flight_bytes - low) / (high - low) * (high_rate - low_rate)
+        return math.inf
 
 
 @dataclass(frozen=True)
@@ -196,15 +214,16 @@ def probe_drive(path: Path) -> DriveRate:
     import _edge
 
     points = []
-    for depth in _DEPTHS:
-        for size in _REQUEST_BYTES:
-            runs = [
-                _edge.bench_read(str(path), bytes_per_request=size, depth=depth, seconds=_POINT_SECONDS)
-                for _ in range(2)
-            ]
-            got = max(runs, key=lambda run: run["bytes_per_second"])
-            keys = ("bytes_per_second", "mean_latency_us", "p99_latency_us", "bytes", "cpu_seconds")
-            points.append({"bytes_per_request": size, "depth": depth} | {key: got[key] for key in keys})
+    measured = [*itertools.product(_DEPTHS, _REQUEST_BYTES)]
+    measured += [(depth, _WINDOW_REQUEST_BYTES) for depth in _WINDOW_DEPTHS]
+    for depth, size in measured:
+        runs = [
+            _edge.bench_read(str(path), bytes_per_request=size, depth=depth, seconds=_POINT_SECONDS)
+            for _ in range(2)
+        ]
+        got = max(runs, key=lambda run: run["bytes_per_second"])
+        keys = ("bytes_per_second", "mean_latency_us", "p99_latency_us", "bytes", "cpu_seconds")
+        points.append({"bytes_per_request": size, "depth": depth} | {key: got[key] for key in keys})
     got = _edge.bench_read(
         str(path), bytes_per_request=READ_BYTES, depth=_DEPTH, seconds=_SEQUENTIAL_SECONDS, sequential=True
     )

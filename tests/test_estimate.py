@@ -384,7 +384,7 @@ def test_missing_records_are_read(by_neuron: VirtualPack) -> None:
     held = sum(plan.slab_bytes) / sum(w.rows * w.chunk_bytes for w in records)
     n_bytes = sum(w.rows * w.chunk_bytes for w in records)
     missing = NeuronUse(0.1).wanted_share(plan.neuron_mode, 1, held)
-    assert missing * n_bytes <= found.flash_bytes_per_token <= n_bytes
+    assert missing * n_bytes <= found.flash_bytes_per_token - plan.stream_bytes <= n_bytes
     assert found.tokens_per_second < curve.resident_tokens_per_second
     idler = Case(by_neuron, use=NeuronUse(0.01)).model.predict(plan)
     assert idler.flash_bytes_per_token < found.flash_bytes_per_token
@@ -428,6 +428,19 @@ def test_a_prompt_reads_no_more_than_there_is(by_neuron: VirtualPack) -> None:
     records = [w for w in one.weights if w.name.endswith(".records")]
     work = NeuronCost(one.weights, MACHINE, NeuronUse(0.5)).work(plan, 64)
     assert 0 < work.flash_bytes <= sum(w.rows * w.chunk_bytes for w in records)
+
+
+def test_a_prompt_is_read_as_fast_as_its_staging_lets_the_drive_be(by_neuron: VirtualPack) -> None:
+    few = {"bytes_per_request": 1 << 18, "depth": 1, "bytes_per_second": 1e8}
+    many = {"bytes_per_request": 1 << 18, "depth": 16, "bytes_per_second": 2e9}
+    one = Case(by_neuron, machine(drive=dataclasses.replace(DRIVE, points=[few, many])), use=NeuronUse(0.5))
+    curve = one.curve()
+    plan = one.plan((curve.floor_bytes + curve.resident_bytes) // 2)
+    little, much = (dataclasses.replace(plan, neuron_staging_bytes=n) for n in (1 << 19, 1 << 23))
+    slow, quick = (one.model.predict(p, prompt_tokens=plan.max_rows) for p in (little, much))
+    reading = one.model._neurons.work(little, plan.max_rows).flash_bytes / 1e8
+    assert slow.time_to_first_token_seconds == pytest.approx(reading, rel=0.2)
+    assert quick.time_to_first_token_seconds < slow.time_to_first_token_seconds / 4
 
 
 def test_the_curve_of_neurons_rises(by_neuron: VirtualPack) -> None:

@@ -122,6 +122,23 @@ def test_records_come_in_groups_while_others_are_on_their_way(path: str) -> None
     assert len(ends) > 3
 
 
+def test_a_group_leaves_most_of_the_staging_to_reads(path: str) -> None:
+    """Whatever has come in: places are free again when a group has been used, and until then nothing is read there."""
+    ends = check(open_window(path, 0, staging_bytes=128 << 10), 0, list(range(N)))
+    largest = max(end - begin for begin, end in zip([0, *ends], ends, strict=False))
+    assert largest * RECORD <= (128 << 10) // 8 + RECORD
+
+
+def test_what_is_wanted_is_read_into_all_of_the_staging(path: str) -> None:
+    staging, far_apart = 40 << 10, list(range(0, N, 15))
+    whole = open_window(path, 0, staging_bytes=1 << 20)
+    check(whole, 0, far_apart)
+    read_bytes = whole.stats()["bytes"] / whole.stats()["requests"]
+    window = open_window(path, 0, staging_bytes=staging)
+    window.read(WEIGHTS[0], far_apart, most_groups=0)
+    assert window.stats()["requests"] > 0.75 * min(len(far_apart), staging / read_bytes)
+
+
 def test_only_what_is_missing_is_read(path: str) -> None:
     window = open_window(path, 100)
     check(window, 0, list(range(100)))  # the first records have slots from the start

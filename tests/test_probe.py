@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -63,6 +64,18 @@ def test_reads_cost_requests_and_bytes_bounded_by_the_stream() -> None:
     assert rate.seconds(4096) == pytest.approx(20e-6 + 4096 / 2e9)
 
 
+def test_less_in_flight_is_slower() -> None:
+    measured = [(4096, 1, 5e7), (262144, 2, 9e8), (262144, 4, 1e9), (4096, 32, 2e8), (262144, 8, 1.8e9)]
+    keys = ("bytes_per_request", "depth", "bytes_per_second")
+    rate = drive(points=[dict(zip(keys, point, strict=True)) for point in measured])
+    assert rate.rate_with(512 << 10) == 9e8 and rate.rate_with(768 << 10) == pytest.approx(9.5e8)
+    assert rate.rate_with(2048) == pytest.approx(2.5e7) and rate.rate_with(0) == 0
+    found = [rate.seconds(1 << 30, 1 << 18, n << 10) for n in (4, 64, 128, 512, 1024, 1536, 2048, 8192)]
+    assert found == sorted(found, reverse=True) and found[0] == pytest.approx((1 << 30) / 5e7)
+    assert found[-1] == rate.seconds(1 << 30, 1 << 18)
+    assert drive().rate_with(1) == math.inf  # nothing is known of it
+
+
 def test_kernel_rates_between_what_was_measured() -> None:
     rates = [machine().macs_per_second(3, rows) for rows in (1, 2, 8, 64, 128, 500)]
     assert rates == sorted(rates) and rates[0] == 1e11 and rates[-1] == 6e11
@@ -73,7 +86,7 @@ def test_the_drive_is_measured(tmp_path: Path) -> None:
     file = tmp_path / "large"
     file.write_bytes(os.urandom(1 << 20) * 8)
     found = probe.probe_drive(file)
-    assert found.measured and len(found.points) == 8
+    assert found.measured and len(found.points) == 12
     for rate in (found.bytes_per_second, found.sequential_bytes_per_second, found.first_byte_seconds):
         assert rate > 0
     assert found.sequential_bytes_per_second >= max(p["bytes_per_second"] for p in found.points)

@@ -15,9 +15,9 @@ using Clock = std::chrono::steady_clock;
 constexpr uint64_t kGapBytes = 16 << 10;
 // Long enough for the sequential rate when nearly everything is missing.
 constexpr uint64_t kLongestRunBytes = 256 << 10;
-// Records handed out at once, unless more are here: enough to share between threads, few enough that the next reads go on
-// meanwhile.
-constexpr uint64_t kGroupBytes = 128 << 10;
+// Records handed out at once, and the part of a ring if more are here: enough to share between threads, few enough that
+// the next reads go on meanwhile, for the places of a group are free when it has been used.
+constexpr uint64_t kGroupBytes = 128 << 10, kGroupShare = 4;
 // Requests handed to the system at once: enough to save calls, few enough that the drive starts early.
 constexpr size_t kBatch = 32;
 // Guesses are made while so many of them are wanted afterwards; below that now and then, to see whether they still fail.
@@ -286,12 +286,12 @@ Status NeuronWindow::read_on() {
 Result<size_t> NeuronWindow::take() {
   settle();
   if (layer_ == nullptr) return error(Code::kBadArgument, "no neurons are wanted");
-  const uint64_t enough = std::min(kGroupBytes, rings_[ring_].bytes / 4);
+  const uint64_t most = rings_[ring_].bytes / kGroupShare, enough = std::min(kGroupBytes, most);
   Status status = read_on();
   for (uint64_t bytes = 0; status.ok() && n_taken_ < n_misses_;) {
     const Miss& miss = misses_[n_taken_];
     // What has no run yet gets its place when these have been used; what has landed need not wait for them.
-    if (bytes > 0 && (miss.run == kNoRun || (bytes > enough && !run_of(miss.run).landed))) break;
+    if (bytes > 0 && (miss.run == kNoRun || bytes > most || (bytes > enough && !run_of(miss.run).landed))) break;
     status = land(miss);
     bytes += layer_->record_bytes;
     n_taken_ += status.ok();
