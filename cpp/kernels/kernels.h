@@ -84,6 +84,9 @@ struct Kernels {
   void (*gelu_tanh_mul)(const float* gate, const float* up, int64_t n, float* out);  // tanh form; up null = 1
   void (*add)(const float* x, int64_t n, float* into);                               // into += x
   void (*scale_add)(const float* x, float scale, int64_t n, float* into);            // into += scale * x
+  // Bit i % 64 of out[i / 64]: unless |x[i]| <= limit[i] (limit null: zeros), so what is not a number is beyond. Bits past
+  // n are 0.
+  void (*beyond)(const float* x, const float* limit, int64_t n, uint64_t* out);
   void (*softmax)(float* x, int64_t n);
   // Attention in steps: begin, scores of every range, weigh, values of every range in order. `scores` and `out` hold the
   // state between them; a head's bits depend neither on the ranges nor on the heads beside it.

@@ -103,6 +103,25 @@ struct Ops {
     map(n, into, [&](const V& a, const V& b) { return a + factor * b; }, into, x);
   }
 
+  static uint32_t beyond16(const V& x, const V& limit) {
+    uint32_t bits = 0;
+    for (int i = 0; i < V::kParts; ++i) {
+      const typename Isa::Vec size = x.part[i] < 0 ? -x.part[i] : x.part[i];
+      bits |= Isa::bits(~(size <= limit.part[i])) << i * Isa::kLanes;
+    }
+    return bits;
+  }
+  static void beyond(const float* x, const float* limit, int64_t n, uint64_t* out) {
+    for (int64_t i = 0; i < n; i += 16) {
+      const int64_t left = n - i;
+      const V values = left < 16 ? load_tail<Isa>(x + i, left) : load<Isa>(x + i);
+      V limits = splat16<Isa>(0);
+      if (limit != nullptr) limits = left < 16 ? load_tail<Isa>(limit + i, left) : load<Isa>(limit + i);
+      const uint64_t bits = beyond16(values, limits);
+      out[i / 64] = i % 64 == 0 ? bits : out[i / 64] | bits << i % 64;
+    }
+  }
+
   static void softmax(float* x, int64_t n) {
     constexpr float kNone = -__builtin_inff();
     V largest = splat16<Isa>(kNone);
@@ -159,7 +178,7 @@ constexpr OpsTable make_table() {
   using O = Ops<Isa>;
   using A = Attention<Isa>;
   return {O::rms_norm, O::layer_norm,    O::rope, O::silu_mul,  O::relu_mul, O::gelu_mul,
-          O::gelu_tanh_mul, O::add, O::scale_add, O::softmax, A::begin, A::scores, A::weigh, A::values,
+          O::gelu_tanh_mul, O::add, O::scale_add, O::beyond, O::softmax, A::begin, A::scores, A::weigh, A::values,
           O::to_f16};
 }
 

@@ -22,6 +22,7 @@ struct Avx512Isa {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p));
     return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, halves));
   }
+  static uint32_t bits(IVec on) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(on)); }
   static void to_f16(Vec v, uint16_t* p) {
     _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(p),
                         _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v),

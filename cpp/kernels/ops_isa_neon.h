@@ -20,6 +20,7 @@ struct NeonIsa {
   static Vec from_f16(const uint16_t* p) {
     return reinterpret_cast<Vec>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))));
   }
+  static uint32_t bits(IVec on) { return vaddvq_u32(reinterpret_cast<uint32x4_t>(on & IVec{1, 2, 4, 8})); }
   static void to_f16(Vec v, uint16_t* p) {
     vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(reinterpret_cast<float32x4_t>(v))));
   }

@@ -58,6 +58,11 @@ struct RefIsa {
     return static_cast<uint16_t>(sign | h);
   }
 
+  static uint32_t bits(IVec on) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(on[i]) & 1u << i;
+    return bits;
+  }
   static void to_f16(Vec v, uint16_t* p) {
     for (int i = 0; i < kLanes; ++i) p[i] = half(v[i]);
   }

@@ -17,6 +17,7 @@ struct OpsTable {
   void (*gelu_tanh_mul)(const float* gate, const float* up, int64_t n, float* out);
   void (*add)(const float* x, int64_t n, float* into);
   void (*scale_add)(const float* x, float scale, int64_t n, float* into);
+  void (*beyond)(const float* x, const float* limit, int64_t n, uint64_t* out);
   void (*softmax)(float* x, int64_t n);
   void (*attention_begin)(const AttentionArgs& args);
   void (*attention_scores)(const AttentionArgs& args);

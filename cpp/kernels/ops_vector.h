@@ -8,7 +8,8 @@
 namespace edge::ops {
 
 // Isa gives: kLanes (4, 8 or 16), Vec and IVec (vectors of kLanes float / int32_t), Vec from_f16(const uint16_t*),
-// void to_f16(Vec, uint16_t*), and the register tiles of attention (kScoreHeads, kValueHeads, kValueChunks).
+// void to_f16(Vec, uint16_t*), uint32_t bits(IVec) (a bit for each lane that is -1; the others are 0), and the register
+// tiles of attention (kScoreHeads, kValueHeads, kValueChunks).
 template <class Isa>
 struct V16 {
   static constexpr int kParts = 16 / Isa::kLanes;

@@ -55,6 +55,7 @@ Kernels join(const char* isa, const GemvTable& gemv, const NeuronKernels& neuron
   kernels.gelu_tanh_mul = ops.gelu_tanh_mul;
   kernels.add = ops.add;
   kernels.scale_add = ops.scale_add;
+  kernels.beyond = ops.beyond;
   kernels.softmax = ops.softmax;
   kernels.attention_begin = ops.attention_begin;
   kernels.attention_scores = ops.attention_scores;

@@ -39,7 +39,7 @@ uint64_t carve(Scratch& scratch, std::byte* base, const DecoderConfig& config, i
     scratch.neuron_acts = carver.take(static_cast<uint64_t>(rows * act_bytes));
     scratch.neuron_out = carver.floats(rows * pad32(config.hidden_size));
     const auto each = [&](uint64_t bytes) { return carver.take(static_cast<uint64_t>(neurons) * bytes); };
-    scratch.neuron_rows = reinterpret_cast<uint64_t*>(each(sizeof(uint64_t)));
+    scratch.neuron_rows = reinterpret_cast<uint64_t*>(carver.take(static_cast<uint64_t>(neurons + 63) / 64 * 64 * 8));
     scratch.records = reinterpret_cast<const std::byte**>(each(sizeof(std::byte*)));
     scratch.neurons = reinterpret_cast<int32_t*>(each(sizeof(int32_t)));
     scratch.expected = reinterpret_cast<int32_t*>(each(sizeof(int32_t)));

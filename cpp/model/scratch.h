@@ -29,7 +29,7 @@ struct Scratch {
   // Of feed-forward layers that come by neuron, [kNeuronRows][...] or one entry per neuron:
   std::byte* neuron_acts = nullptr;  // activations in the order of neuron rows, at most 4 bytes a value
   float* neuron_out = nullptr;       // [hidden_size padded to 32]
-  uint64_t* neuron_rows = nullptr;   // [ffn_dim], which rows use a neuron
+  uint64_t* neuron_rows = nullptr;   // [ffn_dim], which rows use a neuron; or [ffn_dim / 64], which neurons a row uses
   const std::byte** records = nullptr;  // [ffn_dim]
   int32_t* neurons = nullptr;           // [ffn_dim], those that some row uses
   int32_t* expected = nullptr;          // [ffn_dim], those that the next layer will probably use

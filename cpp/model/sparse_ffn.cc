@@ -20,9 +20,6 @@ constexpr int64_t kDotRows = 16;
 constexpr int64_t kAheadRows = 4;
 // Neurons added in one go: for many rows their columns stay in the second cache.
 constexpr int64_t kColumnNeurons = 256;
-// Less than this is done before another core has noticed.
-constexpr int64_t kPieceBytes = 32 << 10;
-constexpr int64_t kPiecesPerThread = 8;
 
 // Which of a few neurons each row uses: places in the list they were given in, ascending.
 template <size_t kMost>
@@ -98,24 +95,44 @@ Status SparseFfn::run(const LayerWeights& layer, const float* x, int64_t n_rows,
 Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t first_row, int64_t n_rows, float* out,
                         const WatchFfn& watch, const Ahead& ahead) {
   EDGE_ASSIGN(Turn turn, begin(layer, x, n_rows));
+  if (turn.records != nullptr) {
+    EDGE_TRY(whole(turn, watch, first_row, ahead));
+  } else {
+    EDGE_TRY(some(turn, watch, first_row, ahead));
+  }
   const int64_t hidden = config_.hidden_size, out_stride = pad32(hidden);
+  EDGE_ASSIGN(const float* down_bias, linear_.vector(layer.down_bias));
+  for (int64_t row = 0; row < n_rows; ++row) {
+    float* into = out + row * pad16(hidden);
+    std::memcpy(into, scratch_.neuron_out + row * out_stride, static_cast<size_t>(hidden) * sizeof(float));
+    std::fill(into + hidden, into + pad16(hidden), 0.0f);
+    if (down_bias != nullptr) kernels_.add(down_bias, hidden, into);
+  }
+  return {};
+}
+
+void SparseFfn::show_gates(const Turn& turn, const WatchFfn& watch, int64_t first_row) {
+  const float* hidden = scratch_.hidden + first_row * pad16(config_.hidden_size);
+  if (watch) watch({turn.layer->index, first_row, turn.n_rows, turn.x, hidden, scratch_.gate});
+}
+
+Status SparseFfn::some(Turn& turn, const WatchFfn& watch, int64_t first_row, const Ahead& ahead) {
+  const LayerWeights& layer = *turn.layer;
   if (guesses(layer)) {
     turn.exact = false;
     turn.priced = !price_.is_free() && !window_.slots_of(layer.neuron_records).empty();
-    EDGE_TRY(predict(layer, x, n_rows, scratch_.gate));
+    EDGE_TRY(predict(layer, turn.x, turn.n_rows, scratch_.gate));
   } else {
     EDGE_TRY(gates(turn));
-    if (watch) {
-      watch({layer.index, first_row, n_rows, x, scratch_.hidden + first_row * pad16(hidden), scratch_.gate});
-    }
+    show_gates(turn, watch, first_row);
     activate_gates(turn);
   }
   collect(turn);
   EDGE_TRY(window_.want(layer.neuron_records, {scratch_.neurons, turn.n_wanted},
                         {scratch_.neuron_rows, turn.n_wanted}, scratch_.records));
-  if (ahead.layer != nullptr) EDGE_TRY(expect(ahead, n_rows));
+  if (ahead.layer != nullptr) EDGE_TRY(expect(ahead, turn.n_rows));
   std::fill_n(scratch_.computed, turn.n_wanted, false);
-  std::fill_n(scratch_.neuron_out, n_rows * out_stride, 0.0f);
+  std::fill_n(scratch_.neuron_out, turn.n_rows * pad32(config_.hidden_size), 0.0f);
   // What is in memory is multiplied while the rest arrives; columns are added in order as they become known.
   EDGE_TRY(start(turn));
   for (size_t done = 0; done < turn.n_wanted;) {
@@ -125,13 +142,6 @@ Status SparseFfn::block(const LayerWeights& layer, const float* x, int64_t first
     done = end;
   }
   if (turn.priced) learn(turn);
-  EDGE_ASSIGN(const float* down_bias, linear_.vector(layer.down_bias));
-  for (int64_t row = 0; row < n_rows; ++row) {
-    float* into = out + row * pad16(hidden);
-    std::memcpy(into, scratch_.neuron_out + row * out_stride, static_cast<size_t>(hidden) * sizeof(float));
-    std::fill(into + hidden, into + pad16(hidden), 0.0f);
-    if (down_bias != nullptr) kernels_.add(down_bias, hidden, into);
-  }
   return {};
 }
 
@@ -147,6 +157,9 @@ Result<SparseFfn::Turn> SparseFfn::begin(const LayerWeights& layer, const float*
   turn.up_offset = config_.gated ? turn.row_bytes : 0;
   turn.down_offset = turn.up_offset + turn.row_bytes;
   turn.exact = true;
+  if (!guesses(layer)) turn.records = window_.whole(layer.neuron_records);
+  turn.record_bytes = entry.chunk_bytes;
+  turn.n_words = (entry.rows + 63) / 64;
   turn.act_stride = neuron_act_bytes(entry.format, entry.cols);
   turn.gate_stride = pad16(entry.rows);
   EDGE_ASSIGN(turn.up_bias, linear_.vector(layer.up_bias));
@@ -164,18 +177,19 @@ Result<SparseFfn::Turn> SparseFfn::begin(const LayerWeights& layer, const float*
 }
 
 Status SparseFfn::gates(const Turn& turn) {
-  const WeightId records = turn.layer->neuron_records, beside = turn.layer->neuron_gates;
+  const WeightId beside = turn.layer->neuron_gates;
   const uint64_t stride_bytes = directory_.entry(beside).chunk_bytes;
   const int64_t n_neurons = config_.intermediate_size;
-  if (const std::byte* rows = window_.whole(records)) {
-    dot_gates(turn, rows + turn.gate_offset, directory_.entry(records).chunk_bytes, 0, n_neurons);
-  } else if (const std::byte* rows = window_.whole(beside)) {
-    dot_gates(turn, rows, stride_bytes, 0, n_neurons);
+  const auto keep = [&](int64_t row, int64_t first, int64_t n, const float* values) {
+    std::copy_n(values, n, scratch_.gate + row * turn.gate_stride + first);
+  };
+  if (const std::byte* rows = window_.whole(beside)) {
+    dot_gates(turn, rows, stride_bytes, 0, n_neurons, keep);
   } else {
     for (int64_t first = 0; first < n_neurons;) {
       EDGE_ASSIGN(const TileLease some, store_.acquire_tiles(beside, first));
       const int64_t end = std::min(some.end_tile, n_neurons);
-      dot_gates(turn, some.lease.data(), stride_bytes, first, end);
+      dot_gates(turn, some.lease.data(), stride_bytes, first, end, keep);
       first = end;
     }
   }
@@ -184,34 +198,6 @@ Status SparseFfn::gates(const Turn& turn) {
     kernels_.add(turn.gate_bias, n_neurons, scratch_.gate + row * turn.gate_stride);
   }
   return {};
-}
-
-void SparseFfn::dot_gates(const Turn& turn, const std::byte* rows_begin, uint64_t stride_bytes, int64_t first,
-                          int64_t end) {
-  const int64_t n_neurons = end - first;
-  const int64_t n_pieces = std::clamp<int64_t>(n_neurons * turn.row_bytes * turn.n_rows / kPieceBytes, 1,
-                                               pool_.size() * kPiecesPerThread);
-  const int64_t grain = (n_neurons + n_pieces - 1) / n_pieces;
-  pool_.parallel(n_neurons, grain, [&](int64_t from, int64_t to, int) {
-    std::array<const std::byte*, kDotNeurons> rows;
-    // Gathered here first: rows of gates lie so far apart that their lines would push each other out of the cache.
-    std::array<float, kDotNeurons * kDotRows> product;
-    for (int64_t at = first + from; at < first + to; at += kDotNeurons) {
-      const int64_t n = std::min(kDotNeurons, first + to - at);
-      for (int64_t i = 0; i < n; ++i) {
-        rows[static_cast<size_t>(i)] = rows_begin + static_cast<uint64_t>(at + i) * stride_bytes;
-      }
-      for (int64_t row = 0; row < turn.n_rows; row += kDotRows) {
-        const int64_t n_rows = std::min(kDotRows, turn.n_rows - row);
-        kernels_.neuron.dot[neuron_index(turn.format)](rows.data(), n, config_.hidden_size,
-                                                       scratch_.neuron_acts + row * turn.act_stride, turn.act_stride,
-                                                       n_rows, product.data(), kDotNeurons);
-        for (int64_t i = 0; i < n_rows; ++i) {
-          std::copy_n(product.data() + i * kDotNeurons, n, scratch_.gate + (row + i) * turn.gate_stride + at);
-        }
-      }
-    }
-  });
 }
 
 void SparseFfn::activate_gates(const Turn& turn) {

@@ -10,6 +10,8 @@
 // are passed over, another loss. Which those are depends on what is in memory, so then the text does too.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <span>
 #include <vector>
 
@@ -65,6 +67,10 @@ class SparseFfn {
              const Ahead& ahead);
 
  private:
+  // Less than this is done before another core has noticed.
+  static constexpr int64_t kPieceBytes = 32 << 10;
+  static constexpr int64_t kPiecesPerThread = 8;
+
   // One layer for at most Scratch::kNeuronRows rows.
   struct Turn {
     const LayerWeights* layer;
@@ -83,15 +89,44 @@ class SparseFfn {
     int64_t act_stride;
     int64_t gate_stride;   // floats between rows of scratch.gate
     size_t n_wanted;
+    const std::byte* records;  // all of the layer's, where gates decide and they are in memory; else null
+    uint64_t record_bytes;
+    int64_t n_words;           // of 64 neurons
   };
 
   Status block(const LayerWeights& layer, const float* x, int64_t first_row, int64_t n_rows, float* out,
                const WatchFfn& watch, const Ahead& ahead);
+  // The sum in scratch.neuron_out, biases aside, where records are handed out as they arrive.
+  Status some(Turn& turn, const WatchFfn& watch, int64_t first_row, const Ahead& ahead);
+  void show_gates(const Turn& turn, const WatchFfn& watch, int64_t first_row);
   Result<Turn> begin(const LayerWeights& layer, const float* x, int64_t n_rows);
   // scratch.gate[row][neuron] of every neuron, from its record or from the rows beside, wherever those are.
   Status gates(const Turn& turn);
-  // The same of neurons [first, end), biases aside; `rows` is where neuron 0 is or would be.
-  void dot_gates(const Turn& turn, const std::byte* rows, uint64_t stride_bytes, int64_t first, int64_t end);
+  // The same of neurons [first, end), biases aside; `rows` is where neuron 0 is or would be. `each_word` gets 64 neurons
+  // of a row at a time, (row, first neuron, n, values), while they are in the first cache.
+  template <typename EachWord>
+  void dot_gates(const Turn& turn, const std::byte* rows, uint64_t stride_bytes, int64_t first, int64_t end,
+                 const EachWord& each_word) {
+    // Gathered in pieces first: rows of gates lie so far apart that their lines would push each other out of the cache.
+    constexpr int64_t kWord = 64, kRows = 16;
+    const int64_t n_words = (end - first + kWord - 1) / kWord, work_bytes = (end - first) * turn.row_bytes * turn.n_rows;
+    const int64_t n_pieces = std::clamp<int64_t>(work_bytes / kPieceBytes, 1, pool_.size() * kPiecesPerThread);
+    pool_.parallel(n_words, (n_words + n_pieces - 1) / n_pieces, [&](int64_t from, int64_t to, int) {
+      std::array<const std::byte*, kWord> word;
+      std::array<float, kWord * kRows> values;
+      for (int64_t at = first + from * kWord; at < std::min(end, first + to * kWord); at += kWord) {
+        const int64_t n = std::min(kWord, end - at);
+        for (int64_t i = 0; i < n; ++i) word[static_cast<size_t>(i)] = rows + static_cast<uint64_t>(at + i) * stride_bytes;
+        for (int64_t row = 0; row < turn.n_rows; row += kRows) {
+          const int64_t n_rows = std::min(kRows, turn.n_rows - row);
+          kernels_.neuron.dot[neuron_index(turn.format)](word.data(), n, config_.hidden_size,
+                                                         scratch_.neuron_acts + row * turn.act_stride, turn.act_stride,
+                                                         n_rows, values.data(), kWord);
+          for (int64_t i = 0; i < n_rows; ++i) each_word(row + i, at, n, values.data() + i * kWord);
+        }
+      }
+    });
+  }
   // scratch.gate = act(scratch.gate).
   void activate_gates(const Turn& turn);
   // scores[row][neuron], above zero where a neuron is held likely to be active; rows are pad16(neurons) apart.
@@ -117,6 +152,20 @@ class SparseFfn {
   void multiply(const Turn& turn, std::span<const int32_t> wanted, int64_t row, int64_t n_rows);
   // scratch.neuron_out += value * down column, for wanted neurons [begin, end) in order.
   void add_columns(const Turn& turn, size_t begin, size_t end);
+
+  // The whole layer where all its records are in memory: which neurons a row uses is told in words of 64, and nothing is
+  // handed out or waited for. scratch.neuron_out is the sum.
+  Status whole(const Turn& turn, const WatchFfn& watch, int64_t first_row, const Ahead& ahead);
+  // scratch.gate[row][64 word...] = act(gates of these neurons), and which of them the row uses.
+  void settle_word(const Turn& turn, int64_t row, int64_t word, const float* gates);
+  uint64_t* users(const Turn& turn, int64_t row) const { return scratch_.neuron_rows + row * turn.n_words; }
+  // scratch.gate = act(gate) * up where a row uses the neuron.
+  void whole_values(const Turn& turn, int64_t n_used);
+  // The same in words [first, end), for rows that use the same neurons there.
+  void multiply_words(const Turn& turn, int64_t row, int64_t n_rows, int64_t first, int64_t end);
+  // scratch.neuron_out = the sum of value * down column.
+  void whole_columns(const Turn& turn, int64_t n_used);
+  void add_words(const Turn& turn, int64_t row, int64_t first, int64_t end, int64_t first_value, int64_t end_value);
 
   const DecoderConfig& config_;
   const PackDirectory& directory_;

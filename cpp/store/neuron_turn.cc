@@ -96,6 +96,13 @@ Status NeuronWindow::want(WeightId weight, std::span<const int32_t> neurons, std
   return read_on();
 }
 
+Status NeuronWindow::want_whole(WeightId weight, size_t n_neurons) {
+  EDGE_TRY(want(weight, {}, {}, nullptr));
+  n_wanted_ += n_neurons;
+  n_hits_ += n_neurons;
+  return {};
+}
+
 void NeuronWindow::match_guesses() {
   if (guess_layer_ == layer_ && next_guess_ > 0) {
     size_t n_right = 0;

@@ -51,6 +51,8 @@ class NeuronWindow {
   // Ends the turn of the layer before. kBadArgument, kDiskError.
   Status want(WeightId weight, std::span<const int32_t> neurons, std::span<const uint64_t> rows,
               const std::byte** found);
+  // want() of an entry that is whole(), by number: the records are where they always are.
+  Status want_whole(WeightId weight, size_t n_neurons);
   // A guess of what the next want() asks, of `weight` (ascending): read_on() and take() read what is missing as far as
   // there is room. It changes no answer; a wrong guess costs a read. kBadArgument.
   Status expect(WeightId weight, std::span<const int32_t> neurons);
