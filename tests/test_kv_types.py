@@ -20,6 +20,7 @@ from tests.tiny import tiny_hf
 
 packs = kv_packs
 TYPES = ("int8", "int4")
+ALL_TYPES = ("f16", *TYPES)
 ISAS = [isa["name"] for isa in _edge.isas() if isa["available"]]
 
 _EXPECTED: dict[tuple[str, str], list[tuple[int, float]]] = {}
@@ -33,7 +34,7 @@ def expected(packs: dict[str, Path], name: str, kv_type: str) -> list[tuple[int,
     return _EXPECTED[name, kv_type]
 
 
-@pytest.mark.parametrize("kv_type", TYPES)
+@pytest.mark.parametrize("kv_type", ALL_TYPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_prompt_chunks_of_any_size(name: str, kv_type: str, packs: dict[str, Path], tmp_path: Path) -> None:
     for max_rows, threads in ((7, 2), (64, 1), (128, 3)):
@@ -41,7 +42,7 @@ def test_prompt_chunks_of_any_size(name: str, kv_type: str, packs: dict[str, Pat
         assert answer(_edge.Sequence(engine), PROMPT) == expected(packs, name, kv_type)
 
 
-@pytest.mark.parametrize("kv_type", TYPES)
+@pytest.mark.parametrize("kv_type", ALL_TYPES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_isa(isa: str, kv_type: str, packs: dict[str, Path], tmp_path: Path) -> None:
     engine = open_engine(packs["wide"], tmp_path, None, isa=isa, kv_type=kv_type)
@@ -61,7 +62,7 @@ def test_pages_in_a_file(
         assert engine.stats()["kv_written_bytes"] > 0
 
 
-@pytest.mark.parametrize("kv_type", TYPES)
+@pytest.mark.parametrize("kv_type", ALL_TYPES)
 @pytest.mark.parametrize("name", ["llama", "window"])
 def test_trees_of_tokens(name: str, kv_type: str, packs: dict[str, Path], tmp_path: Path) -> None:
     """A row of a tree has the bits it has in a chain, in memory and in a file, whatever was dropped before."""

@@ -22,34 +22,62 @@ struct Attention {
   using Vec = typename Isa::Vec;
   using V = V16<Isa>;
   static constexpr int64_t kLanes = Isa::kLanes;
+  static constexpr int kQuadKeys = Isa::kLanes / 4;  // see sum_quads
 
   static void prefetch_row(const uint16_t* row, int64_t head_dim) {
     for (int64_t d = 0; d < head_dim; d += 32) __builtin_prefetch(row + d);
   }
 
+  // Sums of kHeads queries over kKeys keys into quads[4 h], as sum_quads has them: a key becomes floats once for all queries, and a query is
+  // loaded once for all keys. kTail: head_dim is no multiple of 16.
+  template <int kHeads, int kKeys, bool kTail>
+  static void dots(const AttentionArgs& a, const float* q, const uint16_t* const* keys, Vec* quads) {
+    const int64_t whole = a.head_dim / 16 * 16, tail = a.head_dim - whole;
+    V sums[kHeads][kQuadKeys];
+#pragma GCC unroll 16
+    for (int i = 0; i < kHeads * kQuadKeys; ++i) sums[i / kQuadKeys][i % kQuadKeys] = splat16<Isa>(0);
+    const auto add = [&](const auto& key_at, const auto& query_at) __attribute__((always_inline)) {
+      V k[kKeys];
+#pragma GCC unroll 16
+      for (int j = 0; j < kKeys; ++j) k[j] = key_at(keys[j]);
+#pragma GCC unroll 16
+      for (int i = 0; i < kHeads * kKeys; ++i) {
+        V& sum = sums[i / kKeys][i % kKeys];
+        sum = sum + query_at(q + i / kKeys * a.head_dim) * k[i % kKeys];
+      }
+    };
+    for (int64_t d = 0; d < whole; d += 16) {
+      add([&](const uint16_t* key) { return load_f16<Isa>(key + d); }, [&](const float* x) { return load<Isa>(x + d); });
+    }
+    if constexpr (kTail) {
+      add([&](const uint16_t* key) { return load_f16_tail<Isa>(key + whole, tail); },
+          [&](const float* x) { return load_tail<Isa>(x + whole, tail); });
+    }
+#pragma GCC unroll 16
+    for (int h = 0; h < kHeads; ++h) quads[4 * h] = sum_quads<Isa>(sums[h]);
+  }
+
+  // The same over n <= kKeys keys, whatever their number.
+  template <int kHeads, int kKeys, bool kTail>
+  static void dots_of(const AttentionArgs& a, const float* q, const uint16_t* const* keys, int n, Vec* quads) {
+    if (n == kKeys) return dots<kHeads, kKeys, kTail>(a, q, keys, quads);
+    if constexpr (kKeys > 1) return dots_of<kHeads, kKeys - 1, kTail>(a, q, keys, n, quads);
+    for (int h = 0; h < kHeads; ++h) quads[4 * h] = splat<Isa>(0);
+  }
+
   // Scores of kHeads heads over `n` <= kLanes keys of the range.
-  template <int kHeads>
+  template <int kHeads, bool kTail>
   static void score(const AttentionArgs& a, int64_t head, int64_t key, int64_t n) {
-    const float* q = a.out + head * a.head_dim;  // rounded, see begin()
-    const int64_t whole = a.head_dim / 16 * 16;
-    const int64_t tail = a.head_dim - whole;
-    Vec partial[kHeads][kLanes] = {};
-    for (int64_t j = 0; j < n; ++j) {
-      const uint16_t* row = a.k[key + j] + a.k_at;
-      V sums[kHeads];
-      for (auto& sum : sums) sum = splat16<Isa>(0);
-      for (int64_t d = 0; d < whole; d += 16) {
-        const V k = load_f16<Isa>(row + d);
-        for (int h = 0; h < kHeads; ++h) sums[h] = sums[h] + load<Isa>(q + h * a.head_dim + d) * k;
-      }
-      if (tail != 0) {
-        const V k = load_f16_tail<Isa>(row + whole, tail);
-        for (int h = 0; h < kHeads; ++h) sums[h] = sums[h] + load_tail<Isa>(q + h * a.head_dim + whole, tail) * k;
-      }
-      for (int h = 0; h < kHeads; ++h) partial[h][j] = fold_parts<Isa>(sums[h]);
+    const float* const q = a.out + head * a.head_dim;  // rounded, see begin()
+    Vec quads[4 * kHeads];
+    for (int i = 0; i < 4; ++i) {
+      const uint16_t* keys[kQuadKeys];
+      int n_keys = 0;
+      for (int64_t j = i; j < n; j += 4) keys[n_keys++] = a.k[key + j] + a.k_at;
+      dots_of<kHeads, kQuadKeys, kTail>(a, q, keys, n_keys, quads + i);
     }
     for (int h = 0; h < kHeads; ++h) {
-      const Vec scores = sum_each<Isa>(partial[h]) * a.scale;
+      const Vec scores = sum_each<Isa>(quads + 4 * h) * a.scale;
       float* out = a.scores + (head + h) * a.stride + a.first + key;
       if (n == kLanes) {
         __builtin_memcpy(out, &scores, sizeof scores);
@@ -60,10 +88,10 @@ struct Attention {
   }
 
   // Heads [head, group) over one block of keys, kHeads at a time, the rest with smaller tiles.
-  template <int kHeads>
+  template <int kHeads, bool kTail>
   static void score_heads(const AttentionArgs& a, int64_t head, int64_t key, int64_t n) {
-    for (; head + kHeads <= a.group; head += kHeads) score<kHeads>(a, head, key, n);
-    if constexpr (kHeads > 1) score_heads<kHeads / 2>(a, head, key, n);
+    for (; head + kHeads <= a.group; head += kHeads) score<kHeads, kTail>(a, head, key, n);
+    if constexpr (kHeads > 1) score_heads<kHeads / 2, kTail>(a, head, key, n);
   }
 
   // out[kHeads, 16 * kChunks dims from `dim`] += p * v over keys [key, end) of the range.
@@ -126,16 +154,16 @@ struct Attention {
       for (int64_t i = key + kPrefetchRows; i < key + kPrefetchRows + n && i < a.n; ++i) {
         prefetch_row(a.k[i] + a.k_at, a.head_dim);
       }
-      score_heads<Isa::kScoreHeads>(a, 0, key, n);
+      if (a.head_dim % 16 == 0) {
+        score_heads<Isa::kScoreHeads, false>(a, 0, key, n);
+      } else {
+        score_heads<1, true>(a, 0, key, n);
+      }
     }
   }
 
   static void weigh(const AttentionArgs& a) {
-    for (int64_t h = 0; h < a.group; ++h) {
-      float* const scores = a.scores + h * a.stride;
-      Ops<Isa>::softmax(scores, a.n_visible);
-      Ops<Isa>::round_f16(scores, a.n_visible, scores);
-    }
+    for (int64_t h = 0; h < a.group; ++h) Ops<Isa>::softmax_f16(a.scores + h * a.stride, a.n_visible);
     for (int64_t i = 0; i < a.group * a.head_dim; ++i) a.out[i] = 0;
   }
 

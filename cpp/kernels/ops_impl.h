@@ -122,7 +122,19 @@ struct Ops {
     }
   }
 
-  static void softmax(float* x, int64_t n) {
+  static V round16(const V& v) {
+    V rounded;
+    for (int i = 0; i < V::kParts; ++i) {
+      uint16_t halves[Isa::kLanes];
+      Isa::to_f16(v.part[i], halves);
+      rounded.part[i] = Isa::from_f16(halves);
+    }
+    return rounded;
+  }
+
+  // x[i] = finish(e^x[i] / sum of all of them), the largest taken away from exponents first.
+  template <class Fn>
+  static void softmax(float* x, int64_t n, Fn finish) {
     constexpr float kNone = -__builtin_inff();
     V largest = splat16<Isa>(kNone);
     const auto raise = [&](const V& v) {
@@ -134,24 +146,26 @@ struct Ops {
     for (; i + 16 <= n; i += 16) raise(load<Isa>(x + i));
     if (i < n) raise(load_tail<Isa>(x + i, n - i, kNone));
     const V top = splat16<Isa>(max_lanes(largest));
-    map(n, x, [&](const V& v) { return exp<Isa>(v - top); }, x);
-    const V total = splat16<Isa>(sum(x, n, 0, [](const V& v) { return v; }));
-    map(n, x, [&](const V& v) { return v / total; }, x);
-  }
-
-  // out = x at f16 precision; in place allowed.
-  static void round_f16(const float* x, int64_t n, float* out) {
-    uint16_t halves[16] = {};
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-      to_f16(x + i, 16, halves);
-      store(out + i, load_f16<Isa>(halves));
+    V sums = splat16<Isa>(0);
+    for (i = 0; i + 16 <= n; i += 16) {
+      const V e = exp<Isa>(load<Isa>(x + i) - top);
+      store(x + i, e);
+      sums = sums + e;
     }
     if (i < n) {
-      to_f16(x + i, n - i, halves);
-      store_tail(out + i, n - i, load_f16<Isa>(halves));
+      store_tail(x + i, n - i, exp<Isa>(load_tail<Isa>(x + i, n - i) - top));
+      sums = sums + load_tail<Isa>(x + i, n - i);
     }
+    const V total = splat16<Isa>(sum_lanes(sums));
+    map(n, x, [&](const V& v) { return finish(v / total); }, x);
   }
+  static void softmax(float* x, int64_t n) {
+    softmax(x, n, [](const V& v) { return v; });
+  }
+  static void softmax_f16(float* x, int64_t n) { softmax(x, n, round16); }
+
+  // out = x at f16 precision; in place allowed.
+  static void round_f16(const float* x, int64_t n, float* out) { map(n, out, round16, x); }
 
   static void to_f16(const float* x, int64_t n, uint16_t* out) {
     const auto convert = [](const V& v, uint16_t* halves) {

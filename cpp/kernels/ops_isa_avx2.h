@@ -13,7 +13,7 @@ struct Avx2Isa {
   static constexpr int kLanes = 8;
   typedef float Vec __attribute__((vector_size(32)));
   typedef int32_t IVec __attribute__((vector_size(32)));
-  static constexpr int kScoreHeads = 4;
+  static constexpr int kScoreHeads = 2;
   static constexpr int kValueHeads = 2;
   static constexpr int kValueChunks = 2;
 

@@ -14,7 +14,7 @@ struct Avx512Isa {
   // The maskz forms, all lanes on: gcc 12 warns of its own undefined operand in the plain ones.
   typedef float Vec __attribute__((vector_size(64)));
   typedef int32_t IVec __attribute__((vector_size(64)));
-  static constexpr int kScoreHeads = 8;
+  static constexpr int kScoreHeads = 4;
   static constexpr int kValueHeads = 4;
   static constexpr int kValueChunks = 4;
 
@@ -28,6 +28,11 @@ struct Avx512Isa {
                         _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v),
                                               _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
+  static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static Vec load_first(const float* p, int64_t n, float fill) {
+    return reinterpret_cast<Vec>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p));
+  }
+  static void store_first(float* p, int64_t n, Vec v) { _mm512_mask_storeu_ps(p, first(n), reinterpret_cast<__m512>(v)); }
 };
 
 }  // namespace

@@ -18,7 +18,7 @@ struct V16 {
 
 template <class Isa>
 inline typename Isa::Vec splat(float value) {
-  return typename Isa::Vec{} + value;
+  return value - typename Isa::Vec{};  // a broadcast alone: taking 0 away changes no value, adding it to -0 would
 }
 
 template <class Isa>
@@ -40,19 +40,27 @@ inline void store(float* p, const V16<Isa>& v) {
   for (int i = 0; i < V16<Isa>::kParts; ++i) __builtin_memcpy(p + i * Isa::kLanes, &v.part[i], sizeof v.part[i]);
 }
 
-// The first n < 16 floats; the other lanes hold `fill`.
+// The first n < 16 floats; the other lanes hold `fill`. An Isa with one vector for all 16 may have masks for this.
 template <class Isa>
 inline V16<Isa> load_tail(const float* p, int64_t n, float fill = 0) {
-  float lanes[16];
-  for (int i = 0; i < 16; ++i) lanes[i] = i < n ? p[i] : fill;
-  return load<Isa>(lanes);
+  if constexpr (requires { Isa::load_first(p, n, fill); }) {
+    return {{Isa::load_first(p, n, fill)}};
+  } else {
+    float lanes[16];
+    for (int i = 0; i < 16; ++i) lanes[i] = i < n ? p[i] : fill;
+    return load<Isa>(lanes);
+  }
 }
 
 template <class Isa>
 inline void store_tail(float* p, int64_t n, const V16<Isa>& v) {
-  float lanes[16];
-  store(lanes, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  if constexpr (requires { Isa::store_first(p, n, v.part[0]); }) {
+    Isa::store_first(p, n, v.part[0]);
+  } else {
+    float lanes[16];
+    store(lanes, v);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
 }
 
 template <class Isa>
@@ -97,7 +105,9 @@ template <class Isa>
 inline float max_lanes(const V16<Isa>& v) {
   float lanes[16];
   store(lanes, v);
-  for (int i = 1; i < 16; ++i) lanes[0] = lanes[0] < lanes[i] ? lanes[i] : lanes[0];
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] < lanes[i + half] ? lanes[i + half] : lanes[i];
+  }
   return lanes[0];
 }
 
@@ -113,26 +123,14 @@ inline typename Isa::Vec fold_parts(const V16<Isa>& v) {
   }
 }
 
-// Where merge() takes output lane `lane` from (b's lanes follow a's). Groups of `group` partial sums become groups of
-// half that: above 4 the groups of a come before those of b, from 4 down a and b share each quad of lanes.
-constexpr int merge_source(int lane, int lanes, int group) {
-  const int half = group / 2;
-  if (group > 4) {
-    const int out_group = lane / half;
-    const int per_input = lanes / group;
-    return out_group / per_input * lanes + out_group % per_input * group + lane % half;
-  }
-  const int quad = lane / 4 * 4;
-  const int from_b = lane % 4 / 2;
-  return from_b * lanes + quad + (group == 4 ? lane % 2 : lane % 2 * 2);
-}
-
-// One step of sum_lanes on two vectors at once.
+// One step of sum_lanes on two vectors at once: groups of kGroup partial sums become groups of half that. Of every group the
+// lower half of the lanes goes on with a's sums and the upper half with b's, so that of two sources only one is shuffled.
 template <class Isa, int kGroup, int... kLane>
 inline typename Isa::Vec merge(typename Isa::Vec a, typename Isa::Vec b, std::integer_sequence<int, kLane...>) {
-  constexpr int kLanes = Isa::kLanes;
-  return __builtin_shufflevector(a, b, merge_source(kLane, kLanes, kGroup)...) +
-         __builtin_shufflevector(a, b, (merge_source(kLane, kLanes, kGroup) + kGroup / 2)...);
+  constexpr int kHalf = kGroup / 2;
+  constexpr auto is_lower = [](int lane) { return lane % kGroup < kHalf; };
+  return __builtin_shufflevector(a, b, (is_lower(kLane) ? kLane : Isa::kLanes + kLane)...) +
+         __builtin_shufflevector(a, b, (is_lower(kLane) ? kLane + kHalf : Isa::kLanes + kLane - kHalf)...);
 }
 
 template <class Isa, int kGroup>
@@ -140,20 +138,23 @@ inline typename Isa::Vec merge(typename Isa::Vec a, typename Isa::Vec b) {
   return merge<Isa, kGroup>(a, b, std::make_integer_sequence<int, Isa::kLanes>());
 }
 
-// sum_lanes of kLanes folded vectors at once: lane j of the result belongs to v[j].
+// sum_lanes of kLanes vectors, 4 of whose sums every quad of lanes ends with, in two steps. The first takes those of one place
+// in the quads: vectors i, 4 + i, 8 + i and so on.
 template <class Isa>
-inline typename Isa::Vec sum_each(const typename Isa::Vec* v) {
-  typename Isa::Vec quad[4];
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (Isa::kLanes == 4) {
-      quad[i] = v[i];
-    } else if constexpr (Isa::kLanes == 8) {
-      quad[i] = merge<Isa, 8>(v[i], v[4 + i]);
-    } else {
-      quad[i] = merge<Isa, 8>(merge<Isa, 16>(v[i], v[4 + i]), merge<Isa, 16>(v[8 + i], v[12 + i]));
-    }
+inline typename Isa::Vec sum_quads(const V16<Isa>* v) {
+  if constexpr (Isa::kLanes == 4) {
+    return fold_parts<Isa>(v[0]);
+  } else if constexpr (Isa::kLanes == 8) {
+    return merge<Isa, 8>(fold_parts<Isa>(v[0]), fold_parts<Isa>(v[1]));
+  } else {
+    return merge<Isa, 8>(merge<Isa, 16>(v[0].part[0], v[2].part[0]), merge<Isa, 16>(v[1].part[0], v[3].part[0]));
   }
-  return merge<Isa, 2>(merge<Isa, 4>(quad[0], quad[1]), merge<Isa, 4>(quad[2], quad[3]));
+}
+
+// The second, of all four places: lane j of the result belongs to vector j.
+template <class Isa>
+inline typename Isa::Vec sum_each(const typename Isa::Vec* quads) {
+  return merge<Isa, 2>(merge<Isa, 4>(quads[0], quads[2]), merge<Isa, 4>(quads[1], quads[3]));
 }
 
 }  // namespace edge::ops
