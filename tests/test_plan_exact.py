@@ -89,7 +89,7 @@ def test_every_part_is_what_the_engine_holds(
         seen.add(placed.placement)
         for tag, part in PARTS.items():
             assert held.pop(tag, 0) == getattr(placed, part), (tag, placed)
-        working = sum(held.pop(tag, 0) for tag in ("activations", "attention scores", "logits"))
+        working = sum(held.pop(tag, 0) for tag in ("activations", "attention", "attention scores", "logits"))
         assert working == placed.activation_bytes
         assert sum(held.values()) <= placed.slack_bytes, held
         assert placed.predicted_peak_bytes == placed.host_bytes + placed.core_bytes <= memory_bytes

@@ -39,7 +39,7 @@ uint64_t RowAttention::bytes(const DecoderConfig& config, int64_t context, int n
   const Kernels kernels = {};
   const RowAttention sizes(config, context, kernels, none);
   Work work;
-  return sizes.carve(nullptr, &work) * static_cast<uint64_t>(n_threads);
+  return round_up(sizes.carve(nullptr, &work) * static_cast<uint64_t>(n_threads), kReadAlign);  // a block of its own
 }
 
 Result<std::unique_ptr<RowAttention>> RowAttention::create(const DecoderConfig& config, int64_t context,
