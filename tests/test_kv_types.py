@@ -1,4 +1,4 @@
-"""Keys and values of 8 or 4 bits in an engine: one text whatever the chunks, threads, ISA and place of the pages."""
+"""Keys and values of every type in an engine: one text whatever the chunks, threads, ISA and place of the pages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import pytest
 import edge
 from flashload.errors import ArgumentError, BudgetError, UnsupportedModelError
 from flashload.format import PackFile
+from flashload.pack import pack
 from tests.kv_engines import FAST, MODELS, PROMPT, answer, kv_packs, open_engine, plan_of
 from tests.neuron_packs import decoded
 from tests.oracle import Oracle
 from tests.test_kv_flash import random_steps
-from tests.tiny import tiny_hf
+from tests.tiny import tiny_hf, tiny_llama_gguf
 
 packs = kv_packs
 TYPES = ("int8", "int4")
@@ -194,3 +195,14 @@ def test_the_type_is_in_the_text_of_the_plan(packs: dict[str, Path]) -> None:
     assert done.exit_code == 0, done.output
     assert "keys and values as int8" in done.output
     assert FAST
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(20, 1), (6, 2), (4, 4)])
+def test_groups_of_any_size(heads: int, kv_heads: int, tmp_path: Path) -> None:
+    """Query heads of one or of several rows share a key: f16, one row at a time in plain code against all at once."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 16}
+    source = tiny_llama_gguf(tmp_path / "m.gguf", type="q8_0", seed=8, max_position_embeddings=1024, **sizes)
+    pack(source, tmp_path / "m.edge")
+    plain = open_engine(tmp_path / "m.edge", tmp_path, None, isa="ref", threads=1, max_rows=1)
+    many = open_engine(tmp_path / "m.edge", tmp_path, None, threads=3, max_rows=64)
+    assert answer(_edge.Sequence(many), PROMPT) == answer(_edge.Sequence(plain), PROMPT)
