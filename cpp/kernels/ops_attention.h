@@ -15,7 +15,7 @@
 namespace edge::ops {
 
 inline constexpr int64_t kPrefetchRows = 8;   // far enough ahead to cover a memory access, a few KiB in flight
-inline constexpr int64_t kValueBlock = 32;    // rows of V per block: 8 KiB at head_dim 128
+inline constexpr int64_t kValueBlock = 64;    // rows of V per block: 16 KiB at head_dim 128
 
 template <class Isa>
 struct Attention {
@@ -28,8 +28,8 @@ struct Attention {
     for (int64_t d = 0; d < head_dim; d += 32) __builtin_prefetch(row + d);
   }
 
-  // Sums of kHeads queries over kKeys keys into quads[4 h], as sum_quads has them: a key becomes floats once for all queries, and a query is
-  // loaded once for all keys. kTail: head_dim is no multiple of 16.
+  // Sums of kHeads queries over kKeys keys into quads[4 h], as sum_quads has them: a key becomes floats once for all
+  // queries, and a query is loaded once for all keys. kTail: head_dim is no multiple of 16.
   template <int kHeads, int kKeys, bool kTail>
   static void dots(const AttentionArgs& a, const float* q, const uint16_t* const* keys, Vec* quads) {
     const int64_t whole = a.head_dim / 16 * 16, tail = a.head_dim - whole;
@@ -131,7 +131,7 @@ struct Attention {
 
   template <int kHeads>
   static void accumulate_heads(const AttentionArgs& a, int64_t head, int64_t key, int64_t end) {
-    constexpr int kChunks = Isa::kValueChunks;
+    constexpr int kChunks = Isa::kValueSums / kHeads < Isa::kValueChunks ? Isa::kValueSums / kHeads : Isa::kValueChunks;
     for (; head + kHeads <= a.group; head += kHeads) {
       int64_t dim = 0;
       for (; dim + 16 * kChunks <= a.head_dim; dim += 16 * kChunks) {

@@ -16,6 +16,7 @@ struct Avx2Isa {
   static constexpr int kScoreHeads = 2;
   static constexpr int kValueHeads = 2;
   static constexpr int kValueChunks = 2;
+  static constexpr int kValueSums = 4;
 
   static Vec from_f16(const uint16_t* p) {
     return reinterpret_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p))));

@@ -15,8 +15,9 @@ struct Avx512Isa {
   typedef float Vec __attribute__((vector_size(64)));
   typedef int32_t IVec __attribute__((vector_size(64)));
   static constexpr int kScoreHeads = 4;
-  static constexpr int kValueHeads = 4;
+  static constexpr int kValueHeads = 8;
   static constexpr int kValueChunks = 4;
+  static constexpr int kValueSums = 16;
 
   static Vec from_f16(const uint16_t* p) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p));

@@ -16,6 +16,7 @@ struct NeonIsa {
   static constexpr int kScoreHeads = 4;
   static constexpr int kValueHeads = 2;
   static constexpr int kValueChunks = 2;
+  static constexpr int kValueSums = 4;
 
   static Vec from_f16(const uint16_t* p) {
     return reinterpret_cast<Vec>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))));

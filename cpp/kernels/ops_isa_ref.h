@@ -13,6 +13,7 @@ struct RefIsa {
   static constexpr int kScoreHeads = 2;
   static constexpr int kValueHeads = 2;
   static constexpr int kValueChunks = 1;
+  static constexpr int kValueSums = 2;
 
   static Vec from_f16(const uint16_t* p) {
     typedef uint16_t Halves __attribute__((vector_size(8)));

@@ -9,7 +9,7 @@ namespace edge::ops {
 
 // Isa gives: kLanes (4, 8 or 16), Vec and IVec (vectors of kLanes float / int32_t), Vec from_f16(const uint16_t*),
 // void to_f16(Vec, uint16_t*), uint32_t bits(IVec) (a bit for each lane that is -1; the others are 0), and the register
-// tiles of attention (kScoreHeads, kValueHeads, kValueChunks).
+// tiles of attention: kScoreHeads, kValueHeads, kValueChunks of 16 dims, kValueSums of the last two's product at most.
 template <class Isa>
 struct V16 {
   static constexpr int kParts = 16 / Isa::kLanes;
