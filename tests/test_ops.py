@@ -158,6 +158,20 @@ def test_relu_gives_exact_zeros_without_sign() -> None:
     np.testing.assert_array_equal(bits(got), bits(np.array([0, 0, 0, 2, 0, np.nan], np.float32)))
 
 
+@pytest.mark.parametrize("isa", ["ref", *FAST_ISAS])
+@pytest.mark.parametrize("n", [1, 15, 16, 63, 64, 65, 200])
+def test_beyond_marks_all_but_what_is_within_the_limit(isa: str, n: int) -> None:
+    rng = np.random.default_rng(n)
+    x = rng.choice(np.array([-2, -1, -0.0, 0, 1, 2, 1e-45, np.nan, -np.inf], np.float32), n)
+    limit = rng.choice(np.array([0, 1, 3], np.float32), n)
+    for limits in (limit, None):
+        words = _edge.op(isa, "beyond", x, limits)
+        marks = np.unpackbits(words.view(np.uint8), bitorder="little")
+        expected = np.zeros(words.size * 64, np.uint8)
+        expected[:n] = ~(np.abs(x) <= (0 if limits is None else limits))
+        np.testing.assert_array_equal(marks, expected)
+
+
 @pytest.mark.parametrize("n", SIZES)
 def test_adds_are_single_roundings(n: int) -> None:
     rng = np.random.default_rng(n)

@@ -158,6 +158,14 @@ py::object op(const std::string& isa, const std::string& name, py::args position
     }
     return into;
   }
+  if (name == "beyond") {
+    args.expect(2, "x, limit or None");
+    const Floats x = args.floats(0);
+    const Floats limit = args.optional_floats(1, x.size());
+    py::array_t<uint64_t> out((x.size() + 63) / 64);
+    kernels.beyond(x.data(), data_or_null(limit), x.size(), out.mutable_data());
+    return out;
+  }
   if (name == "softmax") {
     args.expect(1, "x");
     Floats x = copy(args.floats(0));
@@ -173,7 +181,7 @@ py::object op(const std::string& isa, const std::string& name, py::args position
   }
   raise(error(Code::kBadArgument,
               "unknown op '%s': expected one of rms_norm, layer_norm, rope, silu_mul, relu_mul, gelu_mul, "
-              "gelu_tanh_mul, add, scale_add, softmax, attention, attention_steps, to_f16",
+              "gelu_tanh_mul, add, scale_add, beyond, softmax, attention, attention_steps, to_f16",
               name.c_str()));
 }
 

@@ -193,10 +193,6 @@ Status SparseFfn::gates(const Turn& turn) {
       first = end;
     }
   }
-  if (turn.gate_bias == nullptr) return {};
-  for (int64_t row = 0; row < turn.n_rows; ++row) {
-    kernels_.add(turn.gate_bias, n_neurons, scratch_.gate + row * turn.gate_stride);
-  }
   return {};
 }
 

@@ -100,9 +100,9 @@ class SparseFfn {
   Status some(Turn& turn, const WatchFfn& watch, int64_t first_row, const Ahead& ahead);
   void show_gates(const Turn& turn, const WatchFfn& watch, int64_t first_row);
   Result<Turn> begin(const LayerWeights& layer, const float* x, int64_t n_rows);
-  // scratch.gate[row][neuron] of every neuron, from its record or from the rows beside, wherever those are.
+  // scratch.gate[row][neuron] of every neuron, from the rows beside the records, wherever those are.
   Status gates(const Turn& turn);
-  // The same of neurons [first, end), biases aside; `rows` is where neuron 0 is or would be. `each_word` gets 64 neurons
+  // The same of neurons [first, end); `rows` is where neuron 0 is or would be. `each_word` gets 64 neurons
   // of a row at a time, (row, first neuron, n, values), while they are in the first cache.
   template <typename EachWord>
   void dot_gates(const Turn& turn, const std::byte* rows, uint64_t stride_bytes, int64_t first, int64_t end,
@@ -122,7 +122,11 @@ class SparseFfn {
           kernels_.neuron.dot[neuron_index(turn.format)](word.data(), n, config_.hidden_size,
                                                          scratch_.neuron_acts + row * turn.act_stride, turn.act_stride,
                                                          n_rows, values.data(), kWord);
-          for (int64_t i = 0; i < n_rows; ++i) each_word(row + i, at, n, values.data() + i * kWord);
+          for (int64_t i = 0; i < n_rows; ++i) {
+            float* const of_row = values.data() + i * kWord;
+            if (turn.gate_bias != nullptr) kernels_.add(turn.gate_bias + at, n, of_row);
+            each_word(row + i, at, n, of_row);
+          }
         }
       }
     });

@@ -28,12 +28,8 @@ void each_bit(uint64_t bits, const Fn& fn) {
 
 Status SparseFfn::whole(const Turn& turn, const WatchFfn& watch, int64_t first_row, const Ahead& ahead) {
   const WeightId records = turn.layer->neuron_records;
-  const auto with_bias = [&](int64_t first, int64_t n, float* values) {
-    if (turn.gate_bias != nullptr) kernels_.add(turn.gate_bias + first, n, values);
-  };
   dot_gates(turn, turn.records + turn.gate_offset, turn.record_bytes, 0, config_.intermediate_size,
-            [&](int64_t row, int64_t first, int64_t n, float* values) {
-              with_bias(first, n, values);
+            [&](int64_t row, int64_t first, int64_t n, const float* values) {
               if (watch) std::copy_n(values, n, scratch_.gate + row * turn.gate_stride + first);
               else settle_word(turn, row, first / kWord, values);
             });

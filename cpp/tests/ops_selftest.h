@@ -59,6 +59,11 @@ int compare_ops(const Kernels& ref, const Kernels& isa, Random& random, RandomHa
   check("gelu_tanh_mul", [&](const Kernels& k, float* out) { k.gelu_tanh_mul(x.data(), up, n, out); });
   check("add", [&](const Kernels& k, float* out) { k.add(x.data(), n, out); });
   check("scale_add", [&](const Kernels& k, float* out) { k.scale_add(x.data(), scale, n, out); });
+  check("beyond", [&](const Kernels& k, float* out) {
+    std::vector<uint64_t> words(static_cast<size_t>(n + 63) / 64);
+    k.beyond(x.data(), up, n, words.data());
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(words[static_cast<size_t>(i / 64)] >> i % 64 & 1);
+  });
   check("softmax", [&](const Kernels& k, float* out) { k.softmax(out, n); });
   check("to_f16", [&](const Kernels& k, float* out) { k.to_f16(x.data(), n, reinterpret_cast<uint16_t*>(out)); });
   const std::vector<float> expected = attend_rows(ref, random, random_half, random_floats);
