@@ -96,6 +96,26 @@ def test_losses_end_what_estimates_would_go_on_with() -> None:
     assert passes < 250
 
 
+def test_what_the_machine_did_meanwhile_is_not_charged() -> None:
+    known = controller(0.1)
+    for _ in range(100):
+        known.account(2, 50.0, usual_ms=1.4)  # two tokens in a pass that mostly takes 1.4: its core was taken
+    assert known.may_spend()
+    # A pass that never pays does not pay for being interrupted either.
+    passes = 0
+    while known.may_spend():
+        known.account(1, 50.0, usual_ms=1.4)
+        passes += 1
+    assert passes < 250
+
+
+def test_a_guess_must_be_the_likelier_the_more_a_millisecond_is_worth() -> None:
+    known = controller(0.1)
+    assert known.least_reach(1, 0.0, 1.0) == pytest.approx(0.1)
+    assert known.least_reach(4, 0.05, 1.0) == pytest.approx(0.15)
+    assert known.least_reach(4, 0.05, 2.0) == pytest.approx(0.3)
+
+
 def test_what_was_won_on_one_text_is_not_lost_on_the_next() -> None:
     def lost(known: _edge.SpeculationController) -> int:
         passes = 0

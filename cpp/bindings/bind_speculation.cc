@@ -199,7 +199,10 @@ const Binding kBinding("speculation", [](py::module_& module) {
            py::arg("rates"), py::arg("ms_fixed") = 0.0, py::arg("ms_per_depth") = 0.0)
       .def("verifies", &chain_verified, py::arg("guesses"), py::arg("text"),
            "How many of a chain of guesses are verified; then it learns which of them the text bears out.")
-      .def("account", [](Controller& self, int64_t n_tokens, double ms) { self.account(n_tokens, ms, ms); })
+      .def("account", [](Controller& self, int64_t n_tokens, double ms, double usual_ms) {
+             self.account(n_tokens, ms, likely_ms(ms, usual_ms));
+           }, py::arg("n_tokens"), py::arg("ms"), py::arg("usual_ms") = 0.0)
+      .def("least_reach", &Controller::least_reach, py::arg("n_guesses"), py::arg("draft_ms"), py::arg("rate"))
       .def("begin_text", &Controller::begin_text)
       .def("may_spend", &Controller::may_spend, py::arg("ms") = 0.0);
   py::class_<LoneAutomaton>(module, "SuffixAutomaton", "What followed the end of a text where it occurred before.")
