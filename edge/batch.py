@@ -152,15 +152,17 @@ def _jobs(
             limit = max(0, min(room, engine.plan.context - len(ids)))
         writer = Writer(engine.tokenizer, config, limit, not set(ids) <= special, index)
         job = _Job(index, ids, limit, (first + index) % (1 << 64), writer)
-        n_needed = pages.of(n_shared) + pages.own(job, n_shared)
-        if (
-            len(ids) + limit > engine.plan.context
-            or n_needed > pages.n_pages
-            or len(ids) >= engine.plan.context
-        ):
+        asked = f"context: prompt {index}: {len(ids)} prompt tokens + {limit} to generate"
+        if len(ids) + limit > engine.plan.context or len(ids) >= engine.plan.context:
             raise ContextOverflowError(
-                f"context: prompt {index}: {len(ids)} prompt tokens + {limit} to generate exceed the context of "
-                f"{engine.plan.context} tokens ({n_shared} shared); raise it (context=, --context)"
+                f"{asked} exceed the context of {engine.plan.context} tokens; raise it (context=, --context)"
+            )
+        n_needed = pages.of(n_shared) + pages.own(job, n_shared)
+        if n_needed > pages.n_pages:
+            raise ContextOverflowError(
+                f"{asked} take {n_needed} pages of {pages.page_tokens} tokens ({pages.of(n_shared)} for the {n_shared} "
+                f"tokens that all prompts begin with), the context of {engine.plan.context} tokens has "
+                f"{pages.n_pages}; raise it (context=, --context)"
             )
         jobs.append(job)
     return jobs

@@ -213,6 +213,19 @@ def test_a_text_too_long_for_the_context(engine: edge.Engine) -> None:
         engine.generate_many([[1] * CONTEXT, [1]])
 
 
+def test_texts_that_begin_alike_may_need_more_pages_than_there_are(packs: dict[str, Path]) -> None:
+    """Six tokens fit a context of 64 by far, but not beside the page that holds what all begin with."""
+    with (
+        load(packs["dense"], context=64) as engine,
+        pytest.raises(
+            ContextOverflowError,
+            match=r"prompt 0: 3 prompt tokens \+ 3 to generate take 2 pages of 64 tokens \(1 for the 2 tokens that all "
+            r"prompts begin with\), the context of 64 tokens has 1; raise it",
+        ),
+    ):
+        engine.generate_many([[1, 2, 3], [1, 2, 4]], max_tokens=3)
+
+
 def test_a_fork_and_its_trunk_go_separate_ways(engine: edge.Engine) -> None:
     """Whoever writes to a shared page first, the other's keys and values stay."""
     core = engine._open_core()

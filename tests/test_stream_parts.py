@@ -99,6 +99,14 @@ def test_large_weights_come_apart_and_others_do_not(pack: tuple[str, Pack]) -> N
     )
 
 
+def test_what_has_no_tiles_comes_whole_and_its_tiles_are_empty(pack: tuple[str, Pack]) -> None:
+    store = open_store(pack[0], 1 << 20, PAGE)
+    weight = next(i for i, entry in enumerate(ENTRIES) if entry.format == F32_VECTOR)
+    assert store.acquire_tiles(weight, 0) == (-(-ENTRIES[weight].rows // 16), b"")
+    store.rewind()
+    assert store.acquire(weight) == ENTRIES[weight].data
+
+
 def test_whole_leases_are_refused_of_what_comes_in_parts(pack: tuple[str, Pack]) -> None:
     store = open_store(pack[0], 1 << 20, PAGE)
     with pytest.raises(ArgumentError, match=r"l0\.q streams in parts"):

@@ -102,8 +102,9 @@ inline int64_t neuron_row_bytes(WeightFormat format, int64_t hidden) {
   return neuron_groups(hidden) * kNeuronTraits[neuron_index(format)].group_bytes;
 }
 
-// Bytes of one tile: 16 rows of k values. k must be a multiple of block_values.
+// Bytes of one tile: 16 rows of k values; 0 of a format without tiles. k must be a multiple of block_values.
 inline int64_t tile_stride_bytes(WeightFormat format, int64_t k) {
+  if (!is_tile_format(format)) return 0;
   return k / traits(format).block_values * traits(format).tile_block_bytes;
 }
 inline int64_t tile_count(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
