@@ -119,7 +119,7 @@ struct PairSums {
 template <WeightFormat kFormat>
 struct Pairs32 {
   using One = Block32<Lanes, kFormat>;
-  using F = typename One::F;
+  using F = Packed<Lanes, kFormat>;
   static constexpr int kMaxRows = 8;  // with 16 the activations alone would fill the registers
 
   template <int kPairs>
@@ -128,7 +128,7 @@ struct Pairs32 {
     const PairRows<ActQ8x32, kPairs> rows(a, act_stride, n_rows);
     PairSums<kPairs> sums;
     for (int64_t b = 0; b < n_blocks; ++b, w += One::kBlockBytes) {
-      prefetch<Lanes, 0, (One::kBlockBytes + 63) / 64>(w);
+      F::template prefetch<0, (One::kBlockBytes + 63) / 64>(w);
       int8x16_t acts[kPairs][4];
       float32x4_t d_a[kPairs];
 #pragma GCC unroll 8
@@ -140,7 +140,7 @@ struct Pairs32 {
       unroll<Neon::kParts>([&](auto part) EDGE_INLINE_BODY {
         int8x16_t values[4][kHalves];
         pair_unpack<F, 0>(w, 0, part, values);
-        const PairFloats d_w = pair_weights(Lanes::row_scales<One::kTraits.scales>(w, part));
+        const PairFloats d_w = pair_weights(F::row_scales(w, part));
 #pragma GCC unroll 8
         for (int p = 0; p < kPairs; ++p) {
           pair_accumulate(pair_dot<0, 4>(pair_zero(), values, acts[p]), d_w, d_a[p], sums.acc[part][p]);
@@ -156,9 +156,9 @@ struct Pairs32 {
 template <WeightFormat kFormat>
 struct Pairs256 {
   using One = Block256<Lanes, kFormat>;
-  using F = typename One::F;
+  using F = Packed<Lanes, kFormat>;
   static constexpr int kMaxRows = 16;
-  static constexpr bool kMins = One::kTraits.scales == Scales::kTwoHalves;
+  static constexpr bool kMins = F::kHasMins;
   static constexpr int kGroups = 32 / F::kGroup;  // of a run
 
   template <int kPairs>
@@ -200,7 +200,7 @@ struct Pairs256 {
         PairWords isum[kPairs];
         for (auto& sum : isum) sum = pair_zero();
         integer_steps<kPairs>(w, part, acts, isum);
-        const PairFloats d_w = pair_weights(Lanes::row_scales<One::kTraits.scales>(w, part));
+        const PairFloats d_w = pair_weights(F::row_scales(w, part));
         for (int p = 0; p < kPairs; ++p) pair_accumulate(isum[p], d_w, acts.d[p], sums.acc[part][p]);
         if constexpr (kMins) subtract_mins<kPairs>(w, part, acts, sums);
         forget_loads();
@@ -220,7 +220,7 @@ struct Pairs256 {
     });
     for (int u = 0; u < One::kSteps; ++u) {
       unroll<F::kPeriod>([&](auto i) EDGE_INLINE_BODY {
-        prefetch<Lanes, One::kStepLines * i / F::kPeriod, One::kStepLines*(i + 1) / F::kPeriod>(
+        F::template prefetch<One::kStepLines * i / F::kPeriod, One::kStepLines*(i + 1) / F::kPeriod>(
             w + One::kStepBytes * (part * One::kSteps + u));
         const int j = u * F::kPeriod + i;
         int8x16_t values[4][kHalves];
@@ -270,6 +270,7 @@ template <typename Pairs>
 struct OneOrPairs {
   static constexpr int64_t kBlockValues = Pairs::One::kBlockValues;
   static constexpr int64_t kBlockBytes = Pairs::One::kBlockBytes;
+  static constexpr bool kPanels = false;
 
   template <int kRows>
   static inline void tile(const uint8_t* w, int64_t n_blocks, const uint8_t* acts, int64_t act_stride, float* y,
