@@ -1,10 +1,12 @@
 """One budget of ``python -m bench plan``: a process that loads a model and times it, between two probes of the machine,
-and what is predicted for the same plan from each of them.
+and what is predicted for the same plan from each of them; and from what the drive gave right before and right after the
+prompt and the tokens, which on a drive that others use may be another rate.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -12,18 +14,21 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from statistics import harmonic_mean, median
+from typing import Any
 
 from bench import machine
-
-if TYPE_CHECKING:
-    from flashload.plan import Plan
-    from flashload.probe import Machine
+from flashload.estimate import CostModel
+from flashload.format import PackFile
+from flashload.plan import directory_of, weights_of
+from flashload.probe import READ_BYTES, Machine, machine_from, probe
 
 _DONE = "done"
+#: A smaller file is read from one place of the drive only, or from its cache.
+_LEAST_FILE_BYTES = 64 << 20
 
 
 def run_child(
@@ -31,7 +36,9 @@ def run_child(
 ) -> dict[str, Any]:
     """Loads a pack and times it; in a process of its own.
 
-    Tells on standard output that it is done, and reads the machine's figures from before and after on standard input.
+    Tells on standard output when the model is loaded, when the prompt is read and when all is done; goes on when it
+    gets a line, and at last reads figures of the machine on standard input: of the probes, then what the drive gave at
+    each of the three moments.
     """
     from edge.loading import load
     from flashload.machine import peak_rss_bytes
@@ -42,11 +49,13 @@ def run_child(
         drawn = random.Random(0)
         ids = [drawn.randrange(3, engine.tokenizer.vocab_size) for _ in range(prompt + tokens)]
         sequence.set_tokens(ids[:prompt])
+        _pause()
         start, cpu = time.perf_counter(), time.process_time()
         while sequence.n_pending:
             sequence.advance()
         first_token_seconds, first_token_cpu = time.perf_counter() - start, time.process_time() - cpu
         seconds, cpu_seconds = [], []
+        _pause()
         before = core.stats()
         for i in range(tokens):
             sequence.set_tokens(ids[: prompt + i + 1])
@@ -74,8 +83,53 @@ def run_child(
             "wait_seconds": after["wait_seconds"] - before["wait_seconds"],
         }
     print(_DONE, flush=True)
-    told = [_predict(Path(pack), plan, f, prompt + tokens / 2, prompt, wanted) for f in json.load(sys.stdin)]
-    return measured | {"predicted": _mean(told), "predictions": told}
+    figures, rates = json.load(sys.stdin)
+    cost = _cost_model(Path(pack), wanted)
+
+    def tell(on: Machine) -> dict[str, Any]:
+        found = cost(on).predict(plan, position=prompt + tokens / 2, prompt_tokens=prompt)
+        return found.to_dict() | {"peak_bytes": plan.predicted_peak_bytes}
+
+    probed = [machine_from(f) for f in figures]
+    told = [tell(on) for on in probed]
+    met = [
+        _mean([tell(at_rate(on, harmonic_mean(around))) for on in probed])
+        for around in itertools.pairwise(rates)
+    ]
+    as_met = met[1] | {key: met[0][key] for key in ("time_to_first_token_seconds", "prompt_tokens")}
+    return measured | {"predicted": _mean(told), "predictions": told, "predicted_as_met": as_met}
+
+
+def _pause() -> None:
+    print(_DONE, flush=True)
+    sys.stdin.readline()
+
+
+def at_rate(on: Machine, bytes_per_second: float) -> Machine:
+    """The machine with a drive that is so fast in a row, and in everything else by the same factor."""
+    factor = bytes_per_second / on.drive.sequential_bytes_per_second
+    points = [p | {"bytes_per_second": factor * p["bytes_per_second"]} for p in on.drive.points]
+    drive = replace(
+        on.drive,
+        request_seconds=on.drive.request_seconds / factor,
+        bytes_per_second=on.drive.bytes_per_second * factor,
+        sequential_bytes_per_second=bytes_per_second,
+        points=points,
+    )
+    return replace(on, drive=drive)
+
+
+def _drive_rate(pack: Path, probed: Machine) -> float:
+    """Bytes per second of one long stream: the better of two; what was probed where the file is too small for it."""
+    import _edge
+
+    if pack.stat().st_size < _LEAST_FILE_BYTES:
+        return probed.drive.sequential_bytes_per_second
+    reads = (
+        _edge.bench_read(str(pack), bytes_per_request=READ_BYTES, depth=32, seconds=0.15, sequential=True)
+        for _ in range(2)
+    )
+    return float(max(read["bytes_per_second"] for read in reads))
 
 
 def _mean(told: list[dict[str, Any]]) -> dict[str, Any]:
@@ -90,15 +144,8 @@ def _mean(told: list[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _predict(
-    pack: Path, plan: Plan, figures: dict[str, Any], position: float, prompt: int, neurons_wanted: float
-) -> dict[str, Any]:
-    """The prediction for what was run; how many neurons the text needs is not the plan's to know and comes from it."""
-    from flashload.estimate import CostModel
-    from flashload.format import PackFile
-    from flashload.plan import directory_of, weights_of
-    from flashload.probe import machine_from
-
+def _cost_model(pack: Path, neurons_wanted: float) -> Callable[[Machine], CostModel]:
+    """Predicts on a machine; how many neurons the text needs is not the plan's to know and comes from what was run."""
     with PackFile(pack) as file:
         weights = weights_of(file)
         neurons = sum(w.rows for w in weights if w.name.endswith(".neurons.records"))
@@ -106,18 +153,14 @@ def _predict(
         if neurons_wanted:
             share = neurons_wanted / neurons
             use = replace(use, active_share=share, predicted_share=share)
-        model = CostModel(weights, file.config.to_json(), machine_from(figures), use)
-    found = model.predict(plan, position=position, prompt_tokens=prompt)
-    return found.to_dict() | {"peak_bytes": plan.predicted_peak_bytes}
+        decoder = file.config.to_json()
+    return lambda on: CostModel(weights, decoder, on, use)
 
 
 def measure_point(
     name: str, pack: Path, kind: str, memory_bytes: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """One budget: a probe, a run, a probe, and what they predict."""
-    from flashload.format import PackFile
-    from flashload.probe import probe
-
+    """One budget: a probe, a run with three looks at the drive, a probe, and what they predict."""
     with PackFile(pack) as file:
         formats = {int(entry.format) for entry in file.entries.values()}
 
@@ -145,12 +188,18 @@ def measure_point(
         timer = threading.Timer(args.timeout, child.kill)
         timer.start()
         try:
-            ran = child.stdout.readline().strip() == _DONE
+            rates: list[float] = []
+            while len(rates) < 3 and child.stdout.readline().strip() == _DONE:
+                rates.append(_drive_rate(pack, before))
+                if len(rates) < 3:
+                    child.stdin.write("\n")
+                    child.stdin.flush()
+            ran = len(rates) == 3
             busy, passed = machine.busy_seconds() - busy, time.perf_counter() - start
             out = ""
             if ran:
                 after = look()
-                out, _ = child.communicate(json.dumps([before.to_dict(), after.to_dict()]))
+                out, _ = child.communicate(json.dumps([[before.to_dict(), after.to_dict()], rates]))
         finally:
             timer.cancel()
             child.kill()
@@ -170,6 +219,8 @@ def measure_point(
         "placement": found["plan"]["placement"],
         "predicted": found.pop("predicted"),
         "predictions": found.pop("predictions"),
+        "predicted_as_met": found.pop("predicted_as_met"),
+        "drive_met_bytes_per_second": rates,
         "measured": found | {"tokens_per_second": 1 / token},
         "machine": [
             {

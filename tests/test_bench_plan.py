@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ gguf = pytest.importorskip("gguf", reason="the benchmarks write GGUF files with 
 
 from bench import plan, plan_point, plan_table  # noqa: E402
 from flashload.pack import pack  # noqa: E402
+from flashload.probe import DriveRate  # noqa: E402
 from tests.neuron_packs import by_neuron, tiny_relu  # noqa: E402
+from tests.test_estimate import MACHINE  # noqa: E402
 from tests.tiny import tiny_gguf, tiny_llama_gguf  # noqa: E402
 
 
@@ -48,6 +51,25 @@ def test_bars(one: dict[str, Any], missed: list[str]) -> None:
     assert plan_table.misses(one) == missed
 
 
+def test_a_prediction_is_judged_by_the_drive_that_the_run_met() -> None:
+    slowed = point(2.0) | {"predicted_as_met": point(1.05)["predicted"]}
+    assert plan_table.misses(slowed) == [] and plan_table.misses(slowed, "predicted") == ["speed"]
+
+
+def test_a_drive_at_another_rate() -> None:
+    points = [{"bytes_per_request": 4096, "depth": 1, "bytes_per_second": 1e8}]
+    drive = DriveRate(1e-5, 2e9, 2.5e9, 1e-4, 0.0, points=points)
+    slow = plan_point.at_rate(dataclasses.replace(MACHINE, drive=drive), 1.25e9).drive
+    assert slow.sequential_bytes_per_second == 1.25e9
+    for n_bytes, request_bytes, in_flight_bytes in (
+        (1 << 30, 1 << 20, 1 << 30),
+        (1 << 20, 4096, 1 << 30),
+        (1 << 20, 4096, 2048),
+    ):
+        asked = (n_bytes, request_bytes, in_flight_bytes)
+        assert slow.seconds(*asked) == pytest.approx(2 * drive.seconds(*asked))
+
+
 def test_what_two_probes_predict_is_one_figure() -> None:
     told = [{"tokens_per_second": 2.0, "memory_seconds": 0.2, "bound": "drive", "expert_hit_rate": None},
             {"tokens_per_second": 6.0, "memory_seconds": 0.4, "bound": "drive", "expert_hit_rate": None}]  # fmt: skip
@@ -65,7 +87,8 @@ def test_the_table_counts_and_says_what_was_not_quiet(capsys: pytest.CaptureFixt
     plan_table.show({"points": points, "threads": 2, "context": 64, "prompt_tokens": 32, "machine": facts})
     text = capsys.readouterr().out
     assert (
-        "dense: 1 of 2 budgets within the bars; largest differences: speed 50.0 % (bar: 15), prompt" in text
+        "dense: 1 of 2 budgets within the bars (1 for the drive as probed); largest differences: speed 50.0"
+        in text
     )
     assert "MoE: 1 of 2 budgets within the bars" in text and "failed: edge: too small" in text
     assert "not quiet at 1 of 4 points" in text
@@ -104,6 +127,7 @@ def test_one_point(
     document = json.loads(capsys.readouterr().out)
     (one,) = document["points"]
     assert one["kind"] == "MoE" and len(one["predictions"]) == len(one["machine"]) == 2
+    assert len(one["drive_met_bytes_per_second"]) == 3 and one["predicted_as_met"]["tokens_per_second"] > 0
     assert one["measured"]["peak_bytes"] > 0 and one["measured"]["tokens_per_second"] > 0
     # So small a model may fit into what processes differ by.
     assert (one["predicted"]["flash_bytes_per_token"] > 0) == (one["placement"] != "resident")
