@@ -28,7 +28,8 @@ _KERNEL_SECONDS = 0.012
 KERNEL_BATCHES = (1, 8, 128)
 #: Records of three rows, more than the last cache holds, and as many of them as a layer has active.
 _NEURON_BYTES, _NEURON_HIDDEN, _NEURON_ACTIVE = 192 << 20, 4096, 1024
-_NEURON_BATCHES = (1, 8)
+#: Rows of activations: one token, a small chunk, as many as share a neuron's weights (cpp/model/sparse_ffn.cc).
+_NEURON_BATCHES = (1, 8, 16)
 _NEURON_SECONDS = 0.03
 #: Matrices as a model has them, more than the last cache holds.
 _SHARE_ROWS, _SHARE_COLS, _SHARE_BYTES, _SHARE_SECONDS = 4096, 4096, 192 << 20, 0.1
@@ -53,6 +54,12 @@ class NeuronRate:
         (low, low_rate), (high, high_rate) = known[0], known[-1]
         if rows >= high:
             return n_bytes / high_rate * rows / high
+        for at, rate in known:
+            if at <= rows:
+                low, low_rate = at, rate
+            else:
+                high, high_rate = at, rate
+                break
         share = max(0.0, rows - low) / max(1, high - low)
         return n_bytes * (1 / low_rate + share * (1 / high_rate - 1 / low_rate))
 

@@ -115,13 +115,17 @@ def test_kernels_of_records_are_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(found) == {20, 21, 22}
     for rate in found.values():
         assert rate.axpy > 0 and rate.dot_seconds(1e6, 1) > 0
-        assert rate.dot_seconds(1e6, 16) == pytest.approx(2 * rate.dot_seconds(1e6, 8))
+        assert rate.dot_seconds(1e6, 32) == pytest.approx(2 * rate.dot_seconds(1e6, 16))
 
 
 def test_rows_of_records_between_what_was_measured() -> None:
     rate = NeuronRate({1: 4e10, 8: 1e10}, 2e10)
     seconds = [rate.dot_seconds(1e9, rows) for rows in (1, 4, 8, 32)]
     assert seconds == sorted(seconds) and seconds[0] == 1 / 40 and seconds[-1] == pytest.approx(0.4)
+    finer = NeuronRate({1: 4e10, 8: 1e10, 16: 8e9}, 2e10)
+    assert finer.dot_seconds(1e9, 8) == pytest.approx(0.1)
+    assert finer.dot_seconds(1e9, 12) == pytest.approx((0.1 + 0.125) / 2)
+    assert finer.dot_seconds(1e9, 32) == pytest.approx(0.25)
 
 
 class Counted:
