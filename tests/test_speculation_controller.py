@@ -109,6 +109,17 @@ def test_what_the_machine_did_meanwhile_is_not_charged() -> None:
     assert passes < 250
 
 
+def test_guesses_asked_for_whatever_they_cost_are_held_against_no_others() -> None:
+    known = controller(0.1)
+    known.note(1, 100.0)
+    assert known.may_spend()
+    known.begin_text()
+    assert known.may_spend()
+    known.account(1, 100.0)
+    known.begin_text()
+    assert not known.may_spend()
+
+
 def test_a_guess_must_be_the_likelier_the_more_a_millisecond_is_worth() -> None:
     known = controller(0.1)
     assert known.least_reach(1, 0.0, 1.0) == pytest.approx(0.1)

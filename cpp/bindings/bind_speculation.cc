@@ -202,6 +202,7 @@ const Binding kBinding("speculation", [](py::module_& module) {
       .def("account", [](Controller& self, int64_t n_tokens, double ms, double usual_ms) {
              self.account(n_tokens, ms, likely_ms(ms, usual_ms));
            }, py::arg("n_tokens"), py::arg("ms"), py::arg("usual_ms") = 0.0)
+      .def("note", &Controller::note)
       .def("least_reach", &Controller::least_reach, py::arg("n_guesses"), py::arg("draft_ms"), py::arg("rate"))
       .def("begin_text", &Controller::begin_text)
       .def("may_spend", &Controller::may_spend, py::arg("ms") = 0.0);

@@ -348,6 +348,10 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
   // On a model whose passes take microseconds even asking for guesses is dear.
   if (options_.depth == 0 && !always && !controller_.may_spend(0)) return plain(sequence, sampler, decodes);
 
+  const auto settle = [&](int64_t n, double ms, double likely_ms) {
+    if (options_.depth > 0 || always) controller_.note(n, ms);
+    else controller_.account(n, ms, likely_ms);
+  };
   const double asked = now_ms();
   invested_ms_ = unlikely_ms_ = 0;
   DraftTree::Limits tree_limits;
@@ -365,7 +369,7 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
   const double draft_ms = start - asked - invested_ms_;
   if (tree_.size() == 1) {
     EDGE_ASSIGN(tokens, plain(sequence, sampler, true));
-    controller_.account(0, draft_ms, draft_ms - unlikely_ms_);
+    settle(0, draft_ms, draft_ms - unlikely_ms_);
   } else {
     bool wants_best = false;
     for (const Turn& turn : turns_) wants_best = wants_best || (turn.enabled && turn.drafter->wants_best());
@@ -377,7 +381,7 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
     controller_.cost.record(tree_.size(), ms);
     if (controller_.cost.known()) {
       const double likely = likely_ms(ms, controller_.cost(tree_.size())) + draft_ms - unlikely_ms_;
-      controller_.account(static_cast<int64_t>(verified.tokens.size()), ms + draft_ms, likely);
+      settle(static_cast<int64_t>(verified.tokens.size()), ms + draft_ms, likely);
     }
     count(tree_, verified);
     for (Turn& turn : turns_) {
@@ -390,7 +394,7 @@ Result<std::vector<SampledToken>> Speculator::step(Sequence& sequence, Sampler& 
   for (const SampledToken& token : tokens) ids.push_back(token.token);
   controller_.learn(proposed_, ids);
   const double learning_ms = now_ms() - end;
-  controller_.account(0, learning_ms, learning_ms);
+  settle(0, learning_ms, learning_ms);
   return tokens;
 }
 

@@ -137,10 +137,8 @@ void Controller::prune(DraftTree& tree) {
 }
 
 void Controller::account(int64_t n_tokens, double ms, double likely_ms) {
-  const double plain_ms = static_cast<double>(n_tokens) * cost(1);
-  saved_ms_ += plain_ms - ms;
-  total_ms_ += ms;
-  balance_ms_ = std::min(balance_ms_ + plain_ms - likely_ms, kWinPasses * cost(1));
+  note(n_tokens, ms);
+  balance_ms_ = std::min(balance_ms_ + static_cast<double>(n_tokens) * cost(1) - likely_ms, kWinPasses * cost(1));
 }
 
 void Controller::begin_text() {

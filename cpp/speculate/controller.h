@@ -85,11 +85,13 @@ class Controller {
   void prune(DraftTree& tree);
   // What a pass that verified drafts gave, draft time included; likely_ms of it are its own doing.
   void account(int64_t n_tokens, double ms, double likely_ms);
-  // Time spent on a promise of more than itself: it counts, but does not end a streak.
-  void invest(double ms) {
-    saved_ms_ -= ms;
+  // The same where guesses were asked for whatever they cost: it counts, but is held against no others.
+  void note(int64_t n_tokens, double ms) {
+    saved_ms_ += static_cast<double>(n_tokens) * cost(1) - ms;
     total_ms_ += ms;
   }
+  // Time spent on a promise of more than itself: it counts, but does not end a streak.
+  void invest(double ms) { note(0, ms); }
   // Time that plain passes took: what a loss is measured against.
   void account_plain(double ms) { total_ms_ += ms; }
   // Judges what was proposed, verified or not, by the tokens that followed the root.
