@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> Found:
     end = time.monotonic() + 60 * args.minutes
     for path in args.model or _DRAFTS:
         model, texts = Path(path).stem, list[Any]()
-        for engine in engines(path, _DRAFTS.get(path, "self"), args.threads):
+        for engine in engines(path, args.draft or _DRAFTS.get(path, "self"), args.threads):
             texts = texts or _plain(engine, args)
             with log.open("a") if log is not None else nullcontext() as file:
                 for entry in compare(engine, texts, model, found, args.tokens):
@@ -204,6 +204,7 @@ def show(document: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench identity", description=__doc__)
     parser.add_argument("--model", action="append", default=[], help="repeatable; default: those that ship")
+    parser.add_argument("--draft", help="what drafts for them; default: its draft model, or a copy of itself")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=256, help="of each text")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many; the log knows where")
